@@ -1,0 +1,97 @@
+PYTHON ?= python3
+TRITON_VERSIONS := 3.6 3.9
+# Triton 3.6's interpreter makes scalars of one-element arrays, which NumPy 2.4 refuses.
+REQUIRES_3.6 := 'numpy<2.4'
+
+BIN := .venv/bin
+EVERYTHING := -e '.[cli,perf,demo,dev]'
+MATRIX := $(TRITON_VERSIONS:%=matrix-%)
+# pytest runs one process per core: more threads in each would only compete.
+TEST_ENV := env -u TRITON_INTERPRET OMP_NUM_THREADS=1
+
+define CHECK_PYTHON
+import sys
+if sys.version_info < (3, 11):
+    sys.exit("The set-up needs Python 3.11 or newer, but $(PYTHON) is Python %d.%d. "
+             "Remedy: make PYTHON=/path/to/python3.11" % sys.version_info[:2])
+endef
+export CHECK_PYTHON
+
+define CHECK_WHEEL
+from importlib.metadata import files, version
+import torch, triton_gn
+assert version("triton-gn") == triton_gn.__version__, version("triton-gn")
+assert triton_gn.group_norm(torch.randn(2, 6, 5), 2).shape == (2, 6, 5)
+paths = [path.as_posix() for path in files("triton-gn")]
+assert "triton_gn/py.typed" in paths, paths
+assert all(path.startswith(("triton_gn/", "triton_gn-")) for path in paths), paths
+print("The wheel works in an empty environment:", triton_gn.__file__)
+endef
+export CHECK_WHEEL
+
+# $(call make_venv,DIRECTORY,WHAT TO INSTALL)
+define make_venv
+@command -v $(PYTHON) >/dev/null || { echo "The set-up needs Python 3.11 or newer, but there is no \
+  $(PYTHON). Remedy: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+@$(PYTHON) -c "$$CHECK_PYTHON"
+@echo "Setting up $(1) ..."
+@$(PYTHON) -m venv $(1)
+@$(1)/bin/python -m pip install -qq -c constraints.txt $(2)
+endef
+
+# $(call run_tests,PYTHON,TESTS THAT NEED NO INTERPRETER)
+# Both halves always run. Under ARGS one half may select no test: pytest's exit status 5.
+define run_tests
+@$(TEST_ENV) $(1) -m pytest -n auto $(2) $(ARGS); torch=$$?; \
+$(TEST_ENV) TRITON_INTERPRET=1 $(1) -m pytest -n auto tests/kernels $(ARGS); kernels=$$?; \
+case "$(if $(ARGS),some,all) $$torch $$kernels" in \
+  "all 0 0" | "some 0 0" | "some 0 5" | "some 5 0") ;; \
+  *) exit 1 ;; \
+esac
+endef
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format matrix $(MATRIX) wheel clean
+
+help: ## List these targets
+	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' Makefile | expand -t 12
+
+demo: .venv/.installed ## Train one network with PyTorch's GroupNorm and with triton_gn's
+	@env -u TRITON_INTERPRET $(BIN)/python examples/digits.py
+
+test: .venv/.installed ## Run all tests; ARGS="-k name" selects some
+	$(call run_tests,$(BIN)/python,tests --ignore=tests/kernels)
+
+lint: .venv/.installed ## Check style, format and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: .venv/.installed ## Format the code and repair what ruff can
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+matrix: $(MATRIX) ## Run the kernel tests on the oldest and the newest Triton
+
+$(MATRIX): matrix-%: .venv-triton-%/.installed
+	@echo "Triton $*"
+	$(call run_tests,.venv-triton-$*/bin/python,tests/test_compile.py)
+
+wheel: .venv/.installed ## Build the wheel and use it in an empty environment
+	@rm -rf dist .venv-wheel
+	$(BIN)/python -m build
+	$(call make_venv,.venv-wheel,dist/*.whl)
+	@cd / && "$(CURDIR)/.venv-wheel/bin/python" -I -W error \
+	  -W "ignore:Failed to initialize NumPy" -c "$$CHECK_WHEEL"
+
+clean: ## Remove everything that these targets made
+	rm -rf .venv .venv-* dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(call make_venv,.venv,$(EVERYTHING))
+	@touch $@
+
+.venv-triton-%/.installed: pyproject.toml constraints.txt
+	$(call make_venv,.venv-triton-$*,-e '.[test]' 'triton==$*.*' $(REQUIRES_$*))
+	@touch $@

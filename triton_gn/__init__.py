@@ -1,0 +1,17 @@
+"""GroupNorm for PyTorch in fused Triton kernels, forward and backward."""
+
+from triton_gn.explanation import explain
+from triton_gn.functional import group_norm
+from triton_gn.module import GroupNorm
+from triton_gn.ops.settings import backend, batch_invariant, plan_override
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GroupNorm",
+    "backend",
+    "batch_invariant",
+    "explain",
+    "group_norm",
+    "plan_override",
+]

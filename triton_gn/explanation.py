@@ -1,0 +1,72 @@
+"""Which plan a call takes, and why."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from triton_gn.functional import check
+from triton_gn.ops import dispatch, launch, layout, settings
+from triton_gn.plan import ALWAYS_RESIDENT, Config, Problem, plan, rivals
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What ``explain`` found; prints as text.
+
+    ``path`` is "triton" or "torch"; without kernels, ``config`` is what they would run on an H100.
+    """
+
+    path: str
+    problem: Problem
+    device: str
+    config: Config
+    reason: str
+
+    def __str__(self) -> str:
+        tile = self.config.tile
+        chunks = f", {self.config.chunks} chunks a group" if self.config.strategy == "split" else ""
+        return (
+            f"{self.path} path, {self.problem.direction}: {self.reason}\n"
+            f"{self.config.strategy} on {self.device}: {self.config.programs(self.problem)} programs"
+            f" of {self.config.num_warps} warps, each {tile.channel_tiles * tile.pixel_tiles} "
+            f"sub-tiles of {tile.rows} x {tile.cols}{chunks}"
+        )
+
+
+def explain(input: Tensor, num_groups: int, *, direction: str = "forward") -> Explanation:
+    """Say which plan ``group_norm(input, num_groups)`` takes under this thread's settings, and why.
+
+    Args:
+        input: (N, C, *), not empty; only its shape, strides, dtype and device matter.
+        num_groups: as for group_norm.
+        direction: "forward" or "backward".
+
+    Raises:
+        TypeError, ValueError: as group_norm; an empty input or another direction.
+    """
+    check(input, num_groups, None, None)
+    if direction not in ("forward", "backward"):
+        raise ValueError(f"explain: direction must be forward or backward; got {direction!r}.")
+    if input.numel() == 0:
+        raise ValueError(
+            f"explain: an empty input runs no kernel; got shape {tuple(input.shape)}."
+        )
+    current = settings.current()
+    x, channels_last = layout.native(input)
+    problem, device = launch.problem_of(direction, x, num_groups, channels_last)
+    config = plan(problem, device, current.batch_invariant, current.plan_override)
+    path = "triton" if dispatch.uses_kernels(input, current) else "torch"
+    fixed = dict(current.plan_override)
+    if path == "torch":
+        reason = dispatch.why_not_kernels(input) or 'the backend is "torch"'
+        reason += "; the kernels would run"
+    elif "strategy" in fixed:
+        reason = f"plan_override(strategy={fixed['strategy']!r})"
+    elif problem.group_elements <= ALWAYS_RESIDENT:
+        reason = f"groups of {problem.group_elements} elements stay on chip"
+    else:
+        reason = f"groups of {problem.group_elements} elements; " + ", ".join(
+            f"{strategy} is estimated at {us:.1f} us"
+            for strategy, us in rivals(problem, device).items()
+        )
+    return Explanation(path, problem, device.name, config, reason)

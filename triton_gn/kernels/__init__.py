@@ -1,0 +1,1 @@
+"""Device code. Imports triton and nothing else."""

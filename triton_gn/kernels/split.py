@@ -1,0 +1,168 @@
+"""Split: several programs share a group. The first launch leaves each program's partial sums, the
+second merges the partials of its groups and applies them.
+
+A partial result goes to a slot of its own, ``slots`` of them per group, so nothing is atomic.
+"""
+
+import triton
+import triton.language as tl
+
+from .epilogue import add_dz_sums, no_dz_sums, write_dx, write_y
+from .moments import (
+    Moments,
+    combine,
+    combine_all,
+    divide,
+    load_stats,
+    rstd_of,
+    spread_stats,
+    store_stats,
+    window_moments,
+)
+from .params import store_dz_sums, sum_params
+from .tile import (
+    group_count,
+    groups_of,
+    load_tiles,
+    over_groups,
+    step_of,
+    steps_of,
+    window_of,
+)
+
+
+@triton.jit
+def _slots(window, groups, slots, SLOTS: tl.constexpr, TILE: tl.constexpr):
+    """Indices and mask ``[group_slots, SLOTS]`` of all partials of the window's groups."""
+    group, mask = groups_of(window, groups, TILE)
+    slot = tl.arange(0, SLOTS)[None, :]
+    return group[:, None] * slots + slot, mask[:, None] & (slot < slots)
+
+
+@triton.jit
+def group_norm_forward_split_moments_kernel(
+    x_ptr, partials_ptr, groups, pixels, row_vecs, chunks, chunk_vecs, slots, TILE: tl.constexpr
+):
+    """One program per chunk of ``TILE.groups`` groups of a sample.
+
+    Reads x once; writes partials (N, G, slots, 4): count, mean, mean_lo, m2.
+    """
+    dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    window = window_of(tl.program_id(0), groups, pixels, row_vecs, chunks, chunk_vecs, TILE)
+    none = tl.zeros([TILE.group_slots], dtype)
+    count, mean, mean_lo, m2 = none, none, none, none
+    for step in range(0, steps_of(window, TILE)):
+        part = step_of(window, step, TILE)
+        xs = load_tiles(x_ptr, part, TILE)
+        merged = combine(
+            Moments(count, mean, mean_lo, m2), window_moments(xs, part, groups, TILE, dtype)
+        )
+        count, mean, mean_lo, m2 = merged.count, merged.mean, merged.mean_lo, merged.m2
+    group, mask = groups_of(window, groups, TILE)
+    index = (group * slots + window.slot) * 4
+    tl.store(partials_ptr + index, count, mask=mask)
+    tl.store(partials_ptr + index + 1, mean, mask=mask)
+    tl.store(partials_ptr + index + 2, mean_lo, mask=mask)
+    tl.store(partials_ptr + index + 3, m2, mask=mask)
+
+
+@triton.jit
+def group_norm_forward_split_apply_kernel(
+    x_ptr, weight_ptr, bias_ptr, partials_ptr, y_ptr, stats_ptr, groups, pixels, row_vecs, chunks,
+    chunk_vecs, slots, eps: "fp64", SLOTS: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """One program per chunk of ``TILE.groups`` groups of a sample.
+
+    Reads x once, weight and bias (C,) unless None, and the partials of its groups; writes y once
+    and stats (N, G, 3) unless None.
+    """
+    # backwards, to meet what the first launch read last while L2 still holds it
+    pid = tl.num_programs(0) - 1 - tl.program_id(0)
+    window = window_of(pid, groups, pixels, row_vecs, chunks, chunk_vecs, TILE)
+    index, mask = _slots(window, groups, slots, SLOTS, TILE)
+    moments = combine_all(
+        Moments(
+            tl.load(partials_ptr + index * 4, mask=mask, other=0.0),
+            tl.load(partials_ptr + index * 4 + 1, mask=mask, other=0.0),
+            tl.load(partials_ptr + index * 4 + 2, mask=mask, other=0.0),
+            tl.load(partials_ptr + index * 4 + 3, mask=mask, other=0.0),
+        )
+    )
+    rstd = rstd_of(moments, eps)
+    if stats_ptr is not None:
+        if window.slot == 0:
+            store_stats(stats_ptr, moments, rstd, window, groups, TILE)
+    stats = spread_stats(moments, rstd, TILE)
+    for step in range(0, steps_of(window, TILE)):
+        part = step_of(window, step, TILE)
+        write_y(load_tiles(x_ptr, part, TILE), stats, weight_ptr, bias_ptr, y_ptr, part, TILE)
+
+
+@triton.jit
+def group_norm_backward_split_sums_kernel(
+    dy_ptr, x_ptr, weight_ptr, stats_ptr, partials_ptr, dbias_ptr, dweight_ptr, groups, pixels,
+    row_vecs, chunks, chunk_vecs, slots, TILE: tl.constexpr,
+):  # fmt: skip
+    """One program per chunk of ``TILE.groups`` groups of a sample.
+
+    Reads dy and x once, weight (C,) unless None, stats (N, G, 3). Writes partials (N, G, slots, 2):
+    sum(dx_hat), sum(dx_hat * x_hat); and per sample, chunk and channel sum(dz) to dbias and
+    sum(dz * x_hat) to dweight, (N * chunks, C) each unless None.
+    """
+    dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    window = window_of(tl.program_id(0), groups, pixels, row_vecs, chunks, chunk_vecs, TILE)
+    stats = load_stats(stats_ptr, window, groups, TILE)
+    dz_sums, dz_x_hat_sums = no_dz_sums(TILE, dtype)
+    for step in range(0, steps_of(window, TILE)):
+        part = step_of(window, step, TILE)
+        xs = load_tiles(x_ptr, part, TILE)
+        dys = load_tiles(dy_ptr, part, TILE)
+        dz_sums, dz_x_hat_sums = add_dz_sums(
+            (dz_sums, dz_x_hat_sums), dys, xs, stats, part, 0, TILE
+        )
+    dx_hat_sum, dx_hat_x_hat_sum = store_dz_sums(
+        (dz_sums, dz_x_hat_sums), weight_ptr, dbias_ptr, dweight_ptr, window, 0, groups, chunks,
+        TILE,
+    )  # fmt: skip
+    group, mask = groups_of(window, groups, TILE)
+    index = (group * slots + window.slot) * 2
+    tl.store(partials_ptr + index, dx_hat_sum, mask=mask)
+    tl.store(partials_ptr + index + 1, dx_hat_x_hat_sum, mask=mask)
+
+
+@triton.jit
+def group_norm_backward_split_apply_kernel(
+    dy_ptr, x_ptr, weight_ptr, stats_ptr, partials_ptr, dx_ptr, dbias_partial_ptr,
+    dweight_partial_ptr, dbias_ptr, dweight_ptr, samples, groups, pixels, row_vecs, chunks,
+    chunk_vecs, slots, apply_programs, SLOTS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """The first ``apply_programs`` programs: one per chunk of ``TILE.groups`` groups of a sample.
+
+    Read dy and x once, weight (C,) unless None, stats, the partials of their groups; write dx once.
+    The programs after them sum the per-chunk dbias and dweight up, ``COLS`` channels each.
+    """
+    dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    if tl.program_id(0) < apply_programs:
+        pid = apply_programs - 1 - tl.program_id(0)
+        window = window_of(pid, groups, pixels, row_vecs, chunks, chunk_vecs, TILE)
+        stats = load_stats(stats_ptr, window, groups, TILE)
+        index, mask = _slots(window, groups, slots, SLOTS, TILE)
+        count = group_count(pixels, TILE, dtype)
+        first = tl.sum(tl.load(partials_ptr + index * 2, mask=mask, other=0.0), axis=1)
+        second = tl.sum(tl.load(partials_ptr + index * 2 + 1, mask=mask, other=0.0), axis=1)
+        dx_hat_mean = over_groups(divide(first, count), TILE)
+        dx_hat_x_hat_mean = over_groups(divide(second, count), TILE)
+        for step in range(0, steps_of(window, TILE)):
+            part = step_of(window, step, TILE)
+            xs = load_tiles(x_ptr, part, TILE)
+            dys = load_tiles(dy_ptr, part, TILE)
+            write_dx(
+                dys, xs, stats, dx_hat_mean, dx_hat_x_hat_mean, weight_ptr, dx_ptr, part, TILE
+            )
+    else:
+        sum_params(
+            dbias_partial_ptr, dweight_partial_ptr, dbias_ptr, dweight_ptr,
+            tl.program_id(0) - apply_programs, samples * chunks, groups * TILE.group_channels,
+            ROWS, COLS,
+        )  # fmt: skip

@@ -1,0 +1,324 @@
+"""Where the elements of a program lie, for both memory formats.
+
+A tensor is read as a matrix of *memory rows*, each ``row_vecs * TILE.vec`` elements long:
+
+=============  ==========================================  ================  ==============
+format         one memory row                              channels run      pixels run
+=============  ==========================================  ================  ==============
+contiguous     ``TILE.span`` channels of one sample        down the rows     along a row
+channels-last  one pixel of one sample, all its channels   along a row       down the rows
+=============  ==========================================  ================  ==============
+
+A program owns a *window* of that matrix and holds it as ``channel_tiles * pixel_tiles`` equal
+sub-tiles ``[TILE.rows, TILE.cols]``. Only this file knows which axis is which: the kernels speak of
+channel tiles, pixel tiles, channel sums and group sums.
+
+``span`` is above 1 only where H*W is no multiple of the vector, as for 7x7: that many channels
+together are, so a row of them starts on a vector again.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+
+
+class Tile:
+    """The constants of a plan's tile as a kernel argument: each field is a ``tl.constexpr``."""
+
+    def __init__(self, **fields):
+        for name, value in fields.items():
+            setattr(self, name, tl.constexpr(value))
+
+    def __repr__(self):
+        # Triton keys compiled kernels by the text of their constants
+        return f"Tile({', '.join(f'{name}={c.value}' for name, c in vars(self).items())})"
+
+    def __eq__(self, other):
+        return isinstance(other, Tile) and repr(self) == repr(other)
+
+    def __hash__(self):
+        return hash(repr(self))
+
+
+class Window(NamedTuple):
+    """The part of the memory matrix that one program works on."""
+
+    offset: tl.tensor  # of its first element, int64
+    rows: tl.tensor  # that belong to it; at most what the sub-tiles cover
+    cols: tl.tensor
+    row_vecs: tl.tensor  # length of a memory row of the tensor, in vectors
+    pixels: tl.tensor  # H*W of the tensor
+    pixel: tl.tensor  # its first column, contiguous only: which of the span channels it is in
+    sample: tl.tensor
+    group: tl.tensor  # first group, counted within the sample
+    channel: tl.tensor  # first channel, counted within the sample
+    slot: tl.tensor  # which part of its group it is: where its partial results go
+    chunk: tl.tensor  # which part of the pixels it is
+
+
+@triton.jit
+def window_of(pid, groups, pixels, row_vecs, chunks, chunk_vecs, TILE: tl.constexpr):
+    """Window of program ``pid``.
+
+    The pixels of a group are cut into ``chunks`` of ``chunk_vecs`` (vectors when contiguous, pixels
+    when channels-last), its channels into blocks of ``channel_tiles`` sub-tiles. A resident program
+    owns whole groups: one chunk, one block.
+    """
+    if TILE.channels_last:
+        block_channels: tl.constexpr = TILE.groups * TILE.group_channels
+        parts: tl.constexpr = tl.cdiv(block_channels, TILE.cols * TILE.channel_tiles)
+        # neighbouring programs own neighbouring channels, so together they read whole DRAM pages
+        blocks = tl.cdiv(groups, TILE.groups)
+        part = pid % parts
+        group = pid // parts % blocks * TILE.groups
+        chunk = pid // (parts * blocks) % chunks
+        sample = pid // (parts * blocks) // chunks
+        first_row = chunk * chunk_vecs
+        rows = tl.minimum(pixels - first_row, chunk_vecs)
+        first_col = part * (TILE.cols * TILE.channel_tiles)
+        channel = group * TILE.group_channels + first_col
+        cols = tl.minimum(
+            tl.minimum(block_channels - first_col, TILE.cols * TILE.channel_tiles),
+            row_vecs * TILE.vec - channel,
+        )
+        row = sample.to(tl.int64) * pixels + first_row
+        offset = row * row_vecs * TILE.vec + channel
+        pixel = first_col * 0
+    else:
+        group_rows: tl.constexpr = TILE.group_channels // TILE.span
+        parts: tl.constexpr = tl.cdiv(group_rows, TILE.rows * TILE.channel_tiles)
+        chunk = pid % chunks
+        part = pid // chunks % parts
+        group = pid // (chunks * parts) % groups
+        sample = pid // (chunks * parts) // groups
+        first_row = part * (TILE.rows * TILE.channel_tiles)
+        rows = tl.minimum(group_rows - first_row, TILE.rows * TILE.channel_tiles)
+        first_vec = chunk * chunk_vecs
+        cols = tl.minimum(row_vecs - first_vec, chunk_vecs) * TILE.vec
+        channel = group * TILE.group_channels + first_row * TILE.span
+        row = (sample.to(tl.int64) * groups + group) * group_rows + first_row
+        offset = (row * row_vecs + first_vec) * TILE.vec
+        pixel = first_vec * TILE.vec
+    slot = part * chunks + chunk
+    return Window(
+        offset, rows, cols, row_vecs, pixels, pixel, sample, group, channel, slot, chunk
+    )
+
+
+@triton.jit
+def whole_window(pid, groups, pixels, row_vecs, TILE: tl.constexpr):
+    """Window of a resident program: whole groups, all their pixels."""
+    extent = pixels if TILE.channels_last else row_vecs
+    return window_of(pid, groups, pixels, row_vecs, 1, extent, TILE)
+
+
+@triton.jit
+def steps_of(window, TILE: tl.constexpr):
+    """How many stretches of ``pixel_tiles`` sub-tiles the pixels of a window take."""
+    if TILE.channels_last:
+        return tl.cdiv(window.rows, TILE.rows * TILE.pixel_tiles)
+    else:
+        return tl.cdiv(window.cols, TILE.cols * TILE.pixel_tiles)
+
+
+@triton.jit
+def step_of(window, step, TILE: tl.constexpr):
+    """The ``step``-th of these stretches, as a window of its own."""
+    offset, rows, cols, pixel = window.offset, window.rows, window.cols, window.pixel
+    if TILE.channels_last:
+        stretch: tl.constexpr = TILE.rows * TILE.pixel_tiles
+        offset += window.row_vecs.to(tl.int64) * (step * stretch) * TILE.vec
+        rows = tl.minimum(rows - step * stretch, stretch)
+    else:
+        stretch: tl.constexpr = TILE.cols * TILE.pixel_tiles
+        offset += step * stretch
+        cols = tl.minimum(cols - step * stretch, stretch)
+        pixel += step * stretch
+    return Window(
+        offset, rows, cols, window.row_vecs, window.pixels, pixel, window.sample, window.group,
+        window.channel, window.slot, window.chunk,
+    )  # fmt: skip
+
+
+@triton.jit
+def _place(window, c: tl.constexpr, p: tl.constexpr, TILE: tl.constexpr):
+    """Where the sub-tile of channel tile ``c`` and pixel tile ``p`` lies: an int64 start, int32
+    steps from there, and the mask, which is constant along an axis that is covered exactly."""
+    row_tile: tl.constexpr = p if TILE.channels_last else c
+    col_tile: tl.constexpr = c if TILE.channels_last else p
+    rows = tl.arange(0, TILE.rows)[:, None]
+    cols = tl.arange(0, TILE.cols)[None, :]
+    start = window.offset + window.row_vecs.to(tl.int64) * (row_tile * TILE.rows * TILE.vec)
+    steps = rows * (window.row_vecs * TILE.vec) + cols
+    rows_inside = rows < window.rows - row_tile * TILE.rows
+    cols_inside = cols < window.cols - col_tile * TILE.cols
+    if not TILE.mask_rows:
+        mask = cols_inside
+    elif not TILE.mask_cols:
+        mask = rows_inside
+    else:
+        mask = rows_inside & cols_inside
+    return start + col_tile * TILE.cols, steps, mask
+
+
+@triton.jit
+def load_tile(ptr, window, c: tl.constexpr, p: tl.constexpr, TILE: tl.constexpr):
+    """Sub-tile of channel tile ``c`` and pixel tile ``p``; 0 outside the window."""
+    start, steps, mask = _place(window, c, p, TILE)
+    if TILE.mask_rows or TILE.mask_cols:
+        return tl.load(ptr + start + steps, mask=mask, other=0.0)
+    else:
+        return tl.load(ptr + start + steps)
+
+
+@triton.jit
+def load_tiles(ptr, window, TILE: tl.constexpr):
+    """All sub-tiles, channel tiles outermost: sub-tile (c, p) is ``[c * pixel_tiles + p]``."""
+    tiles = ()
+    for c in tl.static_range(TILE.channel_tiles):
+        for p in tl.static_range(TILE.pixel_tiles):
+            tiles = tiles + (load_tile(ptr, window, c, p, TILE),)
+    return tiles
+
+
+@triton.jit
+def store_tile(ptr, values, window, c: tl.constexpr, p: tl.constexpr, TILE: tl.constexpr):
+    start, steps, mask = _place(window, c, p, TILE)
+    values = values.to(ptr.dtype.element_ty)
+    if TILE.mask_rows or TILE.mask_cols:
+        tl.store(ptr + start + steps, values, mask=mask)
+    else:
+        tl.store(ptr + start + steps, values)
+
+
+@triton.jit
+def zero_outside(values, window, c: tl.constexpr, p: tl.constexpr, TILE: tl.constexpr):
+    if TILE.mask_rows or TILE.mask_cols:
+        _, _, mask = _place(window, c, p, TILE)
+        return tl.where(mask, values, 0.0)
+    else:
+        return values
+
+
+@triton.jit
+def channels_of(window, c: tl.constexpr, TILE: tl.constexpr):
+    """Channels of channel tile ``c`` within the sample, and which exist.
+
+    The shape, ``[1, cols]`` channels-last and ``[rows, span]`` contiguous, is that of every
+    per-channel value; it broadcasts against a sub-tile unless ``span`` is above 1.
+    """
+    if TILE.channels_last:
+        cols = c * TILE.cols + tl.arange(0, TILE.cols)[None, :]
+        return window.channel + cols, cols < window.cols
+    else:
+        rows = c * TILE.rows + tl.arange(0, TILE.rows)[:, None]
+        lanes = tl.arange(0, TILE.span)[None, :]
+        return window.channel + rows * TILE.span + lanes, (rows < window.rows) & (lanes >= 0)
+
+
+@triton.jit
+def load_channels(ptr, window, c: tl.constexpr, TILE: tl.constexpr, dtype: tl.constexpr):
+    """A parameter of the channels of channel tile ``c``, one value per channel."""
+    channels, mask = channels_of(window, c, TILE)
+    return tl.load(ptr + channels, mask=mask, other=0.0).to(dtype)
+
+
+@triton.jit
+def _lane_of(window, p: tl.constexpr, TILE: tl.constexpr):
+    """Which of the ``span`` channels of a memory row each column of pixel tile ``p`` is in."""
+    cols = window.pixel + p * TILE.cols + tl.arange(0, TILE.cols)
+    return (cols // window.pixels)[None, :]
+
+
+@triton.jit
+def over_pixels(values, window, p: tl.constexpr, TILE: tl.constexpr):
+    """Per-channel values, made to broadcast against the sub-tiles of pixel tile ``p``."""
+    if TILE.span == 1:
+        return values
+    else:
+        lane = _lane_of(window, p, TILE)
+        lanes = tl.arange(0, TILE.span)[None, :]
+        spread = tl.zeros([TILE.rows, TILE.cols], values.dtype)
+        for i in tl.static_range(TILE.span):
+            of_lane = tl.sum(tl.where(lanes == i, values, 0.0), axis=1, keep_dims=True)
+            spread = tl.where(lane == i, of_lane, spread)
+        return spread
+
+
+@triton.jit
+def no_channel_sums(TILE: tl.constexpr, dtype: tl.constexpr):
+    """Accumulator for ``add_to_channels``."""
+    if TILE.span == 1:
+        return tl.zeros([TILE.rows, TILE.cols], dtype)
+    else:
+        return tl.zeros([TILE.rows, TILE.span], dtype)
+
+
+@triton.jit
+def add_to_channels(sums, values, window, p: tl.constexpr, TILE: tl.constexpr):
+    """Add a sub-tile of pixel tile ``p``; the pixels are summed up only by ``channel_sums``."""
+    if TILE.span == 1:
+        return sums + values
+    else:
+        lane = _lane_of(window, p, TILE)
+        lanes = tl.arange(0, TILE.span)[None, :]
+        for i in tl.static_range(TILE.span):
+            of_lane = tl.sum(tl.where(lane == i, values, 0.0), axis=1, keep_dims=True)
+            sums += tl.where(lanes == i, of_lane, 0.0)
+        return sums
+
+
+@triton.jit
+def channel_sums(sums, TILE: tl.constexpr):
+    """Per-channel sums, in the shape of ``channels_of``."""
+    if TILE.channels_last:
+        return tl.sum(sums, axis=0, keep_dims=True)
+    elif TILE.span == 1:
+        return tl.sum(sums, axis=1, keep_dims=True)
+    else:
+        return sums
+
+
+@triton.jit
+def _group_columns(TILE: tl.constexpr):
+    """``[group_slots, cols]``: does the column belong to the group?"""
+    cols = tl.arange(0, TILE.cols)[None, :] // TILE.group_channels
+    return cols == tl.arange(0, TILE.group_slots)[:, None]
+
+
+@triton.jit
+def group_sums(values, TILE: tl.constexpr):
+    """Sum of a sub-tile, or of per-channel values, over each group: ``[group_slots]``.
+
+    Groups are told apart by selection, never by multiplying with zero, so that a NaN in one group
+    stays there.
+    """
+    if TILE.groups == 1:
+        return tl.sum(values) + tl.zeros([1], values.dtype)
+    else:
+        of_channel = tl.sum(values, axis=0, keep_dims=True)
+        return tl.sum(tl.where(_group_columns(TILE), of_channel, 0.0), axis=1)
+
+
+@triton.jit
+def over_groups(values, TILE: tl.constexpr):
+    """Per-group values ``[group_slots]``, made to broadcast against a sub-tile."""
+    if TILE.groups == 1:
+        return values[None, :]
+    else:
+        return tl.sum(tl.where(_group_columns(TILE), values[:, None], 0.0), axis=0, keep_dims=True)
+
+
+@triton.jit
+def group_count(pixels, TILE: tl.constexpr, dtype: tl.constexpr):
+    """Elements of a group: ``[group_slots]``."""
+    return tl.full([TILE.group_slots], pixels, dtype) * TILE.group_channels
+
+
+@triton.jit
+def groups_of(window, groups, TILE: tl.constexpr):
+    """Groups of the window, counted over the whole batch, and which exist: ``[group_slots]``."""
+    slots = tl.arange(0, TILE.group_slots)
+    mask = (slots < TILE.groups) & (window.group + slots < groups)
+    return window.sample.to(tl.int64) * groups + window.group + slots, mask

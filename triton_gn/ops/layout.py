@@ -1,0 +1,57 @@
+"""How a tensor lies in memory, read from its strides."""
+
+import torch
+from torch import Tensor
+
+
+def is_channels_last(x: Tensor) -> bool | None:
+    """Whether channels are innermost (True) or outside the pixels (False); None if neither.
+
+    GroupNorm does not care about the order of the pixels, so the spatial dimensions may lie in any
+    order as long as the tensor is dense. One pixel counts as channels-last: its channels are
+    adjacent either way.
+    """
+    n, channels = x.shape[:2]
+    stride_n, stride_c = x.stride()[:2]
+    pixels = 1
+    for stride, size in sorted(zip(x.stride()[2:], x.shape[2:], strict=True)):
+        if size > 1:
+            if pixels == 1:
+                innermost = stride
+            elif stride != innermost * pixels:
+                return None
+            pixels *= size
+    if n > 1 and stride_n != channels * pixels:
+        return None
+    if pixels == 1:
+        return True if channels == 1 or stride_c == 1 else None
+    if innermost == 1 and (channels == 1 or stride_c == pixels):
+        return False
+    if innermost == channels and (channels == 1 or stride_c == 1):
+        return True
+    return None
+
+
+def native(x: Tensor) -> tuple[Tensor, bool]:
+    """x, or where the kernels cannot read it a dense copy, and whether it is channels-last."""
+    channels_last = is_channels_last(x)
+    if channels_last is not None:
+        return x, channels_last
+    if x.shape[1] > 1 and x.stride(1) == 1:
+        return x.movedim(1, -1).contiguous().movedim(-1, 1), True
+    x = x.contiguous()
+    return x, x.shape[1] * x.shape[0] == x.numel()
+
+
+def like(x: Tensor, other: Tensor) -> Tensor:
+    """x with the strides of ``other``, copied only where they differ."""
+    same = all(
+        size == 1 or a == b
+        for size, a, b in zip(other.shape, x.stride(), other.stride(), strict=True)
+    )
+    return x if same else empty_like(other, x.dtype).copy_(x)
+
+
+def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Uninitialised, with exactly the strides of the dense tensor x."""
+    return torch.empty_strided(x.shape, x.stride(), dtype=dtype or x.dtype, device=x.device)

@@ -1,0 +1,105 @@
+"""What a user sets for a thread: the backend, batch invariance, parts of the plan."""
+
+import os
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType, TracebackType
+from typing import Any
+
+BACKENDS = ("auto", "triton", "torch")
+
+
+@dataclass(frozen=True)
+class Settings:
+    backend: str = "auto"
+    batch_invariant: bool = False
+    plan_override: tuple[tuple[str, Any], ...] = ()
+
+
+def _checked_backend(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(
+            f"{source}: the backend must be one of {', '.join(BACKENDS)}; got {name!r}."
+        )
+    return name
+
+
+class _ThreadSettings(threading.local):
+    """The current settings; each thread starts from the environment."""
+
+    def __init__(self) -> None:
+        name = os.environ.get("TRITON_GN_BACKEND", "auto")
+        self.current = Settings(backend=_checked_backend(name, "TRITON_GN_BACKEND"))
+
+
+_thread = _ThreadSettings()
+
+
+def current() -> Settings:
+    return _thread.current
+
+
+class Setting:
+    """A setting just made. As a context manager it restores, on exit, what was set before."""
+
+    def __init__(self, changes: Mapping[str, Any]) -> None:
+        self._names = MappingProxyType(dict(changes))
+        before = _thread.current
+        self._before = {name: getattr(before, name) for name in changes}
+        _thread.current = replace(before, **changes)
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        _thread.current = replace(_thread.current, **self._before)
+
+
+def backend(name: str) -> Setting:
+    """Choose the path of this thread's calls.
+
+    ``"auto"`` takes the Triton kernels where they can run, else PyTorch; ``"triton"`` raises
+    instead of falling back; ``"torch"`` never takes the kernels. The environment variable
+    ``TRITON_GN_BACKEND`` sets what each thread starts with. As a context manager
+    (``with triton_gn.backend("torch"): ...``) the old choice returns on exit.
+
+    Raises:
+        ValueError: another name.
+    """
+    return Setting({"backend": _checked_backend(name, "backend")})
+
+
+def batch_invariant(enabled: bool = True) -> Setting:
+    """Make this thread's plans independent of the batch size.
+
+    A sample then has the same bits alone as inside any batch, at some cost in speed for small
+    batches. As a context manager, the old choice returns on exit.
+    """
+    return Setting({"batch_invariant": bool(enabled)})
+
+
+def plan_override(**fields: Any) -> Setting:
+    """Fix parts of the plan for this thread's calls, for tests and the curious.
+
+    Fields: ``strategy`` ("resident" or "split"), ``groups`` (whole groups per program,
+    channels-last), ``rows`` and ``cols`` (a sub-tile), ``num_warps``, ``chunks`` (split). What is
+    not given follows the rule; no fields take the override back. A plan that cannot run raises
+    ValueError at the call. As a context manager, the old override returns on exit.
+
+    Raises:
+        TypeError: an unknown field.
+    """
+    from triton_gn.plan import OVERRIDES
+
+    unknown = sorted(set(fields) - set(OVERRIDES))
+    if unknown:
+        raise TypeError(
+            f"plan_override: unknown field {', '.join(unknown)}; fields are {', '.join(OVERRIDES)}."
+        )
+    return Setting({"plan_override": tuple(sorted(fields.items()))})

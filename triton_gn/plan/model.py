@@ -1,0 +1,53 @@
+"""How long a plan should take: an estimate, to weigh plans against each other. Not measured."""
+
+import math
+
+from .problem import ACCESS_BYTES, Config, Device, Problem
+
+_LAUNCH_US = 2.2
+_DRAM_BYTES_PER_US = 3.0e6  # achieved by a copy on an H100
+_L2_SPEEDUP = 2.0  # of a second read that L2 still holds
+_L2_SHARE = 0.5  # of L2 that holds what was just read
+_SOLO_SPEEDUP = 2.5  # of one multiprocessor's bandwidth while the others are idle
+_DRAM_ACCESS_BYTES = 64  # narrower rows waste part of it, unless a neighbour fetches the rest
+
+
+def estimated_us(problem: Problem, config: Config, device: Device) -> float:
+    tensor = problem.n * problem.channels * problem.pixels * problem.itemsize
+    reads = 1 if problem.direction == "forward" else 2
+    traffic = float((reads + 1) * tensor)
+    launches = 1
+    if config.strategy == "split":
+        cached = reads * tensor < _L2_SHARE * device.l2_bytes
+        traffic += reads * tensor / (_L2_SPEEDUP if cached else 1.0)
+        launches = 2
+    tile = config.tile
+    if problem.channels_last and tile.groups < problem.groups:
+        width = tile.groups * tile.group_channels * problem.itemsize
+        traffic *= max(1.0, _DRAM_ACCESS_BYTES / width) ** 0.5
+    traffic *= (ACCESS_BYTES / access_bytes(problem, config)) ** 0.5
+    bandwidth = _DRAM_BYTES_PER_US * device.multiprocessors / Device().multiprocessors
+    whole_gpu = traffic / bandwidth
+    # the busiest multiprocessor: how many programs it runs, at what it can draw by itself
+    waves = -(-config.programs(problem) // device.multiprocessors)
+    padding = tile.elements / held_elements(problem, config)
+    share = traffic / config.programs(problem) * padding
+    busiest = waves * share / (bandwidth / device.multiprocessors * _SOLO_SPEEDUP)
+    return launches * _LAUNCH_US + max(whole_gpu, busiest)
+
+
+def access_bytes(problem: Problem, config: Config) -> int:
+    """The widest access that the alignment of the program's blocks allows."""
+    elements = problem.vec
+    if problem.channels_last:
+        elements = math.gcd(elements, config.tile.groups * problem.group_channels)
+    return elements * problem.itemsize
+
+
+def held_elements(problem: Problem, config: Config) -> float:
+    """Elements of the tensor that a program holds at a time, without the padding of its tile."""
+    tile = config.tile
+    if config.strategy == "resident":
+        return tile.groups * problem.group_elements
+    block = tile.groups * problem.group_elements / config.slots
+    return min(block, tile.elements)

@@ -1,0 +1,110 @@
+"""What a plan is made of: the problem, the device, and the decision."""
+
+import math
+from dataclasses import dataclass
+
+_ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+ACCESS_BYTES = 16  # the widest load and store of one thread
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One GroupNorm launch, described without its tensors.
+
+    ``pixels`` is the product of the spatial sizes, ``dtype`` the input's. ``channels_last`` means
+    channels innermost in memory, in any rank.
+    """
+
+    direction: str  # "forward" or "backward"
+    n: int
+    channels: int
+    groups: int
+    pixels: int
+    dtype: str
+    channels_last: bool
+
+    @property
+    def itemsize(self) -> int:
+        return _ITEMSIZE[self.dtype]
+
+    @property
+    def group_channels(self) -> int:
+        return self.channels // self.groups
+
+    @property
+    def group_elements(self) -> int:
+        return self.group_channels * self.pixels
+
+    @property
+    def vec(self) -> int:
+        """Elements per memory access: as wide as the alignment of every group allows."""
+        unit = self.channels if self.channels_last else self.group_elements
+        return math.gcd(unit, ACCESS_BYTES // self.itemsize)
+
+    @property
+    def span(self) -> int:
+        """Contiguous: how many channels it takes to fill whole vectors (1 channels-last)."""
+        return 1 if self.channels_last else self.vec // math.gcd(self.pixels, self.vec)
+
+    @property
+    def row_vecs(self) -> int:
+        """Length of a memory row (kernels/tile.py) in vectors."""
+        row = self.channels if self.channels_last else self.pixels * self.span
+        return row // self.vec
+
+
+@dataclass(frozen=True)
+class Device:
+    """What the rule needs to know of a GPU; the default is an H100 SXM."""
+
+    name: str = "NVIDIA H100 80GB HBM3"
+    multiprocessors: int = 132
+    l2_bytes: int = 50 * 2**20
+    warp_size: int = 32
+
+
+@dataclass(frozen=True)
+class Tile:
+    """What one program holds on chip; kernels/tile.py says how it lies in memory."""
+
+    channels_last: bool
+    vec: int
+    span: int
+    group_channels: int
+    groups: int  # whole groups side by side; above 1 only channels-last
+    group_slots: int  # the next power of two
+    rows: int  # one sub-tile is [rows, cols], both powers of two
+    cols: int
+    channel_tiles: int  # how many sub-tiles
+    pixel_tiles: int
+    mask_rows: bool  # do the sub-tiles stick out of the tensor?
+    mask_cols: bool
+
+    @property
+    def elements(self) -> int:
+        return self.rows * self.cols * self.channel_tiles * self.pixel_tiles
+
+
+@dataclass(frozen=True)
+class Config:
+    """The decision. ``chunks`` and ``chunk_vecs``: into how many parts, how long each (vectors when
+    contiguous, pixels when channels-last), split cuts the pixels of a group; resident has one."""
+
+    strategy: str  # "resident" or "split"
+    tile: Tile
+    num_warps: int
+    chunks: int
+    chunk_vecs: int
+
+    @property
+    def slots(self) -> int:
+        """Programs that share a group."""
+        tile = self.tile
+        if tile.channels_last:
+            channels, per_program = tile.groups * tile.group_channels, tile.cols
+        else:
+            channels, per_program = tile.group_channels // tile.span, tile.rows
+        return self.chunks * -(-channels // (per_program * tile.channel_tiles))
+
+    def programs(self, problem: Problem) -> int:
+        return problem.n * -(-problem.groups // self.tile.groups) * self.slots

@@ -1,0 +1,131 @@
+"""Candidate plans: which sub-tiles cover a problem, and with how little waste."""
+
+import math
+from collections.abc import Iterator
+
+from .problem import Config, Problem, Tile
+
+MAX_SUB_TILES = 16  # unrolled in the kernel: more is slow to compile
+MAX_SLOTS = 4096  # partials of all groups of a program of split, which it merges by itself
+_MAX_BLOCK_CHANNELS = 256  # of several groups side by side: they are summed up by selection
+_LINE_BYTES = 128
+_STRETCH_BYTES = {"forward": 32768, "backward": 16384}  # that a program of split holds in float32
+_MAX_STRETCHES = 16  # per chunk: shorter chunks even out when programs end
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def make_tile(
+    problem: Problem, groups: int, rows: int, cols: int, channel_tiles: int, pixel_tiles: int
+) -> Tile:
+    """A tile with its derived fields; ``pixel_tiles`` sub-tiles are what one step covers."""
+    vec, span = problem.vec, problem.span
+    if problem.channels_last:
+        block = groups * problem.group_channels
+        mask_rows = problem.pixels % (rows * pixel_tiles) != 0
+        mask_cols = block % (cols * channel_tiles) != 0 or problem.channels % block != 0
+    else:
+        mask_rows = problem.group_channels // span % (rows * channel_tiles) != 0
+        mask_cols = problem.row_vecs * vec % (cols * pixel_tiles) != 0
+    return Tile(
+        problem.channels_last, vec, span, problem.group_channels, groups, next_power_of_2(groups),
+        rows, cols, channel_tiles, pixel_tiles, mask_rows, mask_cols,
+    )  # fmt: skip
+
+
+def block_extent(problem: Problem, groups: int) -> tuple[int, int]:
+    """Memory rows and columns of a block of whole groups of one sample."""
+    if problem.channels_last:
+        return problem.pixels, groups * problem.group_channels
+    return problem.group_channels // problem.span, problem.row_vecs * problem.vec
+
+
+def group_counts(problem: Problem) -> Iterator[int]:
+    """How many whole groups may lie side by side in a block.
+
+    Contiguous groups are stretches of memory of their own: one. Channels-last, blocks that start on
+    a vector, so that accesses stay wide, narrow enough to be summed up by selection; one group
+    alone may be of any width.
+    """
+    yield 1
+    if problem.channels_last:
+        for groups in range(2, problem.groups + 1):
+            width = groups * problem.group_channels
+            if next_power_of_2(width) > _MAX_BLOCK_CHANNELS:
+                return
+            if width % problem.vec == 0 or groups == problem.groups:
+                yield groups
+
+
+def sub_tiles(
+    problem: Problem, groups: int, elements: int
+) -> Iterator[tuple[int, int]]:
+    """Shapes [rows, cols] of sub-tiles of at most ``elements`` that read whole lines."""
+    block_rows, block_cols = block_extent(problem, groups)
+    widest = next_power_of_2(block_cols)
+    cols = widest
+    if problem.channels_last and groups > 1:
+        narrowest = widest  # group sums of one sub-tile must see all channels
+    else:
+        narrowest = min(widest, _LINE_BYTES // problem.itemsize)
+    while cols >= narrowest:
+        if cols <= elements:
+            yield min(elements // cols, next_power_of_2(block_rows)), cols
+        cols //= 2
+
+
+def resident_configs(problem: Problem, num_warps: int, warp_size: int) -> Iterator[Config]:
+    """Every way to hold a block of whole groups in ``num_warps`` warps, one to four vectors a
+    thread and sub-tile."""
+    vector = num_warps * warp_size * problem.vec
+    for groups in group_counts(problem):
+        block_rows, block_cols = block_extent(problem, groups)
+        for elements in (vector, 2 * vector, 4 * vector):
+            for rows, cols in sub_tiles(problem, groups, elements):
+                row_tiles, col_tiles = math.ceil(block_rows / rows), math.ceil(block_cols / cols)
+                if row_tiles * col_tiles > MAX_SUB_TILES:
+                    continue
+                tiles = (col_tiles, row_tiles) if problem.channels_last else (row_tiles, col_tiles)
+                tile = make_tile(problem, groups, rows, cols, *tiles)
+                extent = problem.pixels if problem.channels_last else problem.row_vecs
+                yield Config("resident", tile, num_warps, 1, extent)
+
+
+def split_configs(problem: Problem, num_warps: int, warp_size: int, programs: int) -> Iterator[Config]:
+    """Ways to share each group among programs, about ``programs`` in all.
+
+    A program takes one sub-tile's worth of channels and walks along the pixels in stretches of
+    ``pixel_tiles`` sub-tiles, which it holds on chip.
+    """
+    vector = num_warps * warp_size * problem.vec
+    stretch = _STRETCH_BYTES[problem.direction] // max(problem.itemsize, 4)
+    for groups in group_counts(problem):
+        block_rows, block_cols = block_extent(problem, groups)
+        for elements in (vector, 2 * vector):
+            for rows, cols in sub_tiles(problem, groups, elements):
+                channels, per_part, pixels, per_tile = (
+                    (block_cols, cols, block_rows, rows)
+                    if problem.channels_last
+                    else (block_rows, rows, block_cols, cols)
+                )
+                parts = math.ceil(channels / per_part)
+                pixel_tiles = max(1, stretch // (rows * cols))
+                pixel_tiles = min(pixel_tiles, math.ceil(pixels / per_tile))
+                tile = make_tile(problem, groups, rows, cols, 1, pixel_tiles)
+                stretches = math.ceil(pixels / (per_tile * pixel_tiles))
+                blocks = problem.n * math.ceil(problem.groups / groups) * parts
+                most = max(1, MAX_SLOTS // tile.group_slots // parts)
+                chunks = max(math.ceil(programs / blocks), math.ceil(stretches / _MAX_STRETCHES))
+                yield make_split(problem, tile, num_warps, min(chunks, stretches, most))
+
+
+def make_split(problem: Problem, tile: Tile, num_warps: int, chunks: int) -> Config:
+    """A split plan of at most ``chunks`` chunks of whole stretches, none of them empty."""
+    if problem.channels_last:
+        length, step = problem.pixels, tile.rows * tile.pixel_tiles
+    else:
+        length, step = problem.row_vecs, tile.cols * tile.pixel_tiles // tile.vec
+    chunk_vecs = math.ceil(math.ceil(length / step) / chunks) * step
+    return Config("split", tile, num_warps, math.ceil(length / chunk_vecs), chunk_vecs)
