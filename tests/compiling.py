@@ -3,7 +3,6 @@
 import re
 import subprocess
 import tempfile
-from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from triton_gn.ops import launch
-from triton_gn.ops.settings import Settings
+from triton_gn.plan import Device, plan
 
 _TYPES = {
     torch.float16: "*fp16",
@@ -21,7 +20,6 @@ _TYPES = {
     torch.float32: "*fp32",
     torch.float64: "*fp64",
 }
-_PTX_TYPE = {"fp64": 8, "fp32": 4, "fp16": 2, "bf16": 2}
 FORBIDDEN = ("tf32", "sqrt.approx", "rsqrt.approx", "div.full")
 
 
@@ -29,7 +27,7 @@ FORBIDDEN = ("tf32", "sqrt.approx", "rsqrt.approx", "div.full")
 class Compiled:
     name: str
     registers: int
-    spill_bytes: int
+    spills: int  # bytes of stack on NVIDIA, registers on AMD
     shared_bytes: int
     load_bytes: tuple[int, ...]  # of each load from global memory, widest first
     store_bytes: tuple[int, ...]
@@ -37,7 +35,7 @@ class Compiled:
 
 
 def target_of(name: str) -> GPUTarget:
-    """"sm_90" or "gfx942"."""
+    """ "sm_90" or "gfx942"."""
     if name.startswith("sm_"):
         return GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
     return GPUTarget("hip", name, 64 if name.startswith("gfx9") else 32)
@@ -51,14 +49,16 @@ def launches_of(
     channels_last: bool,
     param_dtype: torch.dtype | None = None,
     affine: tuple[bool, bool] = (True, True),
+    target: str = "sm_90",
     **override: Any,
 ) -> list[launch.Launch]:
-    """The launches of a problem, on tensors without memory."""
+    """The launches of a problem as planned for a GPU of the target, on tensors without memory."""
     x = torch.empty(shape, dtype=dtype, device="meta")
     if channels_last:
         x = torch.empty_like(x.movedim(1, -1).contiguous()).movedim(-1, 1)
-    settings = Settings(plan_override=tuple(sorted(override.items())))
-    problem, config = launch.plan_for(direction, x, num_groups, channels_last, settings)
+    problem, _ = launch.problem_of(direction, x, num_groups, channels_last)
+    device = Device("AMD Instinct MI300X", 304, 4 * 2**20, 64) if "gfx" in target else Device()
+    config = plan(problem, device, override=tuple(sorted(override.items())))
     weight, bias = (
         torch.empty(shape[1], dtype=param_dtype or dtype, device="meta") if there else None
         for there in affine
@@ -95,29 +95,43 @@ def _source(one: launch.Launch) -> ASTSource:
     return ASTSource(fn=one.kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
-def _access_bytes(ptx: str, instruction: str) -> tuple[int, ...]:
+_AMD_WIDTHS = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "ushort": 2, "short": 2}
+
+
+def _ptx_accesses(ptx: str, instruction: str) -> tuple[int, ...]:
     sizes = []
     for text in re.findall(rf"{instruction}\.global[.\w:]*", ptx):
-        vector = re.search(r"\.v(\d)", text)
-        bits = re.search(r"\.[bfus](\d+)$", text)
-        sizes.append((int(vector.group(1)) if vector else 1) * int(bits.group(1)) // 8)
+        vector, bits = re.search(r"\.v(\d)", text), _found(r"\.[bfus](\d+)$", text)
+        sizes.append((int(vector.group(1)) if vector else 1) * int(bits) // 8)
     return tuple(sorted(sizes, reverse=True))
 
 
+def _amd_accesses(text: str, instruction: str) -> tuple[int, ...]:
+    widths = re.findall(rf"(?:global|buffer)_{instruction}_([a-z0-9]+)", text)
+    return tuple(sorted((_AMD_WIDTHS.get(width, 0) for width in widths), reverse=True))
+
+
+def _found(pattern: str, text: str) -> str:
+    found = re.search(pattern, text)
+    assert found, f"{pattern} not in: {text[:200]}"
+    return found.group(1)
+
+
 def compile_launch(one: launch.Launch, target: str) -> Compiled:
+    """Compile for "sm_90" or "gfx942", as ``launch.run`` would on such a GPU."""
     compiled = triton.compile(
         _source(one),
         target=target_of(target),
         options=one.options(nvidia=target.startswith("sm_")),
     )
-    name = one.kernel.__name__
+    name, shared = one.kernel.__name__, compiled.metadata.shared
     if target.startswith("gfx"):
         text = compiled.asm["amdgcn"]
-        read = lambda key: int(re.search(rf"{key}:\s+(\d+)", text).group(1))  # noqa: E731
-        return Compiled(
-            name, read(r"\.vgpr_count"), read(r"\.vgpr_spill_count"), compiled.metadata.shared,
-            (), (), (),
-        )  # fmt: skip
+        registers, spills = (
+            int(_found(rf"\.{key}:\s+(\d+)", text)) for key in ("vgpr_count", "vgpr_spill_count")
+        )
+        loads, stores = _amd_accesses(text, "load"), _amd_accesses(text, "store")
+        return Compiled(name, registers, spills, shared, loads, stores, ())
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
@@ -127,9 +141,13 @@ def compile_launch(one: launch.Launch, target: str) -> Compiled:
             text=True,
             check=True,
         ).stdout
-    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     ptx = compiled.asm["ptx"]
     return Compiled(
-        name, registers, stack, compiled.metadata.shared, _access_bytes(ptx, "ld"),
-        _access_bytes(ptx, "st"), tuple(word for word in FORBIDDEN if word in ptx),
-    )  # fmt: skip
+        name,
+        int(_found(r"REG:(\d+)", usage)),
+        int(_found(r"STACK:(\d+)", usage)),
+        shared,
+        _ptx_accesses(ptx, "ld"),
+        _ptx_accesses(ptx, "st"),
+        tuple(word for word in FORBIDDEN if word in ptx),
+    )

@@ -27,9 +27,10 @@ class Explanation:
         chunks = f", {self.config.chunks} chunks a group" if self.config.strategy == "split" else ""
         return (
             f"{self.path} path, {self.problem.direction}: {self.reason}\n"
-            f"{self.config.strategy} on {self.device}: {self.config.programs(self.problem)} programs"
-            f" of {self.config.num_warps} warps, each {tile.channel_tiles * tile.pixel_tiles} "
-            f"sub-tiles of {tile.rows} x {tile.cols}{chunks}"
+            f"{self.config.strategy} on {self.device}: "
+            f"{self.config.programs(self.problem)} programs of {self.config.num_warps} warps, "
+            f"each {tile.channel_tiles * tile.pixel_tiles} sub-tiles of {tile.rows} x {tile.cols}"
+            f"{chunks}"
         )
 
 
@@ -48,9 +49,7 @@ def explain(input: Tensor, num_groups: int, *, direction: str = "forward") -> Ex
     if direction not in ("forward", "backward"):
         raise ValueError(f"explain: direction must be forward or backward; got {direction!r}.")
     if input.numel() == 0:
-        raise ValueError(
-            f"explain: an empty input runs no kernel; got shape {tuple(input.shape)}."
-        )
+        raise ValueError(f"explain: an empty input runs no kernel; got shape {tuple(input.shape)}.")
     current = settings.current()
     x, channels_last = layout.native(input)
     problem, device = launch.problem_of(direction, x, num_groups, channels_last)

@@ -1,5 +1,5 @@
-"""The formulas of docs/math.md in plain PyTorch, one line each: the oracle of the tests and, because
-every line is differentiable, the double backward of the kernels.
+"""The formulas of docs/math.md in plain PyTorch: the oracle of the tests and, because every line is
+differentiable, the double backward of the kernels.
 
 float32 arithmetic for 16-bit inputs, otherwise the input's own.
 """

@@ -1,7 +1,7 @@
 """Count, mean and m2 (sum of squared deviations) of groups, and how they merge.
 
-The mean is a pair, ``mean + mean_lo``: one float32 cannot hold a mean of 1e4 to the precision that a
-deviation of 0.1 asks for. docs/math.md derives the formulas.
+The mean is a pair, ``mean + mean_lo``: one float32 cannot hold a mean of 1e4 to the precision that
+a deviation of 0.1 asks for. docs/math.md derives the formulas.
 """
 
 from typing import NamedTuple
@@ -51,7 +51,7 @@ def window_count(window, groups, TILE: tl.constexpr, dtype: tl.constexpr):
 
 @triton.jit
 def window_moments(xs, window, groups, TILE: tl.constexpr, dtype: tl.constexpr):
-    """Moments of the window's elements, which ``xs`` holds as sub-tiles: two sums over registers."""
+    """Moments of the window's elements, which ``xs`` holds as sub-tiles."""
     count = window_count(window, groups, TILE, dtype)
     n = tl.maximum(count, 1.0)
     total = tl.zeros([TILE.rows, TILE.cols], dtype)

@@ -36,9 +36,7 @@ def store_dz_sums(
 
 
 @triton.jit
-def sum_rows(
-    partial_ptr, total_ptr, block, rows, channels, ROWS: tl.constexpr, COLS: tl.constexpr
-):
+def sum_rows(partial_ptr, total_ptr, block, rows, channels, ROWS: tl.constexpr, COLS: tl.constexpr):
     """One program per ``COLS`` channels: ``partial`` (rows, channels) to ``total`` (channels,)."""
     cols = block * COLS + tl.arange(0, COLS)
     acc = tl.zeros([ROWS, COLS], partial_ptr.dtype.element_ty)

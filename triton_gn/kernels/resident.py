@@ -11,7 +11,7 @@ from .tile import group_count, load_tiles, over_groups, whole_window
 
 @triton.jit
 def group_norm_forward_resident_kernel(
-    x_ptr, weight_ptr, bias_ptr, y_ptr, stats_ptr, groups, pixels, row_vecs, eps: "fp64",
+    x_ptr, weight_ptr, bias_ptr, y_ptr, stats_ptr, groups, pixels, row_vecs, eps: tl.float64,
     TILE: tl.constexpr,
 ):  # fmt: skip
     """One program per ``TILE.groups`` groups of a sample.
@@ -57,6 +57,4 @@ def group_norm_backward_resident_kernel(
         count = group_count(pixels, TILE, dtype)
         dx_hat_mean = over_groups(divide(dx_hat_sum, count), TILE)
         dx_hat_x_hat_mean = over_groups(divide(dx_hat_x_hat_sum, count), TILE)
-        write_dx(
-            dys, xs, stats, dx_hat_mean, dx_hat_x_hat_mean, weight_ptr, dx_ptr, window, TILE
-        )
+        write_dx(dys, xs, stats, dx_hat_mean, dx_hat_x_hat_mean, weight_ptr, dx_ptr, window, TILE)

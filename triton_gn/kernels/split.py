@@ -32,11 +32,32 @@ from .tile import (
 
 
 @triton.jit
-def _slots(window, groups, slots, SLOTS: tl.constexpr, TILE: tl.constexpr):
-    """Indices and mask ``[group_slots, SLOTS]`` of all partials of the window's groups."""
+def _slots(window, groups, first, slots, SLOTS: tl.constexpr, TILE: tl.constexpr):
+    """Indices and mask ``[group_slots, SLOTS]`` of partials ``first`` onwards of the groups."""
     group, mask = groups_of(window, groups, TILE)
-    slot = tl.arange(0, SLOTS)[None, :]
+    slot = first + tl.arange(0, SLOTS)[None, :]
     return group[:, None] * slots + slot, mask[:, None] & (slot < slots)
+
+
+@triton.jit
+def _merged_moments(
+    partials_ptr, window, groups, slots, dtype: tl.constexpr, SLOTS: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """Moments of the window's groups, from all their partials."""
+    none = tl.zeros([TILE.group_slots], dtype)
+    count, mean, mean_lo, m2 = none, none, none, none
+    for first in range(0, slots, SLOTS):
+        index, mask = _slots(window, groups, first, slots, SLOTS, TILE)
+        parts = Moments(
+            tl.load(partials_ptr + index * 4, mask=mask, other=0.0),
+            tl.load(partials_ptr + index * 4 + 1, mask=mask, other=0.0),
+            tl.load(partials_ptr + index * 4 + 2, mask=mask, other=0.0),
+            tl.load(partials_ptr + index * 4 + 3, mask=mask, other=0.0),
+        )
+        merged = combine(Moments(count, mean, mean_lo, m2), combine_all(parts))
+        count, mean, mean_lo, m2 = merged.count, merged.mean, merged.mean_lo, merged.m2
+    return Moments(count, mean, mean_lo, m2)
 
 
 @triton.jit
@@ -69,25 +90,18 @@ def group_norm_forward_split_moments_kernel(
 @triton.jit
 def group_norm_forward_split_apply_kernel(
     x_ptr, weight_ptr, bias_ptr, partials_ptr, y_ptr, stats_ptr, groups, pixels, row_vecs, chunks,
-    chunk_vecs, slots, eps: "fp64", SLOTS: tl.constexpr, TILE: tl.constexpr,
+    chunk_vecs, slots, eps: tl.float64, SLOTS: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One program per chunk of ``TILE.groups`` groups of a sample.
 
     Reads x once, weight and bias (C,) unless None, and the partials of its groups; writes y once
     and stats (N, G, 3) unless None.
     """
+    dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     # backwards, to meet what the first launch read last while L2 still holds it
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
     window = window_of(pid, groups, pixels, row_vecs, chunks, chunk_vecs, TILE)
-    index, mask = _slots(window, groups, slots, SLOTS, TILE)
-    moments = combine_all(
-        Moments(
-            tl.load(partials_ptr + index * 4, mask=mask, other=0.0),
-            tl.load(partials_ptr + index * 4 + 1, mask=mask, other=0.0),
-            tl.load(partials_ptr + index * 4 + 2, mask=mask, other=0.0),
-            tl.load(partials_ptr + index * 4 + 3, mask=mask, other=0.0),
-        )
-    )
+    moments = _merged_moments(partials_ptr, window, groups, slots, dtype, SLOTS, TILE)
     rstd = rstd_of(moments, eps)
     if stats_ptr is not None:
         if window.slot == 0:
@@ -147,19 +161,22 @@ def group_norm_backward_split_apply_kernel(
         pid = apply_programs - 1 - tl.program_id(0)
         window = window_of(pid, groups, pixels, row_vecs, chunks, chunk_vecs, TILE)
         stats = load_stats(stats_ptr, window, groups, TILE)
-        index, mask = _slots(window, groups, slots, SLOTS, TILE)
+        dx_hat_sum = tl.zeros([TILE.group_slots], dtype)
+        dx_hat_x_hat_sum = tl.zeros([TILE.group_slots], dtype)
+        for first in range(0, slots, SLOTS):
+            index, mask = _slots(window, groups, first, slots, SLOTS, TILE)
+            first_sums = tl.load(partials_ptr + index * 2, mask=mask, other=0.0)
+            second_sums = tl.load(partials_ptr + index * 2 + 1, mask=mask, other=0.0)
+            dx_hat_sum += tl.sum(first_sums, axis=1)
+            dx_hat_x_hat_sum += tl.sum(second_sums, axis=1)
         count = group_count(pixels, TILE, dtype)
-        first = tl.sum(tl.load(partials_ptr + index * 2, mask=mask, other=0.0), axis=1)
-        second = tl.sum(tl.load(partials_ptr + index * 2 + 1, mask=mask, other=0.0), axis=1)
-        dx_hat_mean = over_groups(divide(first, count), TILE)
-        dx_hat_x_hat_mean = over_groups(divide(second, count), TILE)
+        dx_hat_mean = over_groups(divide(dx_hat_sum, count), TILE)
+        dx_hat_x_hat_mean = over_groups(divide(dx_hat_x_hat_sum, count), TILE)
         for step in range(0, steps_of(window, TILE)):
             part = step_of(window, step, TILE)
             xs = load_tiles(x_ptr, part, TILE)
             dys = load_tiles(dy_ptr, part, TILE)
-            write_dx(
-                dys, xs, stats, dx_hat_mean, dx_hat_x_hat_mean, weight_ptr, dx_ptr, part, TILE
-            )
+            write_dx(dys, xs, stats, dx_hat_mean, dx_hat_x_hat_mean, weight_ptr, dx_ptr, part, TILE)
     else:
         sum_params(
             dbias_partial_ptr, dweight_partial_ptr, dbias_ptr, dweight_ptr,

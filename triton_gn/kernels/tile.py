@@ -101,9 +101,7 @@ def window_of(pid, groups, pixels, row_vecs, chunks, chunk_vecs, TILE: tl.conste
         offset = (row * row_vecs + first_vec) * TILE.vec
         pixel = first_vec * TILE.vec
     slot = part * chunks + chunk
-    return Window(
-        offset, rows, cols, row_vecs, pixels, pixel, sample, group, channel, slot, chunk
-    )
+    return Window(offset, rows, cols, row_vecs, pixels, pixel, sample, group, channel, slot, chunk)
 
 
 @triton.jit

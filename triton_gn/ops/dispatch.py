@@ -70,7 +70,7 @@ def is_plain(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | N
         and x.is_contiguous()
         and x.numel() not in (0, num_groups)
         and (weight is None) is (bias is None)
-        and (weight is None or weight.dtype is x.dtype is bias.dtype)
+        and (weight is None or bias is None or weight.dtype is x.dtype is bias.dtype)
     )
 
 
@@ -84,8 +84,4 @@ def group_norm(
     # PyTorch's autocast runs group_norm in float32 on the GPU; the kernels read x as it is
     autocast = x.is_cuda and torch.is_autocast_enabled("cuda") and x.dtype is not torch.float64
     y_dtype = torch.float32 if autocast else x.dtype
-    operands = (x, weight, bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
-        return autograd.GroupNormFunction.apply(*operands, num_groups, eps, y_dtype, current)
-    y, _ = autograd.forward(*operands, num_groups, eps, y_dtype, current, with_stats=False)
-    return y
+    return autograd.group_norm(x, weight, bias, num_groups, eps, y_dtype, current)

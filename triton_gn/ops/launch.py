@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from triton_gn.ops.settings import Settings
-from triton_gn.plan import Config, Device, Problem, Tile, next_power_of_2, plan
+from triton_gn.plan import Config, Device, Problem, Tile, next_power_of_2, plan, slots_at_a_time
 
 _PARAM_COLS = 32  # channels per program that sums parameter gradients up: one 128-byte line
 _PARAM_ROWS = 64
@@ -132,9 +132,7 @@ def forward_launches(
         Launch(
             split.group_norm_forward_split_apply_kernel,
             programs,
-            operands
-            | sizes
-            | {"partials_ptr": partials, "SLOTS": next_power_of_2(config.slots)},
+            operands | sizes | {"partials_ptr": partials, "SLOTS": slots_at_a_time(config)},
             config.num_warps,
         ),
     ]
@@ -198,7 +196,7 @@ def backward_launches(
         | params
         | {
             "partials_ptr": partials, "dx_ptr": dx, "samples": problem.n,
-            "apply_programs": programs, "SLOTS": next_power_of_2(config.slots),
+            "apply_programs": programs, "SLOTS": slots_at_a_time(config),
         },
         config.num_warps,
     )  # fmt: skip

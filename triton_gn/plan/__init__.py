@@ -1,12 +1,12 @@
 """Decisions: which strategy, which tile, how many warps. Imports neither torch nor triton."""
 
-from .limits import capacity, fits
+from .limits import fits, register_limit, registers
 from .model import estimated_us
 from .planner import ALWAYS_RESIDENT, OVERRIDES, plan, rivals
 from .problem import Config, Device, Problem, Tile
-from .tiles import next_power_of_2
+from .tiles import next_power_of_2, slots_at_a_time
 
 __all__ = [
-    "ALWAYS_RESIDENT", "OVERRIDES", "Config", "Device", "Problem", "Tile", "capacity",
-    "estimated_us", "fits", "next_power_of_2", "plan", "rivals",
+    "ALWAYS_RESIDENT", "OVERRIDES", "Config", "Device", "Problem", "Tile", "estimated_us",
+    "fits", "next_power_of_2", "plan", "register_limit", "registers", "rivals", "slots_at_a_time",
 ]  # fmt: skip

@@ -1,22 +1,33 @@
 """What can run at all: the bounds that every plan is checked against, from whatever source."""
 
 from .problem import Config, Problem
-from .tiles import MAX_SLOTS, MAX_SUB_TILES, block_extent
+from .tiles import MAX_SUB_TILES, block_extent
 
-# elements per program, padding included, that compile for sm_80 and sm_90 without a spill
-# (docs/measured.md); float64 takes twice the registers
-_CAPACITY = {
-    ("forward", False): 49152,
-    ("forward", True): 32768,
-    ("backward", False): 24576,
-    ("backward", True): 24576,
+# registers a thread that sub-tiles and accumulators may take, by direction and channels-last: with
+# more, some kernel spills on sm_80, sm_90 or sm_100 (docs/measured.md)
+_REGISTERS = {
+    ("forward", False): 208,
+    ("forward", True): 144,
+    ("backward", False): 168,
+    ("backward", True): 176,
 }
+_FEWER_REGISTERS = 112  # where each element has an address, or each of a row's channels a mask
 
 
-def capacity(problem: Problem) -> int:
-    """Most elements that a program may hold on chip."""
-    elements = _CAPACITY[problem.direction, problem.channels_last]
-    return elements // 2 if problem.itemsize == 8 else elements
+def registers(problem: Problem, config: Config) -> int:
+    """What the sub-tiles and accumulators of a program take of each thread's 255 registers."""
+    tensors = 1 if problem.direction == "forward" else 2
+    sub_tile = config.tile.rows * config.tile.cols
+    words = max(problem.itemsize, 4) // 4
+    return words * (tensors * config.tile.elements + 2 * sub_tile) // (32 * config.num_warps)
+
+
+def register_limit(problem: Problem, groups: int) -> int:
+    """The most that ``registers`` may be for blocks of ``groups`` whole groups."""
+    one_by_one = problem.access_bytes(groups) == problem.itemsize < 8
+    if one_by_one or problem.span > 1:
+        return _FEWER_REGISTERS
+    return _REGISTERS[problem.direction, problem.channels_last]
 
 
 def fits(problem: Problem, config: Config) -> str | None:
@@ -42,13 +53,12 @@ def fits(problem: Problem, config: Config) -> str | None:
             f"a program holds at most {MAX_SUB_TILES} sub-tiles; "
             f"got {tile.channel_tiles * tile.pixel_tiles}"
         )
-    if tile.elements > capacity(problem):
-        return f"a program holds at most {capacity(problem)} elements; got {tile.elements}"
+    needed, limit = registers(problem, config), register_limit(problem, tile.groups)
+    if needed > limit:
+        return (
+            f"{tile.elements} elements in {config.num_warps} warps take {needed} registers a "
+            f"thread; at most {limit} are free"
+        )
     if min(tile.rows, rows) * problem.row_vecs * tile.vec >= 2**31 and tile.rows > 1:
         return f"a sub-tile must lie within 2**31 elements; {tile.rows} rows do not"
-    if config.slots * tile.group_slots > MAX_SLOTS:
-        return (
-            f"at most {MAX_SLOTS} partials are merged by one program; "
-            f"got {config.slots} for each of {tile.group_slots} groups"
-        )
     return None

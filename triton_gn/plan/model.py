@@ -24,8 +24,8 @@ def estimated_us(problem: Problem, config: Config, device: Device) -> float:
     tile = config.tile
     if problem.channels_last and tile.groups < problem.groups:
         width = tile.groups * tile.group_channels * problem.itemsize
-        traffic *= max(1.0, _DRAM_ACCESS_BYTES / width) ** 0.5
-    traffic *= (ACCESS_BYTES / access_bytes(problem, config)) ** 0.5
+        traffic *= math.sqrt(max(1.0, _DRAM_ACCESS_BYTES / width))
+    traffic *= math.sqrt(ACCESS_BYTES / problem.access_bytes(tile.groups))
     bandwidth = _DRAM_BYTES_PER_US * device.multiprocessors / Device().multiprocessors
     whole_gpu = traffic / bandwidth
     # the busiest multiprocessor: how many programs it runs, at what it can draw by itself
@@ -34,14 +34,6 @@ def estimated_us(problem: Problem, config: Config, device: Device) -> float:
     share = traffic / config.programs(problem) * padding
     busiest = waves * share / (bandwidth / device.multiprocessors * _SOLO_SPEEDUP)
     return launches * _LAUNCH_US + max(whole_gpu, busiest)
-
-
-def access_bytes(problem: Problem, config: Config) -> int:
-    """The widest access that the alignment of the program's blocks allows."""
-    elements = problem.vec
-    if problem.channels_last:
-        elements = math.gcd(elements, config.tile.groups * problem.group_channels)
-    return elements * problem.itemsize
 
 
 def held_elements(problem: Problem, config: Config) -> float:

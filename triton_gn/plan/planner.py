@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from .limits import capacity, fits
-from .model import access_bytes, estimated_us
+from .limits import fits
+from .model import estimated_us
 from .problem import Config, Device, Problem
 from .tiles import block_extent, make_split, make_tile, resident_configs, split_configs
 
@@ -15,6 +15,7 @@ STRATEGIES = ("resident", "split")
 OVERRIDES = ("strategy", "groups", "rows", "cols", "num_warps", "chunks")
 ALWAYS_RESIDENT = 8192  # elements of a group: a second launch costs more than idle multiprocessors
 _ELEMENTS_PER_THREAD = 32
+_FEW_SUB_TILES = 8  # up to here small ones are better: their accumulators take fewer registers
 _MAX_WARPS = 8  # 16 halve the registers of a thread: large tiles spill
 _SPLIT_WARPS = 4
 _SPLIT_PROGRAMS_PER_MULTIPROCESSOR = 8
@@ -64,7 +65,8 @@ def rivals(problem: Problem, device: Device) -> dict[str, float]:
 
 
 def _best(strategy: str, problem: Problem, device: Device, groups: int | None) -> Config | None:
-    """The fastest plan of a strategy by the model; of equals, the one with the fewest sub-tiles."""
+    """The fastest plan of a strategy by the model, among those with the widest accesses; of equals,
+    the one with the least code."""
     candidates = [
         config
         for config in _candidates(strategy, problem, device)
@@ -72,13 +74,14 @@ def _best(strategy: str, problem: Problem, device: Device, groups: int | None) -
     ]
     if not candidates:
         return None
+    widest = max(problem.access_bytes(config.tile.groups) for config in candidates)
     return min(
-        candidates,
+        (config for config in candidates if problem.access_bytes(config.tile.groups) == widest),
         key=lambda config: (
             round(estimated_us(problem, config, device), 1),
-            -access_bytes(problem, config),
-            config.tile.channel_tiles * config.tile.pixel_tiles,
+            max(_FEW_SUB_TILES, config.tile.channel_tiles * config.tile.pixel_tiles),
             config.tile.elements,
+            config.tile.rows * config.tile.cols,
             config.num_warps,
         ),
     )
@@ -134,7 +137,7 @@ def _overridden(problem: Problem, config: Config, fixed: dict[str, Any]) -> Conf
 def _no_plan(problem: Problem, strategies: tuple[str, ...], groups: int | None) -> str:
     which = "any number of" if groups is None else f"{groups}"
     return (
-        f"plan_override: a {' or '.join(strategies)} program can hold at most {capacity(problem)} "
-        f"elements with padding; {which} whole groups of {problem.group_elements} do not fit. "
+        f"plan_override: no {' or '.join(strategies)} program can hold {which} whole groups of "
+        f"{problem.group_elements} elements in its registers. "
         "Leave strategy and groups to the rule."
     )

@@ -38,8 +38,20 @@ class Problem:
     @property
     def vec(self) -> int:
         """Elements per memory access: as wide as the alignment of every group allows."""
-        unit = self.channels if self.channels_last else self.group_elements
+        if self.channels_last:
+            unit = self.channels
+        elif self.itemsize < 8:
+            unit = self.group_elements
+        else:
+            unit = self.pixels  # a span would take more registers than float64 leaves
         return math.gcd(unit, ACCESS_BYTES // self.itemsize)
+
+    def access_bytes(self, groups: int) -> int:
+        """The widest access that blocks of ``groups`` whole groups allow."""
+        elements = self.vec
+        if self.channels_last:
+            elements = math.gcd(elements, groups * self.group_channels)
+        return elements * self.itemsize
 
     @property
     def span(self) -> int:

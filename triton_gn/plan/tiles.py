@@ -6,9 +6,10 @@ from collections.abc import Iterator
 from .problem import Config, Problem, Tile
 
 MAX_SUB_TILES = 16  # unrolled in the kernel: more is slow to compile
-MAX_SLOTS = 4096  # partials of all groups of a program of split, which it merges by itself
+MAX_SLOTS = 1024  # partials, of all groups of a program, that split merges at a time
 _MAX_BLOCK_CHANNELS = 256  # of several groups side by side: they are summed up by selection
 _LINE_BYTES = 128
+_PER_THREAD = (4, 8, 16, 32)  # elements of a sub-tile
 _STRETCH_BYTES = {"forward": 32768, "backward": 16384}  # that a program of split holds in float32
 _MAX_STRETCHES = 16  # per chunk: shorter chunks even out when programs end
 
@@ -59,66 +60,71 @@ def group_counts(problem: Problem) -> Iterator[int]:
                 yield groups
 
 
-def sub_tiles(
-    problem: Problem, groups: int, elements: int
-) -> Iterator[tuple[int, int]]:
-    """Shapes [rows, cols] of sub-tiles of at most ``elements`` that read whole lines."""
+def sub_tiles(problem: Problem, groups: int, threads: int) -> Iterator[tuple[int, int]]:
+    """Shapes [rows, cols] of sub-tiles that read whole lines, whole vectors a thread.
+
+    A small block is padded up to one vector a thread: idle lanes cost less than narrow accesses.
+    """
     block_rows, block_cols = block_extent(problem, groups)
     widest = next_power_of_2(block_cols)
-    cols = widest
-    if problem.channels_last and groups > 1:
-        narrowest = widest  # group sums of one sub-tile must see all channels
-    else:
-        narrowest = min(widest, _LINE_BYTES // problem.itemsize)
-    while cols >= narrowest:
-        if cols <= elements:
-            yield min(elements // cols, next_power_of_2(block_rows)), cols
-        cols //= 2
+    narrowest = min(widest, _LINE_BYTES // problem.itemsize)
+    if groups > 1:
+        narrowest = widest  # one sub-tile must see all channels to sum groups up
+    for per_thread in _PER_THREAD:
+        if per_thread < problem.vec:
+            continue
+        cols = min(widest, threads * per_thread)
+        while cols >= narrowest:
+            rows = threads * per_thread // cols
+            yield max(min(rows, next_power_of_2(block_rows)), threads * problem.vec // cols), cols
+            cols //= 2
 
 
 def resident_configs(problem: Problem, num_warps: int, warp_size: int) -> Iterator[Config]:
-    """Every way to hold a block of whole groups in ``num_warps`` warps, one to four vectors a
-    thread and sub-tile."""
-    vector = num_warps * warp_size * problem.vec
+    """Every way to hold a block of whole groups in ``num_warps`` warps."""
     for groups in group_counts(problem):
         block_rows, block_cols = block_extent(problem, groups)
-        for elements in (vector, 2 * vector, 4 * vector):
-            for rows, cols in sub_tiles(problem, groups, elements):
-                row_tiles, col_tiles = math.ceil(block_rows / rows), math.ceil(block_cols / cols)
-                if row_tiles * col_tiles > MAX_SUB_TILES:
-                    continue
-                tiles = (col_tiles, row_tiles) if problem.channels_last else (row_tiles, col_tiles)
-                tile = make_tile(problem, groups, rows, cols, *tiles)
-                extent = problem.pixels if problem.channels_last else problem.row_vecs
-                yield Config("resident", tile, num_warps, 1, extent)
+        for rows, cols in sub_tiles(problem, groups, num_warps * warp_size):
+            row_tiles, col_tiles = math.ceil(block_rows / rows), math.ceil(block_cols / cols)
+            tiles = (col_tiles, row_tiles) if problem.channels_last else (row_tiles, col_tiles)
+            tile = make_tile(problem, groups, rows, cols, *tiles)
+            extent = problem.pixels if problem.channels_last else problem.row_vecs
+            yield Config("resident", tile, num_warps, 1, extent)
 
 
-def split_configs(problem: Problem, num_warps: int, warp_size: int, programs: int) -> Iterator[Config]:
+def split_configs(
+    problem: Problem, num_warps: int, warp_size: int, programs: int
+) -> Iterator[Config]:
     """Ways to share each group among programs, about ``programs`` in all.
 
     A program takes one sub-tile's worth of channels and walks along the pixels in stretches of
     ``pixel_tiles`` sub-tiles, which it holds on chip.
     """
-    vector = num_warps * warp_size * problem.vec
-    stretch = _STRETCH_BYTES[problem.direction] // max(problem.itemsize, 4)
+    held = _STRETCH_BYTES[problem.direction] // max(problem.itemsize, 4) // problem.span
     for groups in group_counts(problem):
         block_rows, block_cols = block_extent(problem, groups)
-        for elements in (vector, 2 * vector):
-            for rows, cols in sub_tiles(problem, groups, elements):
-                channels, per_part, pixels, per_tile = (
-                    (block_cols, cols, block_rows, rows)
-                    if problem.channels_last
-                    else (block_rows, rows, block_cols, cols)
-                )
-                parts = math.ceil(channels / per_part)
-                pixel_tiles = max(1, stretch // (rows * cols))
-                pixel_tiles = min(pixel_tiles, math.ceil(pixels / per_tile))
-                tile = make_tile(problem, groups, rows, cols, 1, pixel_tiles)
-                stretches = math.ceil(pixels / (per_tile * pixel_tiles))
-                blocks = problem.n * math.ceil(problem.groups / groups) * parts
-                most = max(1, MAX_SLOTS // tile.group_slots // parts)
-                chunks = max(math.ceil(programs / blocks), math.ceil(stretches / _MAX_STRETCHES))
-                yield make_split(problem, tile, num_warps, min(chunks, stretches, most))
+        one_by_one = problem.access_bytes(groups) == problem.itemsize
+        stretch = held // 2 if one_by_one else held
+        for rows, cols in sub_tiles(problem, groups, num_warps * warp_size):
+            channels, per_part, pixels, per_tile = (
+                (block_cols, cols, block_rows, rows)
+                if problem.channels_last
+                else (block_rows, rows, block_cols, cols)
+            )
+            parts = math.ceil(channels / per_part)
+            pixel_tiles = max(1, stretch // (rows * cols))
+            pixel_tiles = min(pixel_tiles, math.ceil(pixels / per_tile))
+            tile = make_tile(problem, groups, rows, cols, 1, pixel_tiles)
+            stretches = math.ceil(pixels / (per_tile * pixel_tiles))
+            blocks = problem.n * math.ceil(problem.groups / groups) * parts
+            most = max(1, MAX_SLOTS // tile.group_slots // parts)
+            chunks = max(math.ceil(programs / blocks), math.ceil(stretches / _MAX_STRETCHES))
+            yield make_split(problem, tile, num_warps, min(chunks, stretches, most))
+
+
+def slots_at_a_time(config: Config) -> int:
+    """How many partials of each of its groups a program of split merges at a time."""
+    return min(next_power_of_2(config.slots), MAX_SLOTS // config.tile.group_slots)
 
 
 def make_split(problem: Problem, tile: Tile, num_warps: int, chunks: int) -> Config:

@@ -1,0 +1,33 @@
+"""Kernel tests run on the GPU or, under TRITON_INTERPRET=1, in Triton's interpreter."""
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from tests.kernels import interpreter
+from tests.kernels.memory import GuardedMemory
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+collect_ignore_glob = [] if INTERPRETED or torch.cuda.is_available() else ["test_*.py"]
+
+if INTERPRETED:
+    interpreter.round_to_bfloat16()
+    interpreter.patch_language_once()
+
+
+@pytest.fixture(autouse=True)
+def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[GuardedMemory]:
+    """All that the package allocates starts as NaN, between guard zones checked after the test."""
+    guarded = GuardedMemory()
+    monkeypatch.setattr(torch, "empty", guarded.empty)
+    monkeypatch.setattr(torch, "empty_strided", guarded.empty_strided)
+    yield guarded
+    monkeypatch.undo()
+    guarded.check()
+
+
+@pytest.fixture
+def device() -> str:
+    return "cpu" if INTERPRETED else "cuda"

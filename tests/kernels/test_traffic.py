@@ -1,0 +1,67 @@
+"""Bytes that the kernels load and store, counted in the interpreter."""
+
+import os
+
+import pytest
+import torch
+
+import triton_gn
+from tests.kernels.memory import GuardedMemory
+from tests.kernels.oracle import make_case
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("counts in Triton's interpreter", allow_module_level=True)
+
+from tests.kernels.interpreter import Traffic
+
+SHAPES = [((2, 20, 8, 8), 2), ((2, 16, 7, 7), 2), ((1, 30, 5, 3, 2), 3), ((3, 12), 4)]
+
+
+@pytest.mark.parametrize(("strategy", "passes"), [("resident", 1), ("split", 2)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "innermost"])
+@pytest.mark.parametrize(("shape", "num_groups"), SHAPES, ids=str)
+def test_each_tensor_is_read_and_written_once(
+    memory: GuardedMemory,
+    device: str,
+    shape: tuple[int, ...],
+    num_groups: int,
+    channels_last: bool,
+    dtype: torch.dtype,
+    strategy: str,
+    passes: int,
+) -> None:
+    """Resident reads each tensor once; split, which this shows to be counted, twice."""
+    case = make_case(memory, device, shape, num_groups, channels_last=channels_last, dtype=dtype)
+    x, dy = case.x.requires_grad_(), case.dy
+    with triton_gn.plan_override(strategy=strategy), triton_gn.backend("triton"):
+        with Traffic(x=x) as forward:
+            y = triton_gn.group_norm(x, num_groups, case.weight, case.bias)
+        with Traffic(x=x, dy=dy, y=y) as backward:
+            (dx,) = torch.autograd.grad(y, x, dy)
+    written = {"y": y, "dx": dx}
+    assert forward.loaded["x"] == passes * x.nbytes
+    assert backward.loaded["x"] == backward.loaded["dy"] == passes * x.nbytes
+    assert forward.stored["x"] == backward.stored["x"] == backward.stored["dy"] == 0
+    assert backward.loaded["y"] == 0
+    # what is left is y or dx, plus statistics: per group in three numbers, in partials for split
+    for name, traffic in (("y", forward), ("dx", backward)):
+        rest = traffic.stored["other"] - written[name].nbytes
+        if strategy == "resident" and name == "y":
+            itemsize = 8 if dtype is torch.float64 else 4
+            assert rest == 3 * shape[0] * num_groups * itemsize
+        else:
+            assert rest >= 0
+
+
+def test_nothing_is_computed_that_is_not_asked_for(memory: GuardedMemory, device: str) -> None:
+    case = make_case(memory, device, (2, 6, 4, 4), 2)
+    case.weight.requires_grad_()
+    with triton_gn.backend("triton"):
+        y = triton_gn.group_norm(case.x, 2, case.weight, case.bias)
+        with Traffic(x=case.x, dy=case.dy) as traffic:
+            y.backward(case.dy)
+    assert traffic.stored["other"] < case.x.nbytes  # no dx
+    with torch.no_grad(), triton_gn.backend("triton"), Traffic(x=case.x) as traffic:
+        y = triton_gn.group_norm(case.x, 2, case.weight, case.bias)
+    assert traffic.stored["other"] == y.nbytes  # no statistics

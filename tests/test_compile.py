@@ -1,0 +1,104 @@
+"""What the compiler makes of the kernels, for GPUs that need not be present: no spills, 16-byte
+accesses, no approximate arithmetic."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from tests.compiling import Compiled, compile_launch, launches_of
+from triton_gn.ops.launch import Launch
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
+
+# shape, groups, dtype, parameter dtype, channels-last, affine: resident small, odd and as large as
+# it gets in both directions; split, as the rule cuts it
+PROBLEMS = [
+    ((2, 1280, 8, 8), 32, BF16, BF16, False, (True, True)),
+    ((2, 1280, 8, 8), 32, F16, F32, True, (True, True)),
+    ((2, 320, 16, 16), 32, BF16, F32, True, (True, True)),
+    ((2, 320, 16, 16), 32, F32, F32, False, (True, False)),
+    ((8, 256, 7, 7), 32, BF16, BF16, False, (True, True)),
+    ((8, 256, 7, 7), 32, F32, F32, True, (False, True)),
+    ((2, 48, 5, 3, 2), 4, F32, F32, False, (True, True)),
+    ((2, 96, 64, 96), 16, BF16, BF16, False, (True, True)),
+    ((2, 64, 50, 60), 16, F32, F32, False, (False, False)),
+    ((2, 128, 16, 12), 4, BF16, BF16, True, (True, True)),
+    ((2, 96, 28, 28), 16, F64, F64, False, (True, True)),
+    ((32, 1024), 16, BF16, BF16, True, (True, True)),
+    ((1, 128, 512, 512), 32, BF16, F32, False, (True, True)),
+    ((1, 128, 512, 512), 32, F16, F16, True, (True, True)),
+    ((1, 320, 128, 128), 32, F32, F32, True, (True, True)),
+    ((4, 96, 5375), 1, F32, F32, False, (True, True)),
+]
+
+
+def id_of(value: object) -> str:
+    return str(value).replace("torch.", "").replace(" ", "")
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize(
+    ("shape", "num_groups", "dtype", "param_dtype", "channels_last", "affine"), PROBLEMS, ids=id_of
+)
+def test_compiles_to_what_it_should(
+    shape: tuple[int, ...],
+    num_groups: int,
+    dtype: torch.dtype,
+    param_dtype: torch.dtype,
+    channels_last: bool,
+    affine: tuple[bool, bool],
+    direction: str,
+    target: str,
+) -> None:
+    launches = launches_of(
+        direction, shape, num_groups, dtype, channels_last, param_dtype, affine, target
+    )
+    for launch in launches:
+        compiled = compile_launch(launch, target)
+        assert compiled.spills == 0, compiled
+        assert compiled.forbidden == (), compiled
+        if "TILE" in launch.arguments:
+            assert_wide(launch, compiled, dtype, target)
+
+
+def assert_wide(launch: Launch, compiled: Compiled, dtype: torch.dtype, target: str) -> None:
+    """The sub-tiles of each tensor go through 16-byte accesses, all of them."""
+    tile = launch.arguments["TILE"]
+    sub_tiles = tile.channel_tiles.value * tile.pixel_tiles.value
+    nbytes = tile.rows.value * tile.cols.value * sub_tiles * dtype.itemsize
+    warp_size = 64 if target == "gfx942" else 32
+    accesses = max(1, nbytes // (16 * warp_size * launch.num_warps))
+    if target == "gfx942" and accesses > 1:
+        accesses -= 1  # LLVM splits the one load that it moves into a branch of its own
+    loaded = 1 + ("dy_ptr" in launch.arguments)
+    stored = ("y_ptr" in launch.arguments) + ("dx_ptr" in launch.arguments)
+    assert compiled.load_bytes.count(16) >= loaded * accesses, compiled
+    assert compiled.store_bytes.count(16) >= stored * accesses, compiled
+
+
+@pytest.mark.parametrize("strategy", ["resident", "split"])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_all_kernels_are_compiled_above(direction: str, strategy: str) -> None:
+    chosen = set()
+    for shape, num_groups, dtype, _, channels_last, _ in PROBLEMS:
+        for launch in launches_of(direction, shape, num_groups, dtype, channels_last):
+            chosen.add((launch.kernel.__name__.split("_")[3], channels_last))
+    assert {(strategy, False), (strategy, True)} <= chosen
+
+
+def test_a_spill_is_seen() -> None:
+    """The check above can fail: four times the warps' registers do spill."""
+    (launch,) = launches_of("forward", (2, 96, 64, 96), 16, BF16, False, num_warps=32)
+    assert compile_launch(launch, "sm_90").spills > 0
+
+
+def test_a_narrow_access_is_seen() -> None:
+    """Groups of an odd number of elements start anywhere: one element at a time."""
+    launch, *_ = launches_of("forward", (2, 7, 9, 11), 7, BF16, False)
+    compiled = compile_launch(launch, "sm_90")
+    assert max(compiled.load_bytes) < 16
+    with pytest.raises(AssertionError):
+        assert_wide(launch, compiled, BF16, "sm_90")

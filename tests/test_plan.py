@@ -1,0 +1,257 @@
+"""The rule that turns a problem into a plan: no tensors, no GPU."""
+
+import math
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from triton_gn.plan import (
+    ALWAYS_RESIDENT,
+    Config,
+    Device,
+    Problem,
+    capacity,
+    fits,
+    plan,
+    rivals,
+)
+from triton_gn.plan.tiles import block_extent, make_tile
+
+H100 = Device()
+CHANNELS_LAST = Problem("forward", 2, 320, 32, 256, "bfloat16", channels_last=True)
+CONTIGUOUS = replace(CHANNELS_LAST, channels_last=False)
+LARGE = replace(CONTIGUOUS, pixels=2**16)
+# an odd group leaves one element per access, and so the most sub-tiles for the same bytes
+ODD = Problem("forward", 1, 15, 3, 4097, "bfloat16", channels_last=False)
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> Problem:
+    """Any problem, with the sizes that networks use more often than chance would."""
+    groups = draw(st.sampled_from([1, 2, 3, 7, 8, 32]) | st.integers(1, 512))
+    group_channels = draw(st.sampled_from([1, 2, 4, 10, 16, 40]) | st.integers(1, 512))
+    pixels = draw(
+        st.sampled_from([1, 49, 256, 4096, 2**18]) | st.integers(1, 1024) | st.integers(1, 10**8)
+    )
+    return Problem(
+        direction=draw(st.sampled_from(["forward", "backward"])),
+        n=draw(st.sampled_from([1, 2, 64]) | st.integers(1, 10**5)),
+        channels=groups * group_channels,
+        groups=groups,
+        pixels=pixels,
+        dtype=draw(st.sampled_from(["float16", "bfloat16", "float32", "float64"])),
+        channels_last=draw(st.booleans()),
+    )
+
+
+# derandomize: the same examples in every run, so that a failure is a change's and not chance's
+for_any_problem = settings(max_examples=150, deadline=None, derandomize=True)
+
+
+def overridden(problem: Problem, **fields: Any) -> Config:
+    return plan(problem, H100, override=tuple(sorted(fields.items())))
+
+
+@for_any_problem
+@given(problem=problems())
+@example(problem=ODD)
+@example(problem=replace(ODD, channels_last=True))
+@example(problem=replace(ODD, direction="backward", dtype="float64"))
+def test_every_problem_has_a_plan_that_fits(problem: Problem) -> None:
+    config = plan(problem, H100)
+    assert fits(problem, config) is None
+    if problem.group_elements <= ALWAYS_RESIDENT:
+        assert config.strategy == "resident"
+    if problem.group_elements > capacity(problem):
+        assert config.strategy == "split"
+        assert "resident" not in rivals(problem, H100)
+
+
+def assert_covers(extent: int, step: int, steps: int) -> None:
+    """``steps`` steps reach the end of the extent, and the last is not beyond it."""
+    assert (steps - 1) * step < extent <= steps * step
+
+
+@for_any_problem
+@given(problem=problems())
+def test_sub_tiles_and_chunks_cover_the_block_and_none_is_empty(problem: Problem) -> None:
+    config = plan(problem, H100)
+    tile = config.tile
+    rows, cols = block_extent(problem, tile.groups)
+    if problem.channels_last:
+        channels, per_channel_tile, pixels, per_pixel_tile = cols, tile.cols, rows, tile.rows
+    else:
+        channels, per_channel_tile, pixels, per_pixel_tile = rows, tile.rows, cols, tile.cols
+    vecs = problem.pixels if problem.channels_last else problem.row_vecs
+    if config.strategy == "resident":
+        assert_covers(channels, per_channel_tile, tile.channel_tiles)
+        assert_covers(pixels, per_pixel_tile, tile.pixel_tiles)
+        assert (config.chunks, config.chunk_vecs) == (1, vecs)
+        assert config.slots == 1
+    else:
+        assert_covers(vecs, config.chunk_vecs, config.chunks)
+        parts, rest = divmod(config.slots, config.chunks)
+        assert rest == 0
+        assert_covers(channels, per_channel_tile * tile.channel_tiles, parts)
+    blocks = math.ceil(problem.groups / tile.groups)
+    assert config.programs(problem) == problem.n * blocks * config.slots
+
+
+@for_any_problem
+@given(problem=problems())
+def test_masks_are_left_out_only_where_the_sub_tiles_end_with_the_tensor(problem: Problem) -> None:
+    config = plan(problem, H100)
+    tile = config.tile
+    rows, cols = block_extent(problem, tile.groups)
+    row_tiles, col_tiles = tile.channel_tiles, tile.pixel_tiles
+    if problem.channels_last:
+        row_tiles, col_tiles = col_tiles, row_tiles
+    if not tile.mask_rows:
+        assert rows % (tile.rows * row_tiles) == 0
+    if not tile.mask_cols:
+        assert cols % (tile.cols * col_tiles) == 0
+        assert problem.groups % tile.groups == 0 or not problem.channels_last
+
+
+@for_any_problem
+@given(problem=problems(), n=st.integers(1, 10**5))
+def test_batch_invariant_plan_ignores_the_batch(problem: Problem, n: int) -> None:
+    other = replace(problem, n=n)
+    assert plan(problem, H100, batch_invariant=True) == plan(other, H100, batch_invariant=True)
+
+
+def test_batch_size_matters_otherwise() -> None:
+    one, many = replace(LARGE, n=1), replace(LARGE, n=1024)
+    assert plan(one, H100) != plan(many, H100)
+    assert plan(one, H100) == plan(many, H100, batch_invariant=True)
+
+
+def test_equal_problems_share_one_plan() -> None:
+    config = plan(LARGE, H100)
+    assert plan(replace(LARGE), Device()) is config
+    assert {config: "usable as a key"}[replace(config)]
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("channels", [96, 192, 320, 640])
+def test_narrow_groups_lie_side_by_side_for_wide_accesses(
+    direction: str, dtype: str, channels: int
+) -> None:
+    """One group alone is no multiple of 16 bytes wide here: its accesses would be narrower."""
+    problem = Problem(direction, 2, channels, 32, 256, dtype, channels_last=True)
+    assert problem.group_channels * problem.itemsize % 16 != 0
+    assert plan(problem, H100).tile.groups * problem.group_channels * problem.itemsize % 16 == 0
+
+
+@pytest.mark.parametrize("strategy", ["resident", "split"])
+@pytest.mark.parametrize("problem", [CHANNELS_LAST, CONTIGUOUS], ids=["channels-last", "contig"])
+def test_strategy_can_be_overridden(problem: Problem, strategy: str) -> None:
+    assert overridden(problem, strategy=strategy).strategy == strategy
+
+
+@pytest.mark.parametrize("groups", [1, 4, 8])
+def test_groups_can_be_overridden(groups: int) -> None:
+    assert overridden(CHANNELS_LAST, groups=groups).tile.groups == groups
+
+
+@pytest.mark.parametrize("strategy", ["resident", "split"])
+@pytest.mark.parametrize(
+    ("problem", "groups", "rows", "cols"),
+    [
+        (CHANNELS_LAST, 1, 64, 8),
+        (CHANNELS_LAST, 4, 16, 64),
+        (CHANNELS_LAST, 8, 32, 128),
+        (CONTIGUOUS, 1, 1, 256),
+        (CONTIGUOUS, 1, 4, 512),
+    ],
+)
+def test_sub_tile_can_be_overridden(
+    problem: Problem, groups: int, rows: int, cols: int, strategy: str
+) -> None:
+    config = overridden(problem, strategy=strategy, groups=groups, rows=rows, cols=cols)
+    tile = config.tile
+    assert (tile.groups, tile.rows, tile.cols) == (groups, rows, cols)
+
+
+@pytest.mark.parametrize("num_warps", [1, 2, 4, 8, 16, 32])
+def test_num_warps_can_be_overridden(num_warps: int) -> None:
+    assert overridden(CONTIGUOUS, num_warps=num_warps).num_warps == num_warps
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 4])
+def test_chunks_can_be_overridden(chunks: int) -> None:
+    assert overridden(LARGE, strategy="split", chunks=chunks).chunks == chunks
+
+
+def test_more_chunks_than_there_are_stretches_are_not_made() -> None:
+    config = overridden(CONTIGUOUS, strategy="split", chunks=10**6)
+    assert_covers(CONTIGUOUS.row_vecs, config.chunk_vecs, config.chunks)
+
+
+@pytest.mark.parametrize(
+    ("problem", "fields", "message"),
+    [
+        (CONTIGUOUS, {"strategy": "fused"}, "one of resident, split; got 'fused'"),
+        (CONTIGUOUS, {"rows": 3}, "rows must be a power of two; got 3"),
+        (CONTIGUOUS, {"rows": 0}, "rows .*got 0"),
+        (CONTIGUOUS, {"cols": 0}, "cols .*got 0"),
+        (CONTIGUOUS, {"cols": -8}, "cols .*got -8"),
+        (CONTIGUOUS, {"num_warps": 3}, "num_warps must be a power of two up to 32; got 3"),
+        (CONTIGUOUS, {"strategy": "split", "chunks": 0}, "chunks .*got 0"),
+        (CONTIGUOUS, {"strategy": "split", "chunks": -1}, "chunks .*got -1"),
+        (CONTIGUOUS, {"strategy": "resident", "chunks": 2}, "add strategy='split'"),
+        (CONTIGUOUS, {"groups": 2}, "2 whole groups"),
+        (CHANNELS_LAST, {"groups": 33}, "33 whole groups"),
+        (CHANNELS_LAST, {"groups": 4, "cols": 16}, "cols must hold the 40 channels .*got 16"),
+        (
+            replace(LARGE, channels_last=True),
+            {"strategy": "resident"},
+            "a resident program can hold at most 32768 elements .* groups of 655360 do not fit. "
+            "Leave strategy and groups to the rule",
+        ),
+    ],
+)
+def test_overrides_that_cannot_run_are_refused(
+    problem: Problem, fields: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"plan_override: .*{message}"):
+        overridden(problem, **fields)
+
+
+# 2**27 channels: 16 rows of them end beyond 2**31 elements
+WIDE = Problem("forward", 1, 2**27, 2**21, 64, "bfloat16", channels_last=True)
+
+
+@pytest.mark.parametrize(
+    ("problem", "config", "tile", "message"),
+    [
+        (CONTIGUOUS, {"strategy": "fused"}, {}, "resident or split; got 'fused'"),
+        (CONTIGUOUS, {}, {"rows": 3}, "rows must be a power of two; got 3"),
+        (CONTIGUOUS, {}, {"cols": 0}, "cols must be a power of two; got 0"),
+        (CONTIGUOUS, {"num_warps": 64}, {}, "num_warps .* up to 32; got 64"),
+        (CONTIGUOUS, {}, {"groups": 2}, "one group; got groups=2"),
+        (CHANNELS_LAST, {}, {"groups": 0}, "between 1 and 32; got 0"),
+        (CHANNELS_LAST, {}, {"groups": 33}, "between 1 and 32; got 33"),
+        (CHANNELS_LAST, {}, {"groups": 7}, "hold the 70 channels of 7 groups; got 64"),
+        (CONTIGUOUS, {}, {"pixel_tiles": 17}, "at most 16 sub-tiles; got 17"),
+        (CONTIGUOUS, {}, {"rows": 64, "pixel_tiles": 13}, "at most 49152 elements; got 53248"),
+        (CHANNELS_LAST, {}, {"rows": 64, "pixel_tiles": 9}, "at most 32768 elements; got 36864"),
+        (WIDE, {}, {"rows": 16}, r"within 2\*\*31 elements; 16 rows do not"),
+        (LARGE, {"chunks": 4097}, {"rows": 16}, "at most 4096 partials .*got 4097 for each of 1"),
+        (LARGE, {"chunks": 2049}, {}, "at most 4096 partials .*got 4098 for each of 1"),
+    ],
+)
+def test_every_bound_can_fail(
+    problem: Problem, config: dict[str, Any], tile: dict[str, Any], message: str
+) -> None:
+    """One change to a plan that fits, just beyond the bound where that is a number."""
+    good = Config("split", make_tile(problem, 1, 8, 64, 1, 1), 4, 1, 256)
+    assert fits(problem, good) is None
+    reason = fits(problem, replace(good, tile=replace(good.tile, **tile), **config))
+    assert reason is not None
+    assert re.search(message, reason), reason
