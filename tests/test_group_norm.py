@@ -25,7 +25,7 @@ AFFINE = {
     "affine": (True, True),
     "weight": (True, False),
     "bias": (False, True),
-    "none": (False,) * 2,
+    "none": (False, False),
 }
 
 

@@ -35,12 +35,12 @@ def group_norm(
         TypeError: an operand is no dense tensor of these dtypes, or num_groups no integer.
         ValueError: the shapes or devices do not fit together, or there is one value per group.
     """
-    if dispatch.is_plain(input, num_groups, weight, bias):
-        try:
+    try:
+        if dispatch.is_plain(input, num_groups, weight, bias):
             return torch.group_norm(input, num_groups, weight, bias, eps)
-        except (RuntimeError, TypeError):
-            check(input, num_groups, weight, bias)
-            raise
+    except Exception:  # whatever PyTorch says of bad operands, check says it better
+        check(input, num_groups, weight, bias)
+        raise
     check(input, num_groups, weight, bias)
     return dispatch.group_norm(input, num_groups, weight, bias, eps)
 
@@ -87,6 +87,11 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
         raise TypeError(
             f"group_norm: {name} must be float16, bfloat16, float32 or float64; "
             f"got {tensor.dtype}. Convert it first, e.g. with {name}.float()."
+        )
+    if tensor.is_nested:
+        raise TypeError(
+            f"group_norm: {name} must be dense; got a nested tensor. "
+            f"Convert it first with torch.nested.to_padded_tensor, or normalise its parts."
         )
     if tensor.layout is not torch.strided:
         raise TypeError(

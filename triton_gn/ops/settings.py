@@ -4,7 +4,7 @@ import os
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from types import MappingProxyType, TracebackType
+from types import TracebackType
 from typing import Any
 
 BACKENDS = ("auto", "triton", "torch")
@@ -44,13 +44,13 @@ class Setting:
     """A setting just made. As a context manager it restores, on exit, what was set before."""
 
     def __init__(self, changes: Mapping[str, Any]) -> None:
-        self._names = MappingProxyType(dict(changes))
         before = _thread.current
+        self._changes = dict(changes)
         self._before = {name: getattr(before, name) for name in changes}
-        _thread.current = replace(before, **changes)
+        self.__enter__()
 
     def __enter__(self) -> None:
-        return None
+        _thread.current = replace(_thread.current, **self._changes)
 
     def __exit__(
         self,

@@ -1,8 +1,8 @@
 """Decisions: which strategy, which tile, how many warps. Imports neither torch nor triton."""
 
-from .limits import fits, register_limit, registers
+from .limits import ALWAYS_RESIDENT, fits, register_limit, registers
 from .model import estimated_us
-from .planner import ALWAYS_RESIDENT, OVERRIDES, plan, rivals
+from .planner import OVERRIDES, plan, rivals
 from .problem import Config, Device, Problem, Tile
 from .tiles import next_power_of_2, slots_at_a_time
 

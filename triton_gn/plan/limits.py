@@ -3,6 +3,7 @@
 from .problem import Config, Problem
 from .tiles import MAX_SUB_TILES, block_extent
 
+ALWAYS_RESIDENT = 8192  # elements of a group: a second launch costs more than idle multiprocessors
 # registers a thread that sub-tiles and accumulators may take, by direction and channels-last: with
 # more, some kernel spills on sm_80, sm_90 or sm_100 (docs/measured.md)
 _REGISTERS = {
@@ -20,6 +21,11 @@ def registers(problem: Problem, config: Config) -> int:
     sub_tile = config.tile.rows * config.tile.cols
     words = max(problem.itemsize, 4) // 4
     return words * (tensors * config.tile.elements + 2 * sub_tile) // (32 * config.num_warps)
+
+
+def excess_registers(problem: Problem, config: Config) -> int:
+    """By how many registers a thread the plan is over the limit."""
+    return max(0, registers(problem, config) - register_limit(problem, config.tile.groups))
 
 
 def register_limit(problem: Problem, groups: int) -> int:
@@ -53,11 +59,12 @@ def fits(problem: Problem, config: Config) -> str | None:
             f"a program holds at most {MAX_SUB_TILES} sub-tiles; "
             f"got {tile.channel_tiles * tile.pixel_tiles}"
         )
-    needed, limit = registers(problem, config), register_limit(problem, tile.groups)
-    if needed > limit:
+    small = tile.groups == 1 and problem.group_elements <= ALWAYS_RESIDENT
+    if excess_registers(problem, config) and not small:
         return (
-            f"{tile.elements} elements in {config.num_warps} warps take {needed} registers a "
-            f"thread; at most {limit} are free"
+            f"{tile.elements} elements in {config.num_warps} warps take "
+            f"{registers(problem, config)} registers a thread; at most "
+            f"{register_limit(problem, tile.groups)} are free"
         )
     if min(tile.rows, rows) * problem.row_vecs * tile.vec >= 2**31 and tile.rows > 1:
         return f"a sub-tile must lie within 2**31 elements; {tile.rows} rows do not"

@@ -6,14 +6,20 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from .limits import fits
+from .limits import ALWAYS_RESIDENT, excess_registers, fits
 from .model import estimated_us
 from .problem import Config, Device, Problem
-from .tiles import block_extent, make_split, make_tile, resident_configs, split_configs
+from .tiles import (
+    block_extent,
+    group_counts,
+    make_split,
+    make_tile,
+    resident_configs,
+    split_configs,
+)
 
 STRATEGIES = ("resident", "split")
 OVERRIDES = ("strategy", "groups", "rows", "cols", "num_warps", "chunks")
-ALWAYS_RESIDENT = 8192  # elements of a group: a second launch costs more than idle multiprocessors
 _ELEMENTS_PER_THREAD = 32
 _FEW_SUB_TILES = 8  # up to here small ones are better: their accumulators take fewer registers
 _MAX_WARPS = 8  # 16 halve the registers of a thread: large tiles spill
@@ -40,6 +46,9 @@ def plan(
         problem = replace(problem, n=1)
     fixed = dict(override)
     strategies = (fixed.pop("strategy"),) if "strategy" in fixed else STRATEGIES
+    for name, value in fixed.items():
+        if type(value) is not int or value < 1:
+            raise ValueError(f"plan_override: {name} must be an int of at least 1; got {value!r}.")
     groups = fixed.pop("groups", None)
     best = [
         config
@@ -69,8 +78,8 @@ def _best(strategy: str, problem: Problem, device: Device, groups: int | None) -
     the one with the least code."""
     candidates = [
         config
-        for config in _candidates(strategy, problem, device)
-        if groups in (None, config.tile.groups) and fits(problem, config) is None
+        for config in _candidates(strategy, problem, device, groups)
+        if fits(problem, config) is None
     ]
     if not candidates:
         return None
@@ -78,6 +87,7 @@ def _best(strategy: str, problem: Problem, device: Device, groups: int | None) -
     return min(
         (config for config in candidates if problem.access_bytes(config.tile.groups) == widest),
         key=lambda config: (
+            excess_registers(problem, config),
             round(estimated_us(problem, config, device), 1),
             max(_FEW_SUB_TILES, config.tile.channel_tiles * config.tile.pixel_tiles),
             config.tile.elements,
@@ -87,17 +97,20 @@ def _best(strategy: str, problem: Problem, device: Device, groups: int | None) -
     )
 
 
-def _candidates(strategy: str, problem: Problem, device: Device) -> Iterator[Config]:
+def _candidates(
+    strategy: str, problem: Problem, device: Device, groups: int | None
+) -> Iterator[Config]:
+    counts = group_counts(problem) if groups is None else [groups]
     if strategy == "resident":
         num_warps = 1
         while num_warps <= _MAX_WARPS:
-            for config in resident_configs(problem, num_warps, device.warp_size):
+            for config in resident_configs(problem, counts, num_warps, device.warp_size):
                 if num_warps == _resident_warps(config.tile.elements, device.warp_size):
                     yield config
             num_warps *= 2
     elif strategy == "split":
         programs = device.multiprocessors * _SPLIT_PROGRAMS_PER_MULTIPROCESSOR
-        yield from split_configs(problem, _SPLIT_WARPS, device.warp_size, programs)
+        yield from split_configs(problem, counts, _SPLIT_WARPS, device.warp_size, programs)
     else:
         raise ValueError(
             f"plan_override: strategy must be one of {', '.join(STRATEGIES)}; got {strategy!r}."

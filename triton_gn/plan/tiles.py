@@ -8,7 +8,7 @@ from .problem import Config, Problem, Tile
 MAX_SUB_TILES = 16  # unrolled in the kernel: more is slow to compile
 MAX_SLOTS = 1024  # partials, of all groups of a program, that split merges at a time
 _MAX_BLOCK_CHANNELS = 256  # of several groups side by side: they are summed up by selection
-_LINE_BYTES = 128
+_SECTOR_BYTES = 32  # a sub-tile that is narrower reads what it does not use
 _PER_THREAD = (4, 8, 16, 32)  # elements of a sub-tile
 _STRETCH_BYTES = {"forward": 32768, "backward": 16384}  # that a program of split holds in float32
 _MAX_STRETCHES = 16  # per chunk: shorter chunks even out when programs end
@@ -43,31 +43,35 @@ def block_extent(problem: Problem, groups: int) -> tuple[int, int]:
     return problem.group_channels // problem.span, problem.row_vecs * problem.vec
 
 
-def group_counts(problem: Problem) -> Iterator[int]:
+def group_counts(problem: Problem) -> list[int]:
     """How many whole groups may lie side by side in a block.
 
-    Contiguous groups are stretches of memory of their own: one. Channels-last, blocks that start on
-    a vector, so that accesses stay wide, narrow enough to be summed up by selection; one group
-    alone may be of any width.
+    Contiguous groups are stretches of memory of their own: one. Channels-last, for each padded
+    width the most that fill it and start on a vector, so that accesses stay wide; narrow enough to
+    be summed up by selection. One group alone may be of any width.
     """
-    yield 1
-    if problem.channels_last:
-        for groups in range(2, problem.groups + 1):
-            width = groups * problem.group_channels
-            if next_power_of_2(width) > _MAX_BLOCK_CHANNELS:
-                return
-            if width % problem.vec == 0 or groups == problem.groups:
-                yield groups
+    counts = {1}
+    width = next_power_of_2(problem.group_channels)
+    while problem.channels_last and width <= _MAX_BLOCK_CHANNELS:
+        most = min(width // problem.group_channels, problem.groups)
+        aligned = (
+            groups
+            for groups in range(most, 0, -1)
+            if groups * problem.group_channels % problem.vec == 0
+        )
+        counts |= {next(aligned, 1)}
+        width *= 2
+    return sorted(counts)
 
 
 def sub_tiles(problem: Problem, groups: int, threads: int) -> Iterator[tuple[int, int]]:
-    """Shapes [rows, cols] of sub-tiles that read whole lines, whole vectors a thread.
+    """Shapes [rows, cols] of sub-tiles that read whole sectors, and whole vectors a thread.
 
     A small block is padded up to one vector a thread: idle lanes cost less than narrow accesses.
     """
     block_rows, block_cols = block_extent(problem, groups)
     widest = next_power_of_2(block_cols)
-    narrowest = min(widest, _LINE_BYTES // problem.itemsize)
+    narrowest = min(widest, _SECTOR_BYTES // problem.itemsize)
     if groups > 1:
         narrowest = widest  # one sub-tile must see all channels to sum groups up
     for per_thread in _PER_THREAD:
@@ -80,9 +84,11 @@ def sub_tiles(problem: Problem, groups: int, threads: int) -> Iterator[tuple[int
             cols //= 2
 
 
-def resident_configs(problem: Problem, num_warps: int, warp_size: int) -> Iterator[Config]:
+def resident_configs(
+    problem: Problem, group_counts: list[int], num_warps: int, warp_size: int
+) -> Iterator[Config]:
     """Every way to hold a block of whole groups in ``num_warps`` warps."""
-    for groups in group_counts(problem):
+    for groups in group_counts:
         block_rows, block_cols = block_extent(problem, groups)
         for rows, cols in sub_tiles(problem, groups, num_warps * warp_size):
             row_tiles, col_tiles = math.ceil(block_rows / rows), math.ceil(block_cols / cols)
@@ -93,7 +99,7 @@ def resident_configs(problem: Problem, num_warps: int, warp_size: int) -> Iterat
 
 
 def split_configs(
-    problem: Problem, num_warps: int, warp_size: int, programs: int
+    problem: Problem, group_counts: list[int], num_warps: int, warp_size: int, programs: int
 ) -> Iterator[Config]:
     """Ways to share each group among programs, about ``programs`` in all.
 
@@ -101,7 +107,7 @@ def split_configs(
     ``pixel_tiles`` sub-tiles, which it holds on chip.
     """
     held = _STRETCH_BYTES[problem.direction] // max(problem.itemsize, 4) // problem.span
-    for groups in group_counts(problem):
+    for groups in group_counts:
         block_rows, block_cols = block_extent(problem, groups)
         one_by_one = problem.access_bytes(groups) == problem.itemsize
         stretch = held // 2 if one_by_one else held

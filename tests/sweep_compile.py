@@ -1,0 +1,64 @@
+"""Compile the plans of random problems for a GPU that need not be present and print what spills.
+
+    python -m tests.sweep_compile sm_90 --count 60 --seed 1
+
+The bounds in triton_gn/plan/limits.py come from here. Too long for every run of the tests.
+"""
+
+import argparse
+import random
+from concurrent.futures import ProcessPoolExecutor
+
+import torch
+
+from tests.compiling import Compiled, compile_launch, launches_of
+
+_GROUP_CHANNELS = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 30, 40, 60, 64, 96, 127, 129, 384, 1000)
+_PIXELS = (1, 2, 4, 9, 30, 33, 49, 64, 100, 101, 196, 225, 256, 784, 1000, 1024, 3600, 4096, 5375)
+_LARGEST = {torch.bfloat16: 60_000, torch.float32: 60_000, torch.float64: 10_000}  # of a group
+
+Case = tuple[str, tuple[int, int, int], int, torch.dtype, bool, str]
+
+
+def draw(count: int, target: str) -> list[Case]:
+    """Problems with groups of some hundred to some ten thousand elements: around the limits."""
+    cases: list[Case] = []
+    while len(cases) < count:
+        group_channels, pixels = random.choice(_GROUP_CHANNELS), random.choice(_PIXELS)
+        dtype = random.choice(list(_LARGEST))
+        if not _LARGEST[dtype] // 60 <= group_channels * pixels <= _LARGEST[dtype]:
+            continue
+        groups = random.choice((1, 4, 16, 32))
+        shape = (random.choice((2, 256)), group_channels * groups, pixels)
+        direction = random.choice(("forward", "backward"))
+        cases.append((direction, shape, groups, dtype, random.random() < 0.5, target))
+    return cases
+
+
+def compile_case(case: Case) -> list[Compiled]:
+    direction, shape, groups, dtype, channels_last, target = case
+    launches = launches_of(direction, shape, groups, dtype, channels_last, target=target)
+    return [compile_launch(launch, target) for launch in launches]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("target")
+    parser.add_argument("--count", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=1)
+    options = parser.parse_args()
+    random.seed(options.seed)
+    cases = draw(options.count, options.target)
+    kernels = spilling = 0
+    with ProcessPoolExecutor() as pool:
+        for case, compiled in zip(cases, pool.map(compile_case, cases), strict=True):
+            kernels += len(compiled)
+            for kernel in compiled:
+                if kernel.spills:
+                    spilling += 1
+                    print(case, kernel, flush=True)
+    print(f"{options.target}: {kernels} kernels of {options.count} problems, {spilling} spill")
+
+
+if __name__ == "__main__":
+    main()
