@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import triton_gn
 from tests.kernels.memory import GuardedMemory
@@ -112,5 +113,8 @@ def test_empty_inputs_reach_no_kernel(device: str) -> None:
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # PyTorch's own use
 def test_forward_mode_raises_and_never_drops_a_tangent(device: str) -> None:
     x = torch.randn(1, 4, 3, device=device)
-    with triton_gn.backend("triton"), pytest.raises(RuntimeError, match="forward mode AD"):
-        torch.func.jvp(lambda x: triton_gn.group_norm(x, 2), (x,), (x,))
+    with triton_gn.backend("triton"):
+        with pytest.raises(RuntimeError, match="setup_context"):
+            torch.func.jvp(lambda x: triton_gn.group_norm(x, 2), (x,), (x,))
+        with forward_ad.dual_level(), pytest.raises(RuntimeError, match="jvp"):
+            triton_gn.group_norm(forward_ad.make_dual(x, x), 2)

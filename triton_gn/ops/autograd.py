@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from triton_gn import reference
 from triton_gn.ops import launch, layout
@@ -19,9 +20,12 @@ def group_norm(
     y_dtype: torch.dtype,
     settings: Settings,
 ) -> Tensor:
-    """y in y_dtype through the kernels, recorded only if a gradient can be asked for."""
+    """y in y_dtype through the kernels, recorded only if a derivative can be asked for."""
     operands = (x, weight, bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
+    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
+    # the Function raises under these, where a bare launch would drop a tangent
+    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if recorded or transformed:
         y: Tensor = GroupNormFunction.apply(*operands, groups, eps, y_dtype, settings)
         return y
     y, _ = _forward(*operands, groups, eps, y_dtype, settings, with_stats=False)

@@ -1,0 +1,83 @@
+"""What only a GPU can show. The kernels' results there: tests/kernels without TRITON_INTERPRET."""
+
+import pytest
+import torch
+
+import triton_gn
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+FORMATS = pytest.mark.parametrize(
+    "memory_format", [torch.contiguous_format, torch.channels_last], ids=str
+)
+
+
+@FORMATS
+def test_beyond_2_to_the_31_elements(memory_format: torch.memory_format) -> None:
+    """The last sample of 2.3e9 elements has the bits that it has alone."""
+    x = torch.empty(34, 64, 1024, 1024, dtype=torch.float16, device="cuda")
+    x = x.to(memory_format=memory_format).normal_()
+    last = x[-1:].clone(memory_format=torch.preserve_format)
+    with triton_gn.backend("triton"), triton_gn.batch_invariant():
+        y = triton_gn.group_norm(x, 32)[-1:]
+        assert torch.equal(y, triton_gn.group_norm(last, 32))
+
+
+def test_one_group_of_2_to_the_31_elements() -> None:
+    x = torch.empty(1, 2, 2**30 + 64, dtype=torch.float16, device="cuda").normal_(30.0, 2.0)
+    with triton_gn.backend("triton"):
+        y = triton_gn.group_norm(x, 1)
+    tail = x[..., -4096:].double()
+    # the sample's own mean and standard deviation are 30 and 2 to 1e-4, a tenth of an ulp of y
+    assert torch.allclose(y[..., -4096:].double(), (tail - 30) / 2, rtol=2e-3, atol=2e-3)
+
+
+@FORMATS
+@pytest.mark.parametrize("shape", [(2, 320, 16, 16), (1, 64, 256, 256)])
+def test_cuda_graph(shape: tuple[int, ...], memory_format: torch.memory_format) -> None:
+    x = torch.randn(shape, device="cuda").to(memory_format=memory_format).requires_grad_()
+    layer = triton_gn.GroupNorm(32, shape[1], device="cuda")
+    dy = torch.randn_like(x)
+
+    def step() -> tuple[torch.Tensor, ...]:
+        y = layer(x)
+        return (y, *torch.autograd.grad(y, (x, layer.weight, layer.bias), dy))
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        x.normal_()
+        dy.normal_()
+    graph.replay()
+    for replayed, expected in zip(captured, step(), strict=True):
+        assert torch.equal(replayed, expected)
+
+
+def test_two_streams_at_once() -> None:
+    inputs = [torch.randn(2, 128, 128, 128, device="cuda") for _ in range(2)]
+    expected = [triton_gn.group_norm(x, 32) for x in inputs]
+    torch.cuda.synchronize()
+    streams = [torch.cuda.Stream() for _ in inputs]
+    for _ in range(50):
+        results = []
+        for x, stream in zip(inputs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(triton_gn.group_norm(x, 32))
+        torch.cuda.synchronize()
+        assert all(map(torch.equal, results, expected))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_input_on_another_than_the_current_device() -> None:
+    x = torch.randn(2, 64, 32, 32, device="cuda:1")
+    with triton_gn.backend("triton"):
+        y = triton_gn.group_norm(x, 8)
+    assert torch.equal(y.cpu(), triton_gn.group_norm(x.to("cuda:0"), 8).cpu())
