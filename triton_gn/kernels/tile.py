@@ -67,7 +67,8 @@ def window_of(pid, groups, pixels, row_vecs, chunks, chunk_vecs, TILE: tl.conste
     """
     if TILE.channels_last:
         block_channels: tl.constexpr = TILE.groups * TILE.group_channels
-        parts: tl.constexpr = tl.cdiv(block_channels, TILE.cols * TILE.channel_tiles)
+        part_channels: tl.constexpr = TILE.cols * TILE.channel_tiles
+        parts: tl.constexpr = (block_channels + part_channels - 1) // part_channels
         # neighbouring programs own neighbouring channels, so together they read whole DRAM pages
         blocks = tl.cdiv(groups, TILE.groups)
         part = pid % parts
@@ -76,10 +77,10 @@ def window_of(pid, groups, pixels, row_vecs, chunks, chunk_vecs, TILE: tl.conste
         sample = pid // (parts * blocks) // chunks
         first_row = chunk * chunk_vecs
         rows = tl.minimum(pixels - first_row, chunk_vecs)
-        first_col = part * (TILE.cols * TILE.channel_tiles)
+        first_col = part * part_channels
         channel = group * TILE.group_channels + first_col
         cols = tl.minimum(
-            tl.minimum(block_channels - first_col, TILE.cols * TILE.channel_tiles),
+            tl.minimum(block_channels - first_col, part_channels),
             row_vecs * TILE.vec - channel,
         )
         row = sample.to(tl.int64) * pixels + first_row
@@ -87,13 +88,14 @@ def window_of(pid, groups, pixels, row_vecs, chunks, chunk_vecs, TILE: tl.conste
         pixel = first_col * 0
     else:
         group_rows: tl.constexpr = TILE.group_channels // TILE.span
-        parts: tl.constexpr = tl.cdiv(group_rows, TILE.rows * TILE.channel_tiles)
+        part_rows: tl.constexpr = TILE.rows * TILE.channel_tiles
+        parts: tl.constexpr = (group_rows + part_rows - 1) // part_rows
         chunk = pid % chunks
         part = pid // chunks % parts
         group = pid // (chunks * parts) % groups
         sample = pid // (chunks * parts) // groups
-        first_row = part * (TILE.rows * TILE.channel_tiles)
-        rows = tl.minimum(group_rows - first_row, TILE.rows * TILE.channel_tiles)
+        first_row = part * part_rows
+        rows = tl.minimum(group_rows - first_row, part_rows)
         first_vec = chunk * chunk_vecs
         cols = tl.minimum(row_vecs - first_vec, chunk_vecs) * TILE.vec
         channel = group * TILE.group_channels + first_row * TILE.span
