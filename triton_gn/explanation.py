@@ -24,14 +24,20 @@ class Explanation:
 
     def __str__(self) -> str:
         tile = self.config.tile
-        chunks = f", {self.config.chunks} chunks a group" if self.config.strategy == "split" else ""
-        return (
+        sub_tiles = _count(tile.channel_tiles * tile.pixel_tiles, "sub-tile")
+        text = (
             f"{self.path} path, {self.problem.direction}: {self.reason}\n"
             f"{self.config.strategy} on {self.device}: "
-            f"{self.config.programs(self.problem)} programs of {self.config.num_warps} warps, "
-            f"each {tile.channel_tiles * tile.pixel_tiles} sub-tiles of {tile.rows} x {tile.cols}"
-            f"{chunks}"
+            f"{_count(self.config.programs(self.problem), 'program')} of "
+            f"{_count(self.config.num_warps, 'warp')}, each {sub_tiles} of {tile.rows} x {tile.cols}"
         )
+        if self.config.strategy == "split":
+            text += f", {_count(self.config.chunks, 'chunk')} a group"
+        return text
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def explain(input: Tensor, num_groups: int, *, direction: str = "forward") -> Explanation:

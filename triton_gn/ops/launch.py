@@ -115,7 +115,7 @@ def forward_launches(
     sizes = _sizes(problem, config) | {"TILE": _device_tile(config.tile)}
     operands = {
         "x_ptr": x, "weight_ptr": weight, "bias_ptr": bias, "y_ptr": y, "stats_ptr": stats,
-        "eps": eps,
+        "eps": float(eps),
     }  # fmt: skip
     if config.strategy == "resident":
         kernel = _kernels().resident.group_norm_forward_resident_kernel
