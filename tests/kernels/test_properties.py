@@ -1,0 +1,56 @@
+"""The kernels on random problems: shapes, strides, formats, dtypes, strategies."""
+
+import torch
+from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import strategies as st
+
+import triton_gn
+from tests.kernels.memory import GuardedMemory
+from tests.kernels.oracle import check, make_case
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@settings(
+    max_examples=50,
+    deadline=None,
+    derandomize=True,
+    # the guarded memory only collects tensors, so the examples of a test may share it
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    n=st.integers(1, 3),
+    num_groups=st.integers(1, 4),
+    group_channels=st.integers(1, 13),
+    spatial=st.lists(st.integers(1, 9), max_size=3),
+    dtype=st.sampled_from(DTYPES),
+    channels_last=st.booleans(),
+    permuted=st.booleans(),
+    strategy=st.sampled_from(("resident", "split")),
+    mean=st.sampled_from((0.0, -7.0)),
+)
+def test_random_problems_match_float64(
+    memory: GuardedMemory,
+    device: str,
+    n: int,
+    num_groups: int,
+    group_channels: int,
+    spatial: list[int],
+    dtype: torch.dtype,
+    channels_last: bool,
+    permuted: bool,
+    strategy: str,
+    mean: float,
+) -> None:
+    shape = (n, num_groups * group_channels, *spatial)
+    # in groups of two or three elements, dx is nothing but what cancellation leaves over
+    assume(group_channels * torch.Size(spatial).numel() >= 8)
+    case = make_case(
+        memory, device, shape, num_groups, channels_last=channels_last, dtype=dtype, mean=mean
+    )
+    if permuted:
+        order = (0, 1, *range(len(shape) - 1, 1, -1))
+        case.x, case.dy = case.x.permute(order), case.dy.permute(order)
+    with triton_gn.plan_override(strategy=strategy):
+        results = case.through_kernels()
+    check(results, case.expected())
