@@ -214,6 +214,7 @@ def channels_of(window, c: tl.constexpr, TILE: tl.constexpr):
     else:
         rows = c * TILE.rows + tl.arange(0, TILE.rows)[:, None]
         lanes = tl.arange(0, TILE.span)[None, :]
+        # all lanes exist: the comparison only gives the mask the shape of the channels
         return window.channel + rows * TILE.span + lanes, (rows < window.rows) & (lanes >= 0)
 
 

@@ -1,6 +1,6 @@
 """Decisions: which strategy, which tile, how many warps. Imports neither torch nor triton."""
 
-from .limits import ALWAYS_RESIDENT, fits, register_limit, registers
+from .limits import ALWAYS_RESIDENT, fits
 from .model import estimated_us
 from .planner import OVERRIDES, plan, rivals
 from .problem import Config, Device, Problem, Tile
@@ -8,5 +8,5 @@ from .tiles import next_power_of_2, slots_at_a_time
 
 __all__ = [
     "ALWAYS_RESIDENT", "OVERRIDES", "Config", "Device", "Problem", "Tile", "estimated_us",
-    "fits", "next_power_of_2", "plan", "register_limit", "registers", "rivals", "slots_at_a_time",
+    "fits", "next_power_of_2", "plan", "rivals", "slots_at_a_time",
 ]  # fmt: skip
