@@ -13,6 +13,7 @@ from triton.compiler import ASTSource
 
 from triton_gn.ops import launch
 from triton_gn.plan import Device, plan
+from triton_gn.reference import Operands
 
 _TYPES = {
     torch.float16: "*fp16",
@@ -50,48 +51,75 @@ def launches_of(
     param_dtype: torch.dtype | None = None,
     affine: tuple[bool, bool] = (True, True),
     target: str = "sm_90",
+    activation: str = "none",
+    fused: tuple[str, ...] = (),
     **override: Any,
 ) -> list[launch.Launch]:
-    """The launches of a problem as planned for a GPU of the target, on tensors without memory."""
+    """The launches of a problem as planned for a GPU of the target, on tensors without memory.
+
+    ``fused``: which of scale, shift, pre_add and residual there are, per sample.
+    """
     x = torch.empty(shape, dtype=dtype, device="meta")
     if channels_last:
         x = torch.empty_like(x.movedim(1, -1).contiguous()).movedim(-1, 1)
+    n, channels = shape[:2]
+    param_dtype = param_dtype or dtype
+    weight, bias = (
+        torch.empty(channels, dtype=param_dtype, device="meta") if there else None
+        for there in affine
+    )
+    per_sample = {
+        name: torch.empty(n, channels, dtype=param_dtype, device="meta")
+        for name in fused
+        if name != "residual"
+    }
+    residual = torch.empty_like(x) if "residual" in fused else None
+    operands = Operands(x, weight, bias, **per_sample, residual=residual)
     problem, _ = launch.problem_of(direction, x, num_groups, channels_last)
     device = Device("AMD Instinct MI300X", 304, 4 * 2**20, 64) if "gfx" in target else Device()
     config = plan(problem, device, override=tuple(sorted(override.items())))
-    weight, bias = (
-        torch.empty(shape[1], dtype=param_dtype or dtype, device="meta") if there else None
-        for there in affine
-    )
-    stats = launch.statistics(x, shape[0], num_groups, 3)
+    stats = launch.statistics(x, n, num_groups, 3)
     if direction == "forward":
         return launch.forward_launches(
-            problem, config, x, weight, bias, torch.empty_like(x), stats, 1e-5
+            problem, config, operands, torch.empty_like(x), stats, eps=1e-5, activation=activation
         )
+    grads = Operands(*(None if t is None else torch.empty_like(t) for t in operands))
+    if activation == "none":
+        operands, grads = operands._replace(residual=None), grads._replace(residual=None)
+    dy = torch.empty_like(x)
     return launch.backward_launches(
-        problem, config, torch.empty_like(x), x, weight, stats, torch.empty_like(x), bias, weight
+        problem, config, dy, operands, stats, grads, activation=activation
     )
 
 
-def _source(one: launch.Launch) -> ASTSource:
+def _typed(value: Any, path: tuple[int, ...], constants: Any, attributes: Any) -> Any:
+    """The signature of an argument or of a tuple's field, as Triton's JIT would see it."""
+    if isinstance(value, tuple):
+        fields = (_typed(v, (*path, i), constants, attributes) for i, v in enumerate(value))
+        return type(value)(*fields)
+    if isinstance(value, torch.Tensor):
+        attributes[path] = [["tt.divisibility", 16]]
+        return _TYPES[value.dtype]
+    if isinstance(value, float):
+        return "fp64"
+    if value is None or value == 1:
+        constants[path] = value
+        return "constexpr"
+    if value % 16 == 0:
+        attributes[path] = [["tt.divisibility", 16]]
+    return "i32" if value < 2**31 else "i64"
+
+
+def _source(one: launch.Launch, nvidia: bool) -> ASTSource:
     signature, constants, attributes = {}, {}, {}
+    arguments = one.arguments_on(nvidia)
     for index, parameter in enumerate(one.kernel.params):
-        value = one.arguments[parameter.name]
-        if parameter.is_constexpr or value is None:
+        value = arguments[parameter.name]
+        if parameter.is_constexpr:
             signature[parameter.name] = "constexpr"
             constants[(index,)] = value
-        elif isinstance(value, torch.Tensor):
-            signature[parameter.name] = _TYPES[value.dtype]
-            attributes[(index,)] = [["tt.divisibility", 16]]
-        elif isinstance(value, float):
-            signature[parameter.name] = "fp64"
-        elif value == 1:
-            signature[parameter.name] = "constexpr"
-            constants[(index,)] = 1
         else:
-            signature[parameter.name] = "i32" if value < 2**31 else "i64"
-            if value % 16 == 0:
-                attributes[(index,)] = [["tt.divisibility", 16]]
+            signature[parameter.name] = _typed(value, (index,), constants, attributes)
     return ASTSource(fn=one.kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
@@ -119,10 +147,9 @@ def _found(pattern: str, text: str) -> str:
 
 def compile_launch(one: launch.Launch, target: str) -> Compiled:
     """Compile for "sm_90" or "gfx942", as ``launch.run`` would on such a GPU."""
+    nvidia = target.startswith("sm_")
     compiled = triton.compile(
-        _source(one),
-        target=target_of(target),
-        options=one.options(nvidia=target.startswith("sm_")),
+        _source(one, nvidia), target=target_of(target), options=one.options(nvidia)
     )
     name, shared = one.kernel.__name__, compiled.metadata.shared
     if target.startswith("gfx"):

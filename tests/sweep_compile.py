@@ -12,12 +12,15 @@ from concurrent.futures import ProcessPoolExecutor
 import torch
 
 from tests.compiling import Compiled, compile_launch, launches_of
+from triton_gn.reference import ACTIVATIONS
 
 _GROUP_CHANNELS = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 30, 40, 60, 64, 96, 127, 129, 384, 1000)
 _PIXELS = (1, 2, 4, 9, 30, 33, 49, 64, 100, 101, 196, 225, 256, 784, 1000, 1024, 3600, 4096, 5375)
 _LARGEST = {torch.bfloat16: 60_000, torch.float32: 60_000, torch.float64: 10_000}  # of a group
 
-Case = tuple[str, tuple[int, int, int], int, torch.dtype, bool, str]
+_FUSED = ("scale", "shift", "pre_add", "residual")
+
+Case = tuple[str, tuple[int, int, int], int, torch.dtype, bool, str, str, tuple[str, ...]]
 
 
 def draw(count: int, target: str) -> list[Case]:
@@ -31,13 +34,18 @@ def draw(count: int, target: str) -> list[Case]:
         groups = random.choice((1, 4, 16, 32))
         shape = (random.choice((2, 256)), group_channels * groups, pixels)
         direction = random.choice(("forward", "backward"))
-        cases.append((direction, shape, groups, dtype, random.random() < 0.5, target))
+        activation = random.choice(list(ACTIVATIONS))
+        fused = tuple(name for name in _FUSED if random.random() < 0.4)
+        channels_last = random.random() < 0.5
+        cases.append(
+            (direction, shape, groups, dtype, channels_last, target, activation, fused)
+        )
     return cases
 
 
 def compile_case(case: Case) -> list[Compiled]:
-    direction, shape, groups, dtype, channels_last, target = case
-    launches = launches_of(direction, shape, groups, dtype, channels_last, target=target)
+    *problem, target, activation, fused = case
+    launches = launches_of(*problem, target=target, activation=activation, fused=fused)
     return [compile_launch(launch, target) for launch in launches]
 
 

@@ -3,12 +3,13 @@
 from triton_gn.explanation import explain
 from triton_gn.functional import group_norm
 from triton_gn.module import GroupNorm
-from triton_gn.ops.settings import backend, batch_invariant, plan_override
+from triton_gn.ops.settings import autocast_policy, backend, batch_invariant, plan_override
 
 __version__ = "0.1.0"
 
 __all__ = [
     "GroupNorm",
+    "autocast_policy",
     "backend",
     "batch_invariant",
     "explain",

@@ -7,6 +7,7 @@ from torch import Tensor
 from triton_gn.functional import check
 from triton_gn.ops import dispatch, launch, layout, settings
 from triton_gn.plan import ALWAYS_RESIDENT, Config, Problem, plan, rivals
+from triton_gn.reference import Operands
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def explain(input: Tensor, num_groups: int, *, direction: str = "forward") -> Ex
     Raises:
         TypeError, ValueError: as group_norm; an empty input or another direction.
     """
-    check(input, num_groups, None, None)
+    check(Operands(input), num_groups, None)
     if direction not in ("forward", "backward"):
         raise ValueError(f"explain: direction must be forward or backward; got {direction!r}.")
     if input.numel() == 0:
@@ -61,7 +62,7 @@ def explain(input: Tensor, num_groups: int, *, direction: str = "forward") -> Ex
     x, channels_last = layout.native(input)
     problem, device = launch.problem_of(direction, x, num_groups, channels_last)
     config = plan(problem, device, current.batch_invariant, current.plan_override)
-    path = "triton" if dispatch.uses_kernels(input, current) else "torch"
+    path = "triton" if dispatch.uses_kernels(input, current.backend) else "torch"
     fixed = dict(current.plan_override)
     if path == "torch":
         reason = dispatch.why_not_kernels(input) or 'the backend is "torch"'

@@ -1,11 +1,15 @@
 """group_norm as a function: every error has its name here."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from triton_gn.ops import dispatch
+from triton_gn.reference import ACTIVATIONS, Operands
 
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+_PER_SAMPLE = ("scale", "shift", "pre_add")  # may differ from sample to sample
 
 
 def group_norm(
@@ -14,39 +18,69 @@ def group_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    *,
+    activation: str | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    pre_add: Tensor | None = None,
 ) -> Tensor:
-    """Normalise each group of channels of each sample, then scale and shift each channel.
+    """Normalise each group of channels of each sample, with what surrounds it in networks fused in.
 
-    ``y = (input - mean) / sqrt(var + eps) * weight + bias``, with the mean and the biased variance
-    of each group (Wu and He 2018, https://arxiv.org/abs/1803.08494). Differentiable, twice as well.
+    ``n = norm(input + pre_add) * weight + bias`` and
+    ``y = activation(n * (1 + scale) + shift + residual)``, where norm takes from each group its
+    mean and divides by its standard deviation, ``sqrt(var + eps)`` with the biased variance
+    (Wu and He 2018, https://arxiv.org/abs/1803.08494). Differentiable in every tensor, twice.
 
     Args:
         input: (N, C, *) of float16, bfloat16, float32 or float64, contiguous or channels-last in
             any rank; other strides are copied once. The arithmetic is float32, float64 for float64.
         num_groups: how many groups C is cut into; must divide C.
-        weight: (C,) of any of these dtypes, or None for 1.
-        bias: (C,) of any of these dtypes, or None for 0.
+        weight: (C,), or None for 1. Like every tensor that follows, of any of these dtypes.
+        bias: (C,), or None for 0.
         eps: added to the variance.
+        activation: "none" or None, "relu", "leaky_relu" (slope 0.01), "silu", "gelu", "gelu_tanh",
+            "mish", "sigmoid" or "tanh".
+        scale: (C,), (1, C) or (N, C), also with trailing sizes of 1 up to input's rank.
+        shift: as scale; together they are AdaGN, also known as FiLM.
+        residual: of input's shape, copied once where its strides differ.
+        pre_add: as scale; for instance a time embedding, or the bias of the convolution before.
 
     Returns:
-        y of input's shape, dtype and memory format; float32 under CUDA autocast, as PyTorch's.
+        y of input's shape, dtype and memory format; float32 under CUDA autocast, as PyTorch's,
+        unless ``autocast_policy("keep")`` says otherwise.
 
     Raises:
-        TypeError: an operand is no dense tensor of these dtypes, or num_groups no integer.
-        ValueError: the shapes or devices do not fit together, or there is one value per group.
+        TypeError: an operand is no dense tensor of these dtypes, num_groups no integer, activation
+            no string.
+        ValueError: the shapes or devices do not fit together, there is one value per group, or the
+            activation is none of those above.
     """
+    plain = activation is scale is shift is residual is pre_add is None
     try:
-        if dispatch.is_plain(input, num_groups, weight, bias):
+        if plain and dispatch.is_plain(input, num_groups, weight, bias):
             return torch.group_norm(input, num_groups, weight, bias, eps)
     except Exception:  # whatever PyTorch says of bad operands, check says it better
-        check(input, num_groups, weight, bias)
+        check(Operands(input, weight, bias), num_groups, None)
         raise
-    check(input, num_groups, weight, bias)
-    return dispatch.group_norm(input, num_groups, weight, bias, eps)
+    operands = Operands(input, weight, bias, scale, shift, pre_add, residual)
+    check(operands, num_groups, activation)
+    return dispatch.group_norm(_in_rows(operands), num_groups, eps, activation or "none")
 
 
-def check(input: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None) -> None:
+def _in_rows(operands: Operands) -> Operands:
+    """Scale, shift and pre_add without their trailing sizes of 1."""
+    flattened = {
+        name: values.flatten(1)
+        for name in _PER_SAMPLE
+        if (values := getattr(operands, name)) is not None and values.ndim > 2
+    }
+    return operands._replace(**flattened) if flattened else operands
+
+
+def check(operands: Operands, num_groups: int, activation: str | None) -> None:
     """Raise what ``group_norm`` promises to raise."""
+    input = operands.x
     _check_tensor("input", input)
     if input.ndim < 2:
         raise ValueError(
@@ -69,15 +103,29 @@ def check(input: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | 
             f"group_norm: {channels} channels cannot be split into {num_groups} groups; "
             f"num_groups must divide num_channels (nearest: {_nearest(channels, num_groups)})."
         )
-    if weight is not None:
-        _check_parameter("weight", weight, input)
-    if bias is not None:
-        _check_parameter("bias", bias, input)
+    check_activation(activation)
+    for name, operand in zip(operands._fields[1:], operands[1:], strict=True):
+        if operand is not None:
+            _check_operand(name, operand, input)
     if input.numel() == num_groups:
         raise ValueError(
             "group_norm: each group must have more than 1 value, else every output is 0; "
             f"got shape {tuple(input.shape)} with {num_groups} groups. Take fewer groups."
         )
+
+
+def check_activation(activation: str | None) -> None:
+    """Raise unless ``activation`` names one of ours."""
+    if activation is None or (isinstance(activation, str) and activation in ACTIVATIONS):
+        return
+    if not isinstance(activation, str):
+        raise TypeError(
+            f"group_norm: activation must be None or a name, such as 'silu'; got {activation!r}."
+        )
+    raise ValueError(
+        f"group_norm: activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}. "
+        "Apply any other to the result."
+    )
 
 
 def _check_tensor(name: str, tensor: Tensor) -> None:
@@ -100,19 +148,35 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
         )
 
 
-def _check_parameter(name: str, parameter: Tensor, input: Tensor) -> None:
-    _check_tensor(name, parameter)
-    channels = input.shape[1]
-    if parameter.ndim != 1 or parameter.shape[0] != channels:
-        raise ValueError(
-            f"group_norm: {name} must have shape ({channels},), one value per channel of input; "
-            f"got {tuple(parameter.shape)}."
+def _check_operand(name: str, operand: Tensor, input: Tensor) -> None:
+    _check_tensor(name, operand)
+    n, channels = input.shape[:2]
+    shape = tuple(operand.shape)
+    fits = len(shape) == 1 and shape[0] == channels
+    rule = f"shape ({channels},), one value per channel of input"
+    if name == "residual":
+        fits = _equal(shape, input.shape)
+        rule = f"input's shape {tuple(input.shape)}"
+    elif name in _PER_SAMPLE:
+        if 2 <= len(shape) <= input.ndim:
+            rows = shape[0] == 1 or shape[0] == n
+            fits = rows and shape[1] == channels and all(size == 1 for size in shape[2:])
+        rule = (
+            f"shape ({channels},), (1, {channels}) or ({n}, {channels}), also with trailing sizes "
+            "of 1 up to input's rank"
         )
-    if parameter.device != input.device:
+    if not fits:
+        raise ValueError(f"group_norm: {name} must have {rule}; got {shape}.")
+    if operand.device != input.device:
         raise ValueError(
             f"group_norm: {name} must be on input's device {input.device}; "
-            f"got {parameter.device}. Move it with {name}.to({str(input.device)!r})."
+            f"got {operand.device}. Move it with {name}.to({str(input.device)!r})."
         )
+
+
+def _equal(shape: Sequence[int], other: Sequence[int]) -> bool:
+    # size by size: torch.compile cannot compare tuples of symbols
+    return len(shape) == len(other) and all(a == b for a, b in zip(shape, other, strict=True))
 
 
 def _nearest(channels: int, num_groups: int) -> str:

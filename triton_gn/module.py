@@ -1,17 +1,74 @@
 """GroupNorm as a layer: it holds the parameters, ``functional`` does the work."""
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
-from triton_gn.functional import group_norm
+from triton_gn.functional import check_activation, group_norm
 
 
 class GroupNorm(nn.GroupNorm):
     """A torch.nn.GroupNorm that runs the fused kernels.
 
-    The same constructor, parameters, state_dict and repr, so that checkpoints and code move both
-    ways. Arguments, shapes and errors of the call: :func:`triton_gn.group_norm`.
+    The same constructor, parameters and state_dict, so that checkpoints and code move both ways.
+
+    Args:
+        num_groups: how many groups the channels are cut into.
+        num_channels: C of the input.
+        eps: added to the variance.
+        affine: whether there are a weight and a bias, each (C,).
+        device: of the parameters.
+        dtype: of the parameters.
+        activation: applied to the output in the same kernel; the names are those of
+            :func:`triton_gn.group_norm`.
+        rest: what else this version of PyTorch's layer takes, such as ``bias=False``.
     """
 
-    def forward(self, input: Tensor) -> Tensor:
-        """Return y of input's shape (N, C, *), with C = num_channels."""
-        return group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
+    activation: str | None = None  # of the class, for layers that were pickled without one
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: str | None = None,
+        **rest: Any,
+    ) -> None:
+        check_activation(activation)
+        super().__init__(num_groups, num_channels, eps, affine, device, dtype, **rest)
+        self.activation = activation
+
+    def forward(
+        self,
+        input: Tensor,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        residual: Tensor | None = None,
+        pre_add: Tensor | None = None,
+    ) -> Tensor:
+        """Return y of input's shape (N, C, *), with C = num_channels.
+
+        Operands and errors: :func:`triton_gn.group_norm`.
+        """
+        return group_norm(
+            input,
+            self.num_groups,
+            self.weight,
+            self.bias,
+            self.eps,
+            activation=self.activation,
+            scale=scale,
+            shift=shift,
+            residual=residual,
+            pre_add=pre_add,
+        )
+
+    def extra_repr(self) -> str:
+        """The arguments of PyTorch's layer, and the activation if there is one."""
+        text = super().extra_repr()
+        return text if self.activation is None else f"{text}, activation={self.activation!r}"

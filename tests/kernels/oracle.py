@@ -1,5 +1,6 @@
 """One GroupNorm step through the kernels beside float64, and how far they are apart."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -8,49 +9,58 @@ from torch import Tensor
 import triton_gn
 from tests.kernels.memory import GuardedMemory
 from triton_gn import reference
+from triton_gn.reference import Operands
 
 
 @dataclass
 class Case:
-    """Operands of one step; ``expected`` are y, dx, dweight and dbias in float64."""
+    """Operands of one step."""
 
     x: Tensor
     dy: Tensor
     num_groups: int
-    weight: Tensor | None
-    bias: Tensor | None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    pre_add: Tensor | None = None
+    residual: Tensor | None = None
+    activation: str = "none"
     eps: float = 1e-5
 
-    def expected(self) -> dict[str, Tensor]:
-        x, dy = self.x.double(), self.dy.double()
-        weight = None if self.weight is None else self.weight.double()
-        bias = None if self.bias is None else self.bias.double()
-        y = reference.group_norm(x, self.num_groups, weight, bias, self.eps)
-        grads = reference.group_norm_backward(dy, x, self.num_groups, weight, self.eps)
-        return self._present(y, *grads)
+    @property
+    def operands(self) -> Operands:
+        return Operands(*(getattr(self, name) for name in Operands._fields))
 
-    def through(self, group_norm: object) -> dict[str, Tensor]:
-        """y and the gradients that ``group_norm`` gives."""
-        x, weight, bias = (
-            None if t is None else t.detach().requires_grad_()
-            for t in (self.x, self.weight, self.bias)
+    def expected(self) -> dict[str, Tensor]:
+        """y and the gradients of all operands, in float64."""
+
+        def formulas(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, **rest):
+            activation = rest.pop("activation")
+            operands = Operands(x, weight, bias, **rest)
+            return reference.group_norm(operands, num_groups, eps, activation)
+
+        return self.through(formulas, torch.float64)
+
+    def through(self, group_norm: Callable, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+        """As ``expected``, but by ``group_norm``, on the operands as they are or in ``dtype``."""
+        given = {
+            name: t.detach().to(dtype or t.dtype).requires_grad_()
+            for name, t in self.operands._asdict().items()
+            if t is not None
+        }
+        fused = {name: t for name, t in given.items() if name not in ("x", "weight", "bias")}
+        if self.activation != "none" or dtype is not None:
+            fused["activation"] = self.activation
+        y = group_norm(
+            given["x"], self.num_groups, given.get("weight"), given.get("bias"), self.eps, **fused
         )
-        y = group_norm(x, self.num_groups, weight, bias, self.eps)
-        y.backward(self.dy)
-        grads = (None if t is None else t.grad for t in (x, weight, bias))
-        return self._present(y.detach(), *grads)
+        y.backward(self.dy.to(y.dtype))
+        return {"y": y.detach()} | {f"d{name}": t.grad for name, t in given.items()}
 
     def through_kernels(self) -> dict[str, Tensor]:
         with triton_gn.backend("triton"):
             return self.through(triton_gn.group_norm)
-
-    def _present(self, y: Tensor, dx: Tensor, dweight: Tensor, dbias: Tensor) -> dict[str, Tensor]:
-        results = {"y": y, "dx": dx}
-        if self.weight is not None:
-            results["dweight"] = dweight
-        if self.bias is not None:
-            results["dbias"] = dbias
-        return results
 
 
 def make_case(
@@ -65,8 +75,15 @@ def make_case(
     affine: tuple[bool, bool] = (True, True),
     mean: float = 0.0,
     std: float = 1.0,
+    activation: str = "none",
+    fused: tuple[str, ...] = (),
+    per_sample: bool = True,
 ) -> Case:
-    """Random operands between guard zones; weight is not 1, bias not 0."""
+    """Random operands between guard zones; weight is not 1, bias not 0.
+
+    ``fused``: which of scale, shift, pre_add and residual there are besides; the first three
+    ``per_sample`` or shared.
+    """
     random = torch.Generator().manual_seed(0)
 
     def draw(*sizes: int) -> Tensor:
@@ -75,15 +92,23 @@ def make_case(
     def place(values: Tensor, dtype: torch.dtype) -> Tensor:
         return memory.guarded(values.to(device, dtype))
 
-    x, dy = draw(*shape) * std + mean, draw(*shape)
+    x, dy, residual = draw(*shape) * std + mean, draw(*shape), draw(*shape)
     if channels_last:
-        x, dy = (t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (x, dy))
-    parameters = (1.5 + 0.5 * draw(shape[1]), draw(shape[1]))
-    weight, bias = (
-        place(values, param_dtype or dtype) if there else None
-        for values, there in zip(parameters, affine, strict=True)
-    )
-    return Case(place(x, dtype), place(dy, dtype), num_groups, weight, bias)
+        x, dy, residual = (
+            t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (x, dy, residual)
+        )
+    channels = shape[1]
+    rows = (shape[0], channels) if per_sample else (channels,)
+    operands = {
+        "weight": 1.5 + 0.5 * draw(channels) if affine[0] else None,
+        "bias": draw(channels) if affine[1] else None,
+    } | {name: residual if name == "residual" else draw(*rows) for name in fused}
+    placed = {
+        name: place(values, dtype if name == "residual" else param_dtype or dtype)
+        for name, values in operands.items()
+        if values is not None
+    }
+    return Case(place(x, dtype), place(dy, dtype), num_groups, **placed, activation=activation)
 
 
 def ulp(values: Tensor, dtype: torch.dtype) -> Tensor:

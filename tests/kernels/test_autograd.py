@@ -90,8 +90,8 @@ def test_y_in_float32_from_a_16_bit_input(
     case = make_case(memory, device, (2, 6, 5, 3), 3, dtype=torch.bfloat16)
     options = settings.Settings(plan_override=(("strategy", strategy),))
     x = case.x.requires_grad_()
-    operands = (x, case.weight, case.bias)
-    y = autograd.GroupNormFunction.apply(*operands, 3, 1e-5, torch.float32, options)
+    call = autograd.Call(3, 1e-5, "none", torch.float32, options)
+    y = autograd.GroupNormFunction.apply(*case.operands, call)
     (dx,) = torch.autograd.grad(y, x, case.dy.float())
     assert y.dtype is torch.float32
     assert dx.dtype is torch.bfloat16

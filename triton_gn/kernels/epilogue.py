@@ -1,37 +1,99 @@
 """From x_hat to y, and from dy back to dx: what happens to the sub-tiles once statistics are known.
 
-z = x_hat * weight + bias is the affine's output, dz the gradient there, dx_hat = dz * weight.
-docs/math.md derives the backward.
+With n = x_hat * weight + bias the affine's output, z = n * (1 + scale) + shift + residual and
+y = activation(z); dz is the gradient at z, dx_hat that at x_hat. docs/math.md derives the backward.
 """
 
 import triton
 import triton.language as tl
 
+from .activations import activate, activation_gradient
 from .moments import normalise
 from .tile import (
     add_to_channels,
     load_channels,
+    load_tile,
     no_channel_sums,
     over_pixels,
+    per_channel,
     store_tile,
+    zero_outside,
 )
 
 
 @triton.jit
-def write_y(xs, stats, weight_ptr, bias_ptr, y_ptr, window, TILE: tl.constexpr):
+def load_gain(params, window, c: tl.constexpr, TILE: tl.constexpr, dtype: tl.constexpr):
+    """weight * (1 + scale) of channel tile ``c``: z is x_hat times gain, plus offset and residual."""
+    gain = per_channel(1.0, TILE, dtype)
+    if params.scale is not None:
+        gain += load_channels(params.scale, window, c, TILE, dtype)
+    if params.weight is not None:
+        gain *= load_channels(params.weight, window, c, TILE, dtype)
+    return gain
+
+
+@triton.jit
+def load_offset(params, window, c: tl.constexpr, TILE: tl.constexpr, dtype: tl.constexpr):
+    """bias * (1 + scale) + shift of channel tile ``c``."""
+    offset = per_channel(0.0, TILE, dtype)
+    if params.bias is not None:
+        offset += load_channels(params.bias, window, c, TILE, dtype)
+        if params.scale is not None:
+            offset += offset * load_channels(params.scale, window, c, TILE, dtype)
+    if params.shift is not None:
+        offset += load_channels(params.shift, window, c, TILE, dtype)
+    return offset
+
+
+@triton.jit
+def write_y(
+    xs, residual_ptr, params, stats, y_ptr, window, TILE: tl.constexpr, ACTIVATION: tl.constexpr,
+    NVIDIA: tl.constexpr,
+):  # fmt: skip
     """y of all sub-tiles."""
+    dtype: tl.constexpr = stats.mean.dtype
     for c in tl.static_range(TILE.channel_tiles):
-        if weight_ptr is not None:
-            weight = load_channels(weight_ptr, window, c, TILE, stats.mean.dtype)
-        if bias_ptr is not None:
-            bias = load_channels(bias_ptr, window, c, TILE, stats.mean.dtype)
+        gain = load_gain(params, window, c, TILE, dtype)
+        offset = load_offset(params, window, c, TILE, dtype)
+        pre_add = None
+        if params.pre_add is not None:
+            pre_add = load_channels(params.pre_add, window, c, TILE, dtype)
         for p in tl.static_range(TILE.pixel_tiles):
-            z = normalise(xs[c * TILE.pixel_tiles + p], stats)
-            if weight_ptr is not None:
-                z = z * over_pixels(weight, window, p, TILE)
-            if bias_ptr is not None:
-                z = z + over_pixels(bias, window, p, TILE)
-            store_tile(y_ptr, z, window, c, p, TILE)
+            x_hat = normalise(xs[c * TILE.pixel_tiles + p], pre_add, stats, window, p, TILE)
+            z = x_hat * over_pixels(gain, window, p, TILE) + over_pixels(offset, window, p, TILE)
+            if residual_ptr is not None:
+                z += load_tile(residual_ptr, window, c, p, TILE).to(dtype)
+            store_tile(y_ptr, activate(z, ACTIVATION, NVIDIA), window, c, p, TILE)
+
+
+@triton.jit
+def load_dzs(
+    dy_ptr, residual_ptr, dresidual_ptr, xs, params, stats, window, TILE: tl.constexpr,
+    ACTIVATION: tl.constexpr, NVIDIA: tl.constexpr,
+):  # fmt: skip
+    """dz of all sub-tiles; writes it to dresidual unless that is None."""
+    dtype: tl.constexpr = stats.mean.dtype
+    dzs = ()
+    for c in tl.static_range(TILE.channel_tiles):
+        if ACTIVATION != "none":
+            gain = load_gain(params, window, c, TILE, dtype)
+            offset = load_offset(params, window, c, TILE, dtype)
+            pre_add = None
+            if params.pre_add is not None:
+                pre_add = load_channels(params.pre_add, window, c, TILE, dtype)
+        for p in tl.static_range(TILE.pixel_tiles):
+            dz = load_tile(dy_ptr, window, c, p, TILE).to(dtype)
+            if ACTIVATION != "none":
+                x_hat = normalise(xs[c * TILE.pixel_tiles + p], pre_add, stats, window, p, TILE)
+                z = x_hat * over_pixels(gain, window, p, TILE)
+                z += over_pixels(offset, window, p, TILE)
+                if residual_ptr is not None:
+                    z += load_tile(residual_ptr, window, c, p, TILE).to(dtype)
+                dz = activation_gradient(dz, z, ACTIVATION, NVIDIA)
+            if dresidual_ptr is not None:
+                store_tile(dresidual_ptr, dz, window, c, p, TILE)
+            dzs = dzs + (dz,)
+    return dzs
 
 
 @triton.jit
@@ -40,12 +102,15 @@ def no_dz_sums(TILE: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def add_dz_sums(sums, dys, xs, stats, window, c: tl.constexpr, TILE: tl.constexpr):
+def add_dz_sums(sums, dzs, xs, params, stats, window, c: tl.constexpr, TILE: tl.constexpr):
     """Add dz and dz * x_hat of channel tile ``c`` to the pair of accumulators ``sums``."""
     dz_sums, dz_x_hat_sums = sums
+    pre_add = None
+    if params.pre_add is not None:
+        pre_add = load_channels(params.pre_add, window, c, TILE, stats.mean.dtype)
     for p in tl.static_range(TILE.pixel_tiles):
-        dz = dys[c * TILE.pixel_tiles + p].to(stats.mean.dtype)
-        x_hat = normalise(xs[c * TILE.pixel_tiles + p], stats)
+        dz = dzs[c * TILE.pixel_tiles + p]
+        x_hat = normalise(xs[c * TILE.pixel_tiles + p], pre_add, stats, window, p, TILE)
         dz_sums = add_to_channels(dz_sums, dz, window, p, TILE)
         dz_x_hat_sums = add_to_channels(dz_x_hat_sums, dz * x_hat, window, p, TILE)
     return dz_sums, dz_x_hat_sums
@@ -53,16 +118,25 @@ def add_dz_sums(sums, dys, xs, stats, window, c: tl.constexpr, TILE: tl.constexp
 
 @triton.jit
 def write_dx(
-    dys, xs, stats, dx_hat_mean, dx_hat_x_hat_mean, weight_ptr, dx_ptr, window, TILE: tl.constexpr
-):
-    """dx of all sub-tiles; the two means over the group broadcast against a sub-tile."""
-    for c in tl.static_range(TILE.channel_tiles):
-        if weight_ptr is not None:
-            weight = load_channels(weight_ptr, window, c, TILE, stats.mean.dtype)
-        for p in tl.static_range(TILE.pixel_tiles):
-            dx_hat = dys[c * TILE.pixel_tiles + p].to(stats.mean.dtype)
-            if weight_ptr is not None:
-                dx_hat = dx_hat * over_pixels(weight, window, p, TILE)
-            x_hat = normalise(xs[c * TILE.pixel_tiles + p], stats)
-            dx = (dx_hat - dx_hat_mean - x_hat * dx_hat_x_hat_mean) * stats.rstd
+    dx_sums, dzs, xs, params, stats, dx_hat_mean, dx_hat_x_hat_mean, dx_ptr, dpre_add_ptr, window,
+    c: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """dx of channel tile ``c`` unless None; returned: the accumulator ``dx_sums`` with it added,
+    if dpre_add is asked for.
+
+    The two means over the group broadcast against a sub-tile.
+    """
+    gain = load_gain(params, window, c, TILE, stats.mean.dtype)
+    pre_add = None
+    if params.pre_add is not None:
+        pre_add = load_channels(params.pre_add, window, c, TILE, stats.mean.dtype)
+    for p in tl.static_range(TILE.pixel_tiles):
+        dx_hat = dzs[c * TILE.pixel_tiles + p] * over_pixels(gain, window, p, TILE)
+        x_hat = normalise(xs[c * TILE.pixel_tiles + p], pre_add, stats, window, p, TILE)
+        dx = (dx_hat - dx_hat_mean - x_hat * dx_hat_x_hat_mean) * stats.rstd
+        if dx_ptr is not None:
             store_tile(dx_ptr, dx, window, c, p, TILE)
+        if dpre_add_ptr is not None:
+            inside = zero_outside(dx, window, c, p, TILE)
+            dx_sums = add_to_channels(dx_sums, inside, window, p, TILE)
+    return dx_sums

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .tile import group_sums, groups_of, over_groups, zero_outside
+from .tile import group_sums, groups_of, load_channels, over_groups, over_pixels, zero_outside
 
 
 class Moments(NamedTuple):
@@ -50,34 +50,59 @@ def window_count(window, groups, TILE: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def window_moments(xs, window, groups, TILE: tl.constexpr, dtype: tl.constexpr):
-    """Moments of the window's elements, which ``xs`` holds as sub-tiles."""
-    count = window_count(window, groups, TILE, dtype)
-    n = tl.maximum(count, 1.0)
-    total = tl.zeros([TILE.rows, TILE.cols], dtype)
-    for k in tl.static_range(TILE.channel_tiles * TILE.pixel_tiles):
-        total += xs[k].to(dtype)
-    mean = divide(group_sums(total, TILE), n)
-    centre = over_groups(mean, TILE)
-    deviations = tl.zeros([TILE.rows, TILE.cols], dtype)
-    squares = tl.zeros([TILE.rows, TILE.cols], dtype)
-    for c in tl.static_range(TILE.channel_tiles):
-        for p in tl.static_range(TILE.pixel_tiles):
-            x = xs[c * TILE.pixel_tiles + p].to(dtype)
-            centred = zero_outside(x - centre, window, c, p, TILE)
-            deviations += centred
-            squares += centred * centred
-    deviation = group_sums(deviations, TILE)
-    mean_lo = divide(deviation, n)
-    return Moments(count, mean, mean_lo, group_sums(squares, TILE) - mean_lo * deviation)
-
-
-@triton.jit
 def _pair(reference, difference):
     """``reference + difference`` as a pair (Knuth's two-sum)."""
     hi = reference + difference
     rest = hi - reference
     return hi, (reference - (hi - rest)) + (difference - rest)
+
+
+@triton.jit
+def normalise(x, pre_add, stats, window, p: tl.constexpr, TILE: tl.constexpr):
+    """x_hat of a sub-tile of pixel tile ``p``; ``pre_add`` per channel, or None.
+
+    Never folded into ``a * x + b``: that would lose what ``mean_lo`` adds. For the same reason
+    pre_add is taken from the mean, once per channel, where the sum is again a pair.
+    """
+    mean, mean_lo = stats.mean, stats.mean_lo
+    if pre_add is not None:
+        mean, rest = _pair(mean, -over_pixels(pre_add, window, p, TILE))
+        mean_lo = mean_lo + rest
+    return ((x.to(stats.mean.dtype) - mean) - mean_lo) * stats.rstd
+
+
+@triton.jit
+def window_moments(xs, pre_add, window, groups, TILE: tl.constexpr, dtype: tl.constexpr):
+    """Moments of the window's elements, which ``xs`` holds as sub-tiles; of x + pre_add."""
+    count = window_count(window, groups, TILE, dtype)
+    n = tl.maximum(count, 1.0)
+    total = tl.zeros([TILE.rows, TILE.cols], dtype)
+    for c in tl.static_range(TILE.channel_tiles):
+        if pre_add is not None:
+            added = load_channels(pre_add, window, c, TILE, dtype)
+        for p in tl.static_range(TILE.pixel_tiles):
+            x = xs[c * TILE.pixel_tiles + p].to(dtype)
+            if pre_add is not None:
+                x = zero_outside(x + over_pixels(added, window, p, TILE), window, c, p, TILE)
+            total += x
+    mean = divide(group_sums(total, TILE), n)
+    centre = Stats(over_groups(mean, TILE), 0.0, 1.0)
+    deviations = tl.zeros([TILE.rows, TILE.cols], dtype)
+    squares = tl.zeros([TILE.rows, TILE.cols], dtype)
+    for c in tl.static_range(TILE.channel_tiles):
+        if pre_add is not None:
+            added = load_channels(pre_add, window, c, TILE, dtype)
+        else:
+            added = None
+        for p in tl.static_range(TILE.pixel_tiles):
+            x = xs[c * TILE.pixel_tiles + p]
+            centred = normalise(x, added, centre, window, p, TILE)
+            centred = zero_outside(centred, window, c, p, TILE)
+            deviations += centred
+            squares += centred * centred
+    deviation = group_sums(deviations, TILE)
+    mean_lo = divide(deviation, n)
+    return Moments(count, mean, mean_lo, group_sums(squares, TILE) - mean_lo * deviation)
 
 
 @triton.jit
@@ -151,9 +176,3 @@ def load_stats(ptr, window, groups, TILE: tl.constexpr):
     mean_lo = tl.load(ptr + index * 3 + 1, mask=mask, other=0.0)
     rstd = tl.load(ptr + index * 3 + 2, mask=mask, other=0.0)
     return Stats(over_groups(mean, TILE), over_groups(mean_lo, TILE), over_groups(rstd, TILE))
-
-
-@triton.jit
-def normalise(x, stats):
-    """x_hat. Never folded into ``a * x + b``: that would lose what ``mean_lo`` adds."""
-    return ((x.to(stats.mean.dtype) - stats.mean) - stats.mean_lo) * stats.rstd

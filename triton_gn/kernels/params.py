@@ -1,73 +1,99 @@
-"""Per-channel sums of the backward: each program writes its own, then one fixed-order reduction.
+"""Gradients of per-channel operands: each program writes its own part, then one reduction.
 
-No atomics: the same input gives the same bits, whatever the order in which programs finish.
+No atomics and a fixed order: the same input gives the same bits, however the programs interleave.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-from .tile import channel_sums, channels_of, group_sums, load_channels
+from .epilogue import load_gain
+from .tile import channel_sums, group_sums, load_channels, store_channels
+
+
+class Reduction(NamedTuple):
+    """Sum the rows of ``partial`` (rows, C) to ``total`` (total_rows, C), in equal stretches."""
+
+    partial_ptr: tl.tensor
+    total_ptr: tl.tensor
+    total_rows: tl.tensor
 
 
 @triton.jit
-def store_dz_sums(
-    sums, weight_ptr, dbias_ptr, dweight_ptr, window, c: tl.constexpr, groups, chunks,
-    TILE: tl.constexpr,
+def store_param_grads(
+    sums, params, grads, window, c: tl.constexpr, groups, chunks, TILE: tl.constexpr,
+    dtype: tl.constexpr,
 ):  # fmt: skip
-    """Write the sums of dz and dz * x_hat of channel tile ``c``; return the group sums of dx_hat.
+    """Write what the window adds to each gradient but dpre_add, for channel tile ``c``.
 
-    dbias and dweight: (N * chunks, C), each unless None. Returned: sum(dx_hat) and
-    sum(dx_hat * x_hat) over the window's part of each group, ``[group_slots]``.
+    ``sums``: the accumulators of dz and dz * x_hat. Each gradient is (N * chunks, C), or None.
+    Returned: sum(dx_hat) and sum(dx_hat * x_hat) over the window's part of each group,
+    ``[group_slots]``.
     """
     dz_sum = channel_sums(sums[0], TILE)
     dz_x_hat_sum = channel_sums(sums[1], TILE)
-    channels, mask = channels_of(window, c, TILE)
-    row = (window.sample.to(tl.int64) * chunks + window.chunk) * (groups * TILE.group_channels)
-    if dbias_ptr is not None:
-        tl.store(dbias_ptr + row + channels, dz_sum.to(dbias_ptr.dtype.element_ty), mask=mask)
-    if dweight_ptr is not None:
-        values = dz_x_hat_sum.to(dweight_ptr.dtype.element_ty)
-        tl.store(dweight_ptr + row + channels, values, mask=mask)
-    if weight_ptr is not None:
-        weight = load_channels(weight_ptr, window, c, TILE, dz_sum.dtype)
-        dz_sum *= weight
-        dz_x_hat_sum *= weight
-    return group_sums(dz_sum, TILE), group_sums(dz_x_hat_sum, TILE)
+    if grads.shift is not None:
+        store_channels(grads.shift, dz_sum, window, c, groups, chunks, TILE)
+    if grads.scale is not None:
+        dscale = dz_x_hat_sum
+        if params.weight is not None:
+            dscale *= load_channels(params.weight, window, c, TILE, dtype)
+        if params.bias is not None:
+            dscale += dz_sum * load_channels(params.bias, window, c, TILE, dtype)
+        store_channels(grads.scale, dscale, window, c, groups, chunks, TILE)
+    dweight, dbias = dz_x_hat_sum, dz_sum
+    if params.scale is not None:
+        scale = load_channels(params.scale, window, c, TILE, dtype)
+        dweight += dweight * scale
+        dbias += dbias * scale
+    if grads.weight is not None:
+        store_channels(grads.weight, dweight, window, c, groups, chunks, TILE)
+    if grads.bias is not None:
+        store_channels(grads.bias, dbias, window, c, groups, chunks, TILE)
+    gain = load_gain(params, window, c, TILE, dtype)
+    return group_sums(dz_sum * gain, TILE), group_sums(dz_x_hat_sum * gain, TILE)
 
 
 @triton.jit
-def sum_rows(partial_ptr, total_ptr, block, rows, channels, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """One program per ``COLS`` channels: ``partial`` (rows, channels) to ``total`` (channels,)."""
+def _sum_rows(
+    partial_ptr, total_ptr, total_row, block, rows, channels, ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):  # fmt: skip
+    """One row of a total, ``COLS`` channels of it, from ``rows`` rows of the partial."""
     cols = block * COLS + tl.arange(0, COLS)
+    start = total_row.to(tl.int64) * rows
     acc = tl.zeros([ROWS, COLS], partial_ptr.dtype.element_ty)
     for first in range(0, rows, ROWS):
         row = first + tl.arange(0, ROWS)
         mask = (row < rows)[:, None] & (cols < channels)[None, :]
-        offsets = row.to(tl.int64)[:, None] * channels + cols[None, :]
+        offsets = (start + row)[:, None] * channels + cols[None, :]
         acc += tl.load(partial_ptr + offsets, mask=mask, other=0.0)
     total = tl.sum(acc, axis=0).to(total_ptr.dtype.element_ty)
-    tl.store(total_ptr + cols, total, mask=cols < channels)
+    tl.store(total_ptr + total_row.to(tl.int64) * channels + cols, total, mask=cols < channels)
 
 
 @triton.jit
-def sum_params(
-    dbias_partial_ptr, dweight_partial_ptr, dbias_ptr, dweight_ptr, block, rows, channels,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
-    """dbias and dweight (C,), each unless None."""
-    if dbias_ptr is not None:
-        sum_rows(dbias_partial_ptr, dbias_ptr, block, rows, channels, ROWS, COLS)
-    if dweight_ptr is not None:
-        sum_rows(dweight_partial_ptr, dweight_ptr, block, rows, channels, ROWS, COLS)
+def sum_params(reductions, pid, rows, channels, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Program ``pid`` of those that do the reductions: one per row of a total and ``COLS`` channels.
+
+    ``reductions``: a ``Params`` of ``Reduction``, each or None; ``rows`` of every partial.
+    """
+    blocks = tl.cdiv(channels, COLS)
+    first = 0
+    for k in tl.static_range(5):
+        if reductions[k] is not None:
+            one = reductions[k]
+            programs = blocks * one.total_rows
+            if (pid >= first) & (pid < first + programs):
+                _sum_rows(
+                    one.partial_ptr, one.total_ptr, (pid - first) // blocks, (pid - first) % blocks,
+                    rows // one.total_rows, channels, ROWS, COLS,
+                )  # fmt: skip
+            first += programs
 
 
 @triton.jit
-def group_norm_params_kernel(
-    dbias_partial_ptr, dweight_partial_ptr, dbias_ptr, dweight_ptr, rows, channels,
-    ROWS: tl.constexpr, COLS: tl.constexpr,
-):  # fmt: skip
-    """One program per ``COLS`` channels; see ``sum_params``."""
-    sum_params(
-        dbias_partial_ptr, dweight_partial_ptr, dbias_ptr, dweight_ptr, tl.program_id(0), rows,
-        channels, ROWS, COLS,
-    )  # fmt: skip
+def group_norm_params_kernel(reductions, rows, channels, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """One program per row of a gradient and ``COLS`` channels; see ``sum_params``."""
+    sum_params(reductions, tl.program_id(0), rows, channels, ROWS, COLS)

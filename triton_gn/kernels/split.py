@@ -7,7 +7,7 @@ A partial result goes to a slot of its own, ``slots`` of them per group, so noth
 import triton
 import triton.language as tl
 
-from .epilogue import add_dz_sums, no_dz_sums, write_dx, write_y
+from .epilogue import add_dz_sums, load_dzs, no_dz_sums, write_dx, write_y
 from .moments import (
     Moments,
     combine,
@@ -19,14 +19,17 @@ from .moments import (
     store_stats,
     window_moments,
 )
-from .params import store_dz_sums, sum_params
+from .params import store_param_grads, sum_params
 from .tile import (
+    channel_sums,
     group_count,
     groups_of,
     load_tiles,
+    no_channel_sums,
     over_groups,
     step_of,
     steps_of,
+    store_channels,
     window_of,
 )
 
@@ -62,11 +65,12 @@ def _merged_moments(
 
 @triton.jit
 def group_norm_forward_split_moments_kernel(
-    x_ptr, partials_ptr, groups, pixels, row_vecs, chunks, chunk_vecs, slots, TILE: tl.constexpr
-):
+    x_ptr, params, partials_ptr, groups, pixels, row_vecs, chunks, chunk_vecs, slots,
+    TILE: tl.constexpr,
+):  # fmt: skip
     """One program per chunk of ``TILE.groups`` groups of a sample.
 
-    Reads x once; writes partials (N, G, slots, 4): count, mean, mean_lo, m2.
+    Reads x once, and pre_add; writes partials (N, G, slots, 4): count, mean, mean_lo, m2.
     """
     dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     window = window_of(tl.program_id(0), groups, pixels, row_vecs, chunks, chunk_vecs, TILE)
@@ -76,7 +80,8 @@ def group_norm_forward_split_moments_kernel(
         part = step_of(window, step, TILE)
         xs = load_tiles(x_ptr, part, TILE)
         merged = combine(
-            Moments(count, mean, mean_lo, m2), window_moments(xs, part, groups, TILE, dtype)
+            Moments(count, mean, mean_lo, m2),
+            window_moments(xs, params.pre_add, part, groups, TILE, dtype),
         )
         count, mean, mean_lo, m2 = merged.count, merged.mean, merged.mean_lo, merged.m2
     group, mask = groups_of(window, groups, TILE)
@@ -89,13 +94,14 @@ def group_norm_forward_split_moments_kernel(
 
 @triton.jit
 def group_norm_forward_split_apply_kernel(
-    x_ptr, weight_ptr, bias_ptr, partials_ptr, y_ptr, stats_ptr, groups, pixels, row_vecs, chunks,
+    x_ptr, residual_ptr, params, partials_ptr, y_ptr, stats_ptr, groups, pixels, row_vecs, chunks,
     chunk_vecs, slots, eps: tl.float64, SLOTS: tl.constexpr, TILE: tl.constexpr,
+    ACTIVATION: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """One program per chunk of ``TILE.groups`` groups of a sample.
 
-    Reads x once, weight and bias (C,) unless None, and the partials of its groups; writes y once
-    and stats (N, G, 3) unless None.
+    Reads x once, residual once unless None, ``params`` and the partials of its groups; writes y
+    once and stats (N, G, 3) unless None.
     """
     dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     # backwards, to meet what the first launch read last while L2 still holds it
@@ -109,19 +115,21 @@ def group_norm_forward_split_apply_kernel(
     stats = spread_stats(moments, rstd, TILE)
     for step in range(0, steps_of(window, TILE)):
         part = step_of(window, step, TILE)
-        write_y(load_tiles(x_ptr, part, TILE), stats, weight_ptr, bias_ptr, y_ptr, part, TILE)
+        xs = load_tiles(x_ptr, part, TILE)
+        write_y(xs, residual_ptr, params, stats, y_ptr, part, TILE, ACTIVATION, NVIDIA)
 
 
 @triton.jit
 def group_norm_backward_split_sums_kernel(
-    dy_ptr, x_ptr, weight_ptr, stats_ptr, partials_ptr, dbias_ptr, dweight_ptr, groups, pixels,
-    row_vecs, chunks, chunk_vecs, slots, TILE: tl.constexpr,
+    dy_ptr, x_ptr, residual_ptr, params, stats_ptr, partials_ptr, dresidual_ptr, grads, groups,
+    pixels, row_vecs, chunks, chunk_vecs, slots, TILE: tl.constexpr, ACTIVATION: tl.constexpr,
+    NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """One program per chunk of ``TILE.groups`` groups of a sample.
 
-    Reads dy and x once, weight (C,) unless None, stats (N, G, 3). Writes partials (N, G, slots, 2):
-    sum(dx_hat), sum(dx_hat * x_hat); and per sample, chunk and channel sum(dz) to dbias and
-    sum(dz * x_hat) to dweight, (N * chunks, C) each unless None.
+    Reads dy, x and, unless None, residual once, ``params``, stats (N, G, 3). Writes partials
+    (N, G, slots, 2): sum(dx_hat), sum(dx_hat * x_hat); dresidual once, and the chunk's row of each
+    of ``grads`` (N * chunks, C) but pre_add; each unless None.
     """
     dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     window = window_of(tl.program_id(0), groups, pixels, row_vecs, chunks, chunk_vecs, TILE)
@@ -130,14 +138,15 @@ def group_norm_backward_split_sums_kernel(
     for step in range(0, steps_of(window, TILE)):
         part = step_of(window, step, TILE)
         xs = load_tiles(x_ptr, part, TILE)
-        dys = load_tiles(dy_ptr, part, TILE)
-        dz_sums, dz_x_hat_sums = add_dz_sums(
-            (dz_sums, dz_x_hat_sums), dys, xs, stats, part, 0, TILE
+        dzs = load_dzs(
+            dy_ptr, residual_ptr, dresidual_ptr, xs, params, stats, part, TILE, ACTIVATION, NVIDIA
         )
-    dx_hat_sum, dx_hat_x_hat_sum = store_dz_sums(
-        (dz_sums, dz_x_hat_sums), weight_ptr, dbias_ptr, dweight_ptr, window, 0, groups, chunks,
-        TILE,
-    )  # fmt: skip
+        dz_sums, dz_x_hat_sums = add_dz_sums(
+            (dz_sums, dz_x_hat_sums), dzs, xs, params, stats, part, 0, TILE
+        )
+    dx_hat_sum, dx_hat_x_hat_sum = store_param_grads(
+        (dz_sums, dz_x_hat_sums), params, grads, window, 0, groups, chunks, TILE, dtype
+    )
     group, mask = groups_of(window, groups, TILE)
     index = (group * slots + window.slot) * 2
     tl.store(partials_ptr + index, dx_hat_sum, mask=mask)
@@ -146,15 +155,16 @@ def group_norm_backward_split_sums_kernel(
 
 @triton.jit
 def group_norm_backward_split_apply_kernel(
-    dy_ptr, x_ptr, weight_ptr, stats_ptr, partials_ptr, dx_ptr, dbias_partial_ptr,
-    dweight_partial_ptr, dbias_ptr, dweight_ptr, samples, groups, pixels, row_vecs, chunks,
-    chunk_vecs, slots, apply_programs, SLOTS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    TILE: tl.constexpr,
+    dy_ptr, x_ptr, residual_ptr, params, stats_ptr, partials_ptr, dx_ptr, dpre_add_ptr, reductions,
+    samples, groups, pixels, row_vecs, chunks, chunk_vecs, slots, apply_programs,
+    SLOTS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, TILE: tl.constexpr,
+    ACTIVATION: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """The first ``apply_programs`` programs: one per chunk of ``TILE.groups`` groups of a sample.
 
-    Read dy and x once, weight (C,) unless None, stats, the partials of their groups; write dx once.
-    The programs after them sum the per-chunk dbias and dweight up, ``COLS`` channels each.
+    Read dy, x and, unless None, residual once, ``params``, stats, the partials of their groups;
+    write dx once and their row of dpre_add (N * chunks, C), each unless None. The programs after
+    them do the ``reductions`` of what the launch before has left.
     """
     dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     if tl.program_id(0) < apply_programs:
@@ -172,14 +182,22 @@ def group_norm_backward_split_apply_kernel(
         count = group_count(pixels, TILE, dtype)
         dx_hat_mean = over_groups(divide(dx_hat_sum, count), TILE)
         dx_hat_x_hat_mean = over_groups(divide(dx_hat_x_hat_sum, count), TILE)
+        dx_sums = no_channel_sums(TILE, dtype)
         for step in range(0, steps_of(window, TILE)):
             part = step_of(window, step, TILE)
             xs = load_tiles(x_ptr, part, TILE)
-            dys = load_tiles(dy_ptr, part, TILE)
-            write_dx(dys, xs, stats, dx_hat_mean, dx_hat_x_hat_mean, weight_ptr, dx_ptr, part, TILE)
+            dzs = load_dzs(
+                dy_ptr, residual_ptr, None, xs, params, stats, part, TILE, ACTIVATION, NVIDIA
+            )
+            dx_sums = write_dx(
+                dx_sums, dzs, xs, params, stats, dx_hat_mean, dx_hat_x_hat_mean, dx_ptr,
+                dpre_add_ptr, part, 0, TILE,
+            )  # fmt: skip
+        if dpre_add_ptr is not None:
+            dpre_add = channel_sums(dx_sums, TILE)
+            store_channels(dpre_add_ptr, dpre_add, window, 0, groups, chunks, TILE)
     else:
         sum_params(
-            dbias_partial_ptr, dweight_partial_ptr, dbias_ptr, dweight_ptr,
-            tl.program_id(0) - apply_programs, samples * chunks, groups * TILE.group_channels,
-            ROWS, COLS,
+            reductions, tl.program_id(0) - apply_programs, samples * chunks,
+            groups * TILE.group_channels, ROWS, COLS,
         )  # fmt: skip

@@ -41,6 +41,23 @@ class Tile:
         return hash(repr(self))
 
 
+class PerChannel(NamedTuple):
+    """An operand with a value per channel, for each sample or (stride 0) for all of them."""
+
+    ptr: tl.tensor
+    stride: tl.tensor  # from one sample's values to the next one's
+
+
+class Params(NamedTuple):
+    """What there is per channel: operands as ``PerChannel``, gradients as pointers; each or None."""
+
+    weight: tl.tensor
+    bias: tl.tensor
+    scale: tl.tensor
+    shift: tl.tensor
+    pre_add: tl.tensor
+
+
 class Window(NamedTuple):
     """The part of the memory matrix that one program works on."""
 
@@ -219,10 +236,28 @@ def channels_of(window, c: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def load_channels(ptr, window, c: tl.constexpr, TILE: tl.constexpr, dtype: tl.constexpr):
-    """A parameter of the channels of channel tile ``c``, one value per channel."""
+def per_channel(value, TILE: tl.constexpr, dtype: tl.constexpr):
+    """The same value for each channel, in the shape of ``channels_of``."""
+    if TILE.channels_last:
+        return tl.full([1, TILE.cols], value, dtype)
+    else:
+        return tl.full([TILE.rows, TILE.span], value, dtype)
+
+
+@triton.jit
+def load_channels(operand, window, c: tl.constexpr, TILE: tl.constexpr, dtype: tl.constexpr):
+    """A ``PerChannel`` operand of the channels of channel tile ``c``."""
     channels, mask = channels_of(window, c, TILE)
-    return tl.load(ptr + channels, mask=mask, other=0.0).to(dtype)
+    row = window.sample.to(tl.int64) * operand.stride
+    return tl.load(operand.ptr + row + channels, mask=mask, other=0.0).to(dtype)
+
+
+@triton.jit
+def store_channels(ptr, values, window, c: tl.constexpr, groups, chunks, TILE: tl.constexpr):
+    """Per-channel values of this window to its row of ``ptr`` (N * chunks, C)."""
+    channels, mask = channels_of(window, c, TILE)
+    row = (window.sample.to(tl.int64) * chunks + window.chunk) * (groups * TILE.group_channels)
+    tl.store(ptr + row + channels, values.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

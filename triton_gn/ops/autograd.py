@@ -1,110 +1,266 @@
-"""The kernels as a differentiable function."""
+"""The kernels as differentiable functions of their operands, to any order and under vmap."""
 
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from triton_gn import reference
 from triton_gn.ops import launch, layout
 from triton_gn.ops.settings import Settings
+from triton_gn.reference import Operands
+
+_TENSORS = len(Operands._fields)
 
 
-def group_norm(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    groups: int,
-    eps: float,
-    y_dtype: torch.dtype,
-    settings: Settings,
-) -> Tensor:
-    """y in y_dtype through the kernels, recorded only if a derivative can be asked for."""
-    operands = (x, weight, bias)
-    recorded = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
-    # the Function raises under these, where a bare launch would drop a tangent
-    transformed = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    if recorded or transformed:
-        y: Tensor = GroupNormFunction.apply(*operands, groups, eps, y_dtype, settings)
-        return y
-    y, _ = _forward(*operands, groups, eps, y_dtype, settings, with_stats=False)
-    return y
+class Call(NamedTuple):
+    """What a call is made of besides its tensors."""
+
+    groups: int
+    eps: float
+    activation: str
+    y_dtype: torch.dtype
+    settings: Settings  # of the forward: a backward runs in a thread of its own
 
 
-def _forward(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    groups: int,
-    eps: float,
-    y_dtype: torch.dtype,
-    settings: Settings,
-    with_stats: bool,
-) -> tuple[Tensor, Tensor | None]:
+def forward(operands: Operands, call: Call, with_stats: bool) -> tuple[Tensor, Tensor | None]:
     """y and, if asked for, stats (N, G, 3): mean, mean_lo, rstd."""
-    x, channels_last = layout.native(x)
-    y = layout.empty_like(x, y_dtype)
-    stats = launch.statistics(x, x.shape[0], groups, 3) if with_stats else None
-    problem, config = launch.plan_for("forward", x, groups, channels_last, settings)
-    launch.run(
-        launch.forward_launches(problem, config, x, _dense(weight), _dense(bias), y, stats, eps),
-        x.device,
+    operands, channels_last = _native(operands)
+    x = operands.x
+    y = layout.empty_like(x, call.y_dtype)
+    stats = launch.statistics(x, x.shape[0], call.groups, 3) if with_stats else None
+    problem, config = launch.plan_for("forward", x, call.groups, channels_last, call.settings)
+    launches = launch.forward_launches(
+        problem, config, operands, y, stats, eps=call.eps, activation=call.activation
     )
+    launch.run(launches, x.device)
     return y, stats
 
 
-def _dense(parameter: Tensor | None) -> Tensor | None:
-    return None if parameter is None else parameter.contiguous()
+def backward(
+    dy: Tensor, stats: Tensor, operands: Operands, call: Call, needs: Sequence[bool]
+) -> list[Tensor]:
+    """Gradients of those operands that ``needs`` names; the residual's only with an activation."""
+    operands, channels_last = _native(operands)
+    x = operands.x
+    grads = empty_gradients(operands, needs)
+    problem, config = launch.plan_for("backward", x, call.groups, channels_last, call.settings)
+    launches = launch.backward_launches(
+        problem, config, layout.like(dy, x), operands, stats, grads, activation=call.activation
+    )
+    launch.run(launches, x.device)
+    return [grad for grad in grads if grad is not None]
+
+
+def empty_gradients(operands: Operands, needs: Sequence[bool]) -> Operands:
+    """Uninitialised gradients: x's and the residual's with the strides of x, each of its dtype."""
+    grads = []
+    for operand, needed in zip(operands, needs, strict=True):
+        if operand is None or not needed:
+            grads.append(None)
+        elif operand.shape == operands.x.shape:
+            grads.append(layout.empty_like(operands.x, operand.dtype))
+        else:
+            grads.append(torch.empty(operand.shape, dtype=operand.dtype, device=operand.device))
+    return Operands(*grads)
+
+
+def _native(operands: Operands) -> tuple[Operands, bool]:
+    """The operands as the kernels read them, and whether they are channels-last."""
+    x, channels_last = layout.native(operands.x)
+    residual = None if operands.residual is None else layout.like(operands.residual, x)
+    return operands._replace(x=x, residual=residual), channels_last
+
+
+def keep(ctx: Any, operands: Operands, stats: Tensor, call: Call) -> None:
+    """Save what the backward needs: x, what there is per channel and the statistics; the residual
+    only for the sake of an activation's derivative. Nothing the size of the output."""
+    residual = operands.residual
+    ctx.call = call
+    ctx.residual_dtype = None if residual is None else residual.dtype
+    if call.activation == "none":
+        residual = None
+    ctx.save_for_backward(*operands._replace(residual=residual), stats)
+
+
+def gradients(ctx: Any, dy: Tensor, run: Any) -> list[Tensor | None]:
+    """Gradients of all operands, None where not asked for; ``run`` has the signature of
+    ``backward``."""
+    *kept, stats = ctx.saved_tensors
+    needs = list(ctx.needs_input_grad[:_TENSORS])
+    dresidual = None
+    if needs[-1] and ctx.call.activation == "none":
+        dresidual = dy.to(ctx.residual_dtype)
+        needs[-1] = False
+    found = iter(run(dy, stats, Operands(*kept), ctx.call, needs) if any(needs) else ())
+    grads = [next(found) if needed else None for needed in needs]
+    if dresidual is not None:
+        grads[-1] = dresidual
+    return grads
 
 
 class GroupNormFunction(torch.autograd.Function):
-    """Keeps the input, the weight and the float32 statistics; nothing the size of the output."""
+    """For eager calls: the least work on the host."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        groups: int,
-        eps: float,
-        y_dtype: torch.dtype,
-        settings: Settings,
-    ) -> Tensor:
-        y, stats = _forward(x, weight, bias, groups, eps, y_dtype, settings, with_stats=True)
-        ctx.save_for_backward(x, weight, stats)
-        ctx.groups, ctx.eps = groups, eps
-        # backward runs in a thread of its own, with settings of its own
-        ctx.settings = settings
-        ctx.bias_dtype = None if bias is None else bias.dtype
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        operands, call = Operands(*inputs[:_TENSORS]), inputs[_TENSORS]
+        y, stats = forward(operands, call, with_stats=True)
+        assert stats is not None
+        keep(ctx, operands, stats, call)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, stats = ctx.saved_tensors
-        needs_dx, needs_dweight, needs_dbias = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():
-            # create_graph=True: what runs now must itself be differentiable
-            grads = reference.group_norm_backward(dy, x, ctx.groups, weight, ctx.eps)
-            return (
-                grads[0].to(x.dtype) if needs_dx else None,
-                grads[1].to(weight.dtype) if needs_dweight else None,
-                grads[2].to(ctx.bias_dtype) if needs_dbias else None,
-                None, None, None, None,
-            )  # fmt: skip
-        x, channels_last = layout.native(x)
-        dx = layout.empty_like(x) if needs_dx else None
-        dweight, dbias = (
-            torch.empty(x.shape[1], dtype=dtype, device=x.device) if needed else None
-            for needed, dtype in (
-                (needs_dweight, weight.dtype if needs_dweight else None),
-                (needs_dbias, ctx.bias_dtype),
-            )
+        # create_graph=True asks for a backward that is itself differentiable
+        run = differentiable_backward if torch.is_grad_enabled() else backward
+        return *gradients(ctx, dy, run), None
+
+
+class TransformedGroupNormFunction(torch.autograd.Function):
+    """For torch.func: the same, in the form that its transforms take."""
+
+    @staticmethod
+    def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
+        y, stats = forward(Operands(*inputs[:_TENSORS]), inputs[_TENSORS], with_stats=True)
+        assert stats is not None
+        return y, stats
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        keep(ctx, Operands(*inputs[:_TENSORS]), output[1], inputs[_TENSORS])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        return *gradients(ctx, dy, differentiable_backward), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
+        fold = Fold(info.batch_size, inputs[0], in_dims[0])
+        operands = fold.operands(inputs[:_TENSORS], in_dims[:_TENSORS])
+        results = TransformedGroupNormFunction.apply(*operands, inputs[_TENSORS])
+        return tuple(map(fold.undo, results)), (0, 0)
+
+
+class BackwardFunction(torch.autograd.Function):
+    """``backward``, differentiable by way of the formulas in plain PyTorch, and under vmap."""
+
+    @staticmethod
+    def forward(
+        call: Call, needs: Sequence[bool], dy: Tensor, stats: Tensor, *operands: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        return tuple(backward(dy, stats, Operands(*operands), call, needs))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.call, ctx.needs = inputs[:2]
+        dy, _, *operands = inputs[2:]
+        ctx.save_for_backward(dy, *operands)
+
+    @staticmethod
+    def backward(ctx: Any, *d_grads: Tensor) -> tuple[Tensor | None, ...]:
+        dy, *operands = ctx.saved_tensors
+        d_dy, *d_operands = double_backward(d_grads, dy, Operands(*operands), ctx.call, ctx.needs)
+        return None, None, d_dy, None, *d_operands
+
+    @staticmethod
+    def vmap(
+        info: Any, in_dims: tuple[Any, ...], call: Call, needs: Sequence[bool], *tensors: Any
+    ) -> tuple[Any, Any]:
+        (dy, stats, *operands), (dy_dim, stats_dim, *dims) = tensors, in_dims[2:]
+        fold = Fold(info.batch_size, operands[0], dims[0])
+        grads = BackwardFunction.apply(
+            call,
+            needs,
+            fold.batched(dy, dy_dim),
+            fold.batched(stats, stats_dim),
+            *fold.operands(operands, dims, gradients=True),
         )
-        problem, config = launch.plan_for("backward", x, ctx.groups, channels_last, ctx.settings)
-        launches = launch.backward_launches(
-            problem, config, layout.like(dy, x), x, _dense(weight), stats, dx, dbias, dweight
-        )
-        launch.run(launches, x.device)
-        return dx, dweight, dbias, None, None, None, None
+        grads = fold.undo_gradients(grads, operands, dims, needs)
+        return grads, (0,) * len(grads)
+
+
+def differentiable_backward(
+    dy: Tensor, stats: Tensor, operands: Operands, call: Call, needs: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    """``backward``, recorded."""
+    grads: tuple[Tensor, ...] = BackwardFunction.apply(call, needs, dy, stats, *operands)
+    return grads
+
+
+def double_backward(
+    d_grads: Iterable[Tensor], dy: Tensor, operands: Operands, call: Call, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """Of the gradients that ``backward`` gave: what dy and each operand get, None where absent."""
+    there = [t is not None for t in operands]
+
+    def grads_of(dy: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        rest = iter(tensors)
+        given = Operands(*(next(rest) if is_there else None for is_there in there))
+        found = reference.gradients(dy, given, call.groups, call.eps, call.activation, needs)
+        return tuple(found)
+
+    present = [t for t in operands if t is not None]
+    _, vector_jacobian_product = torch.func.vjp(grads_of, dy, *present)
+    d_dy, *d_operands = vector_jacobian_product(tuple(d_grads))
+    rest = iter(d_operands)
+    return [d_dy, *(next(rest) if is_there else None for is_there in there)]
+
+
+class Fold:
+    """A vmap over group_norm as one group_norm: its dimension becomes a part of the batch."""
+
+    def __init__(self, batch: int, x: Tensor, dim: int | None) -> None:
+        self.batch, self.x_dtype = batch, x.dtype
+        self.samples = (x if dim is None else x.movedim(dim, 0)[0]).shape[0]
+
+    def batched(self, t: Tensor, dim: int | None) -> Tensor:
+        """(N, ...) with a vmapped dimension or without one, to (batch * N, ...)."""
+        t = t.expand(self.batch, *t.shape) if dim is None else t.movedim(dim, 0)
+        return t.flatten(0, 1)
+
+    def undo(self, t: Tensor) -> Tensor:
+        """(batch * N, ...) to (batch, N, ...)."""
+        return t.unflatten(0, (self.batch, self.samples))
+
+    def operands(
+        self, operands: Sequence[Any], dims: Sequence[Any], gradients: bool = False
+    ) -> Operands:
+        """All operands folded. For gradients each sample gets values of its own, in the compute
+        dtype: those of the samples that share an operand are added up by ``undo_gradients``."""
+        folded = []
+        for index, (t, dim) in enumerate(zip(operands, dims, strict=True)):
+            if t is None:
+                folded.append(None)
+            elif index in (0, _TENSORS - 1):
+                folded.append(self.batched(t, dim))
+            elif dim is None and not gradients and (t.ndim == 1 or t.shape[0] == 1):
+                folded.append(t)
+            else:
+                rows = t[None] if dim is None else t.movedim(dim, 0)
+                rows = rows[:, None] if rows.ndim == 2 else rows
+                rows = rows.expand(self.batch, self.samples, -1).flatten(0, 1)
+                dtype = torch.promote_types(torch.float32, self.x_dtype)
+                folded.append(rows.to(dtype) if gradients else rows)
+        return Operands(*folded)
+
+    def undo_gradients(
+        self,
+        grads: Iterable[Tensor],
+        operands: Sequence[Any],
+        dims: Sequence[int | None],
+        needs: Sequence[bool],
+    ) -> tuple[Tensor, ...]:
+        """Gradients of the folded operands to those of the operands, batch first."""
+        unfolded = []
+        asked = [pair for pair, needed in zip(zip(operands, dims), needs, strict=True) if needed]
+        for grad, (t, dim) in zip(grads, asked, strict=True):
+            grad = self.undo(grad)
+            shape = t.shape if dim is None else t.movedim(dim, 0).shape[1:]
+            shared = len(shape) == 1 or (len(shape) == 2 and shape[0] == 1 < self.samples)
+            if shared:
+                grad = grad.sum(1).reshape(self.batch, *shape)
+            unfolded.append(grad.to(t.dtype))
+        return tuple(unfolded)

@@ -7,16 +7,18 @@ import warnings
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn import Parameter
 
-from triton_gn.ops import autograd, settings, torch_path
+from triton_gn import reference
+from triton_gn.ops import autograd, layout, library, settings, torch_path
+from triton_gn.reference import Operands
 
 # Triton reads it when a kernel is defined; set later, it has no effect
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes")
 
 
-@functools.cache
-def _triton_is_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
+_TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 @functools.cache
@@ -31,23 +33,23 @@ def why_not_kernels(x: Tensor) -> str | None:
         return "the input is on the CPU, where kernels run only under TRITON_INTERPRET=1"
     if device not in ("cpu", "cuda"):
         return f"the input is on {x.device}, for which there are no kernels"
-    if not _triton_is_installed():
+    if not _TRITON_IS_INSTALLED:
         return "Triton is not installed (remedy: pip install triton)"
     return None
 
 
-def uses_kernels(x: Tensor, current: settings.Settings) -> bool:
-    """Whether x runs through the kernels under these settings.
+def uses_kernels(x: Tensor, backend: str) -> bool:
+    """Whether x runs through the kernels.
 
     Raises:
         RuntimeError: the backend is "triton" and it cannot.
     """
-    if current.backend == "torch":
+    if backend == "torch":
         return False
     reason = why_not_kernels(x)
     if reason is None:
         return True
-    if current.backend == "triton":
+    if backend == "triton":
         raise RuntimeError(
             f'group_norm: the backend is "triton", but {reason}. '
             'triton_gn.backend("auto") falls back to PyTorch.'
@@ -74,14 +76,50 @@ def is_plain(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | N
     )
 
 
-def group_norm(
-    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
+def group_norm(operands: Operands, num_groups: int, eps: float, activation: str) -> Tensor:
     """y of x's shape, for operands that ``functional`` has checked."""
-    current = settings.current()
-    if x.numel() == 0 or not uses_kernels(x, current):
-        return torch_path.group_norm(x, num_groups, weight, bias, eps)
+    x, compiling = operands.x, torch.compiler.is_compiling()
+    if compiling:
+        backend, autocast_policy, settings_text = settings.when_compiled()
+    else:
+        current = settings.current()
+        backend, autocast_policy = current.backend, current.autocast_policy
     # PyTorch's autocast runs group_norm in float32 on the GPU; the kernels read x as it is
-    autocast = x.is_cuda and torch.is_autocast_enabled("cuda") and x.dtype is not torch.float64
+    autocast = (
+        x.is_cuda
+        and torch.is_autocast_enabled("cuda")
+        and x.dtype is not torch.float64
+        and autocast_policy == "torch"
+    )
     y_dtype = torch.float32 if autocast else x.dtype
-    return autograd.group_norm(x, weight, bias, num_groups, eps, y_dtype, current)
+    if x.numel() == 0 or not uses_kernels(x, backend):
+        return torch_path.group_norm(operands, num_groups, eps, activation, y_dtype)
+    if forward_ad._current_level >= 0:
+        _warn_once(
+            "triton_gn runs forward-mode derivatives in plain PyTorch operations, which are "
+            "slower: the kernels have none."
+        )
+        y = reference.group_norm(operands, num_groups, eps, activation)
+        return layout.like(y.to(y_dtype), layout.native(x)[0])
+    if compiling or _is_intercepted(operands):
+        if not compiling:
+            settings_text = settings.to_text(current)
+        constants = (num_groups, float(eps), activation, y_dtype, settings_text)
+        y, _ = library.group_norm(*operands, *constants)
+        return y
+    call = autograd.Call(num_groups, eps, activation, y_dtype, current)
+    if torch._C._are_functorch_transforms_active():
+        y, _ = autograd.TransformedGroupNormFunction.apply(*operands, call)
+        return y
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
+        y_recorded: Tensor = autograd.GroupNormFunction.apply(*operands, call)
+        return y_recorded
+    y, _ = autograd.forward(operands, call, with_stats=False)
+    return y
+
+
+def _is_intercepted(operands: Operands) -> bool:
+    """Whether someone wants to see the operator: a tensor subclass, or a dispatch mode."""
+    return torch._C._len_torch_dispatch_stack() > 0 or any(
+        t is not None and type(t) not in (Tensor, Parameter) for t in operands
+    )

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from triton_gn.ops.settings import Settings
 from triton_gn.plan import Config, Device, Problem, Tile, next_power_of_2, plan, slots_at_a_time
+from triton_gn.reference import Operands, compute_dtype
 
 _PARAM_COLS = 32  # channels per program that sums parameter gradients up: one 128-byte line
 _PARAM_ROWS = 64
+_PARAM_WARPS = 4
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,11 @@ class Launch:
     grid: int
     arguments: dict[str, Any]
     num_warps: int
+
+    def arguments_on(self, nvidia: bool) -> dict[str, Any]:
+        """All of the kernel's arguments, on an NVIDIA GPU or elsewhere."""
+        computes = "ACTIVATION" in self.arguments
+        return self.arguments | {"NVIDIA": nvidia} if computes else self.arguments
 
     def options(self, nvidia: bool) -> dict[str, Any]:
         """What else the compiler is told."""
@@ -81,8 +88,7 @@ def plan_for(
 
 def statistics(x: Tensor, *shape: int) -> Tensor:
     """Uninitialised float32, float64 for float64: what sums and statistics of x are kept in."""
-    dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
-    return torch.empty(shape, dtype=dtype, device=x.device)
+    return torch.empty(shape, dtype=compute_dtype(x), device=x.device)
 
 
 def _sizes(problem: Problem, config: Config) -> dict[str, Any]:
@@ -90,6 +96,7 @@ def _sizes(problem: Problem, config: Config) -> dict[str, Any]:
         "groups": problem.groups,
         "pixels": problem.pixels,
         "row_vecs": problem.row_vecs,
+        "TILE": _device_tile(config.tile),
     }
     if config.strategy == "split":
         sizes |= {
@@ -100,116 +107,170 @@ def _sizes(problem: Problem, config: Config) -> dict[str, Any]:
     return sizes
 
 
+def _params(operands: Operands) -> Any:
+    """The operands per channel, for a kernel."""
+    tile = _kernels().tile
+
+    def per_channel(values: Tensor | None) -> Any:
+        if values is None:
+            return None
+        if values.stride(-1) != 1:
+            values = values.contiguous()
+        shared = values.ndim == 1 or values.shape[0] == 1
+        return tile.PerChannel(values, 0 if shared else values.stride(0))
+
+    return tile.Params(*(per_channel(getattr(operands, name)) for name in tile.Params._fields))
+
+
 def forward_launches(
     problem: Problem,
     config: Config,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
+    operands: Operands,
     y: Tensor,
     stats: Tensor | None,
+    *,
     eps: float,
+    activation: str,
 ) -> list[Launch]:
     """Launches that fill y and, unless None, stats (N, G, 3)."""
     programs = config.programs(problem)
-    sizes = _sizes(problem, config) | {"TILE": _device_tile(config.tile)}
-    operands = {
-        "x_ptr": x, "weight_ptr": weight, "bias_ptr": bias, "y_ptr": y, "stats_ptr": stats,
-        "eps": float(eps),
+    sizes = _sizes(problem, config)
+    x = {"x_ptr": operands.x, "params": _params(operands)}
+    apply = {
+        "residual_ptr": operands.residual, "y_ptr": y, "stats_ptr": stats, "eps": float(eps),
+        "ACTIVATION": activation,
     }  # fmt: skip
     if config.strategy == "resident":
         kernel = _kernels().resident.group_norm_forward_resident_kernel
-        return [Launch(kernel, programs, operands | sizes, config.num_warps)]
+        return [Launch(kernel, programs, x | apply | sizes, config.num_warps)]
     split = _kernels().split
-    partials = statistics(x, problem.n * problem.groups * config.slots, 4)
+    partials = {
+        "partials_ptr": statistics(operands.x, problem.n * problem.groups * config.slots, 4)
+    }
     return [
         Launch(
             split.group_norm_forward_split_moments_kernel,
             programs,
-            {"x_ptr": x, "partials_ptr": partials} | sizes,
+            x | partials | sizes,
             config.num_warps,
         ),
         Launch(
             split.group_norm_forward_split_apply_kernel,
             programs,
-            operands | sizes | {"partials_ptr": partials, "SLOTS": slots_at_a_time(config)},
+            x | apply | partials | sizes | {"SLOTS": slots_at_a_time(config)},
             config.num_warps,
         ),
     ]
+
+
+def _param_parts(
+    problem: Problem, config: Config, x: Tensor, grads: Operands
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Where each program writes its part of the gradients per channel, and how the parts add up.
+
+    A part that is all there is, of one sample in one chunk, is written where the sum belongs.
+    """
+    rows = problem.n * config.chunks
+    parts, reductions = {}, {}
+    for name in _kernels().tile.Params._fields:
+        total = getattr(grads, name)
+        if total is None:
+            continue
+        total_rows = total.numel() // problem.channels
+        if total_rows == rows:
+            parts[name] = total
+        else:
+            parts[name] = statistics(x, rows, problem.channels)
+            reductions[name] = _kernels().params.Reduction(parts[name], total, total_rows)
+    return parts, reductions
+
+
+def _all_params(some: dict[str, Any]) -> Any:
+    """A ``Params`` of the fields that there are."""
+    params = _kernels().tile.Params
+    return params(*map(some.get, params._fields))
+
+
+def _reduce(
+    problem: Problem, config: Config, reductions: dict[str, Any]
+) -> tuple[int, dict[str, Any]]:
+    """How many programs do the reductions, and their arguments."""
+    rows = problem.n * config.chunks
+    totals = [reduction.total_rows for reduction in reductions.values()]
+    arguments = {
+        "reductions": _all_params(reductions),
+        "ROWS": min(_PARAM_ROWS, next_power_of_2(rows // min(totals, default=1))),
+        "COLS": _PARAM_COLS,
+    }
+    return sum(totals) * -(-problem.channels // _PARAM_COLS), arguments
+
+
+def _param_launches(
+    problem: Problem, config: Config, reductions: dict[str, Any]
+) -> list[Launch]:
+    """A launch that does the reductions, if there are any."""
+    programs, arguments = _reduce(problem, config, reductions)
+    arguments |= {"rows": problem.n * config.chunks, "channels": problem.channels}
+    kernel = _kernels().params.group_norm_params_kernel
+    return [Launch(kernel, programs, arguments, _PARAM_WARPS)] if reductions else []
 
 
 def backward_launches(
     problem: Problem,
     config: Config,
     dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
+    operands: Operands,
     stats: Tensor,
-    dx: Tensor | None,
-    dbias: Tensor | None,
-    dweight: Tensor | None,
+    grads: Operands,
+    *,
+    activation: str,
 ) -> list[Launch]:
-    """Launches that fill dx, dbias and dweight, each unless None."""
+    """Launches that fill ``grads``, each unless None; the residual's only with an activation."""
     programs = config.programs(problem)
-    rows = problem.n * config.chunks
-    # one row of partial sums is the sum: the kernel writes it where it belongs
-    partial = functools.partial(_param_partial, x, rows, problem.channels)
-    dbias_partial, dweight_partial = partial(dbias), partial(dweight)
-    operands = {
-        "dy_ptr": dy, "x_ptr": x, "weight_ptr": weight, "stats_ptr": stats,
-        "dbias_ptr": dbias_partial, "dweight_ptr": dweight_partial,
-    }  # fmt: skip
-    sizes = _sizes(problem, config) | {"TILE": _device_tile(config.tile)}
-    params = {
-        "dbias_partial_ptr": dbias_partial, "dweight_partial_ptr": dweight_partial,
-        "dbias_ptr": dbias, "dweight_ptr": dweight,
-        "ROWS": min(_PARAM_ROWS, next_power_of_2(rows)), "COLS": _PARAM_COLS,
-    }  # fmt: skip
-    reduce_params = rows > 1 and (dbias is not None or dweight is not None)
-    param_programs = -(-problem.channels // _PARAM_COLS) if reduce_params else 0
-    param_launch = Launch(
-        _kernels().params.group_norm_params_kernel,
-        param_programs,
-        params | {"rows": rows, "channels": problem.channels},
-        4,
-    )
+    parts, reductions = _param_parts(problem, config, operands.x, grads)
+    inputs = {
+        "dy_ptr": dy, "x_ptr": operands.x, "residual_ptr": operands.residual,
+        "params": _params(operands), "stats_ptr": stats,
+        "ACTIVATION": activation,
+    } | _sizes(problem, config)  # fmt: skip
+    outputs = {"dresidual_ptr": grads.residual, "grads": _all_params(parts)}
     if config.strategy == "resident":
         kernel = _kernels().resident.group_norm_backward_resident_kernel
-        launch = Launch(kernel, programs, operands | sizes | {"dx_ptr": dx}, config.num_warps)
-        return [launch, param_launch] if reduce_params else [launch]
+        launch = Launch(
+            kernel, programs, inputs | outputs | {"dx_ptr": grads.x}, config.num_warps
+        )
+        return [launch, *_param_launches(problem, config, reductions)]
 
     split = _kernels().split
-    partials = statistics(x, problem.n * problem.groups * config.slots, 2)
-    sums = Launch(
-        split.group_norm_backward_split_sums_kernel,
-        programs,
-        operands | sizes | {"partials_ptr": partials},
-        config.num_warps,
+    inputs["partials_ptr"] = statistics(
+        operands.x, problem.n * problem.groups * config.slots, 2
     )
-    if dx is None:
-        return [sums, param_launch] if reduce_params else [sums]
+    sums = Launch(
+        split.group_norm_backward_split_sums_kernel, programs, inputs | outputs, config.num_warps
+    )
+    if grads.x is None and grads.pre_add is None:
+        return [sums, *_param_launches(problem, config, reductions)]
+    # the apply launch writes the parts of dpre_add, and sums up what the launch before has left
+    last = {name: reductions.pop(name) for name in ("pre_add",) if name in reductions}
+    param_programs, arguments = _reduce(problem, config, reductions)
     apply = Launch(
         split.group_norm_backward_split_apply_kernel,
         programs + param_programs,
-        operands
-        | sizes
-        | params
+        inputs
+        | arguments
         | {
-            "partials_ptr": partials, "dx_ptr": dx, "samples": problem.n,
+            "dx_ptr": grads.x, "dpre_add_ptr": parts.get("pre_add"), "samples": problem.n,
             "apply_programs": programs, "SLOTS": slots_at_a_time(config),
         },
         config.num_warps,
     )  # fmt: skip
-    return [sums, apply]
-
-
-def _param_partial(x: Tensor, rows: int, channels: int, total: Tensor | None) -> Tensor | None:
-    return total if total is None or rows == 1 else statistics(x, rows, channels)
+    return [sums, apply, *_param_launches(problem, config, last)]
 
 
 def run(launches: Iterable[Launch], device: torch.device) -> None:
     """Launch on the current stream of ``device``, whichever device is the current one."""
+    nvidia = device.type == "cuda" and torch.version.hip is None
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         for launch in launches:
-            options = launch.options(nvidia=torch.version.hip is None)
-            launch.kernel[(launch.grid,)](**launch.arguments, **options)
+            arguments = launch.arguments_on(nvidia)
+            launch.kernel[(launch.grid,)](**arguments, **launch.options(nvidia))

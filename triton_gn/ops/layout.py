@@ -12,6 +12,10 @@ def is_channels_last(x: Tensor) -> bool | None:
     adjacent either way.
     """
     n, channels = x.shape[:2]
+    if x.is_contiguous():
+        return x.numel() == n * channels
+    if x.movedim(1, -1).is_contiguous():
+        return True
     stride_n, stride_c = x.stride()[:2]
     pixels = 1
     for stride, size in sorted(zip(x.stride()[2:], x.shape[2:], strict=True)):

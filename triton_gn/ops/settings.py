@@ -1,18 +1,24 @@
-"""What a user sets for a thread: the backend, batch invariance, parts of the plan."""
+"""What a user sets for a thread: backend, autocast, batch invariance, parts of the plan."""
 
+import functools
+import json
 import os
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import Any
 
+import torch
+
 BACKENDS = ("auto", "triton", "torch")
+AUTOCAST_POLICIES = ("torch", "keep")
 
 
 @dataclass(frozen=True)
 class Settings:
     backend: str = "auto"
+    autocast_policy: str = "torch"
     batch_invariant: bool = False
     plan_override: tuple[tuple[str, Any], ...] = ()
 
@@ -38,6 +44,29 @@ _thread = _ThreadSettings()
 
 def current() -> Settings:
     return _thread.current
+
+
+@functools.cache
+def to_text(settings: Settings) -> str:
+    """As an operator's argument; ``from_text`` takes it back."""
+    return json.dumps(asdict(settings))
+
+
+@functools.cache
+def from_text(text: str) -> Settings:
+    fields = json.loads(text)
+    override = tuple((name, value) for name, value in fields.pop("plan_override"))
+    return Settings(**fields, plan_override=override)
+
+
+@torch.compiler.assume_constant_result
+def when_compiled() -> tuple[str, str, str]:
+    """For torch.compile, which cannot look into a thread's state: the settings while it traces.
+
+    Backend, autocast policy and all of them as text.
+    """
+    settings = current()
+    return settings.backend, settings.autocast_policy, to_text(settings)
 
 
 class Setting:
@@ -73,6 +102,23 @@ def backend(name: str) -> Setting:
         ValueError: another name.
     """
     return Setting({"backend": _checked_backend(name, "backend")})
+
+
+def autocast_policy(name: str) -> Setting:
+    """Choose what this thread's calls do under CUDA autocast.
+
+    ``"torch"`` gives float32, as PyTorch's group_norm does there; ``"keep"`` the input's dtype.
+    The arithmetic is float32 either way. As a context manager the old choice returns on exit.
+
+    Raises:
+        ValueError: another name.
+    """
+    if name not in AUTOCAST_POLICIES:
+        raise ValueError(
+            f"autocast_policy: the policy must be one of {', '.join(AUTOCAST_POLICIES)}; "
+            f"got {name!r}."
+        )
+    return Setting({"autocast_policy": name})
 
 
 def batch_invariant(enabled: bool = True) -> Setting:

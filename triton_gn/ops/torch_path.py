@@ -7,9 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from triton_gn import reference
 from triton_gn.ops import layout
+from triton_gn.reference import Operands
 
 # PyTorch's channels-last CPU kernel takes E[x^2] - E[x]^2: the square of |mean| / std says how many
 # roundings the variance loses. At 2 that is 3e-7 in float32; at 1e5 nothing is left.
@@ -17,6 +19,20 @@ _FAR_FROM_ZERO = 2.0
 
 
 def group_norm(
+    operands: Operands, num_groups: int, eps: float, activation: str, y_dtype: torch.dtype
+) -> Tensor:
+    """y of x's shape and strides: PyTorch's group_norm, then elementwise operations."""
+    x, weight, bias, *fused = operands
+    if activation == "none" and all(t is None for t in fused):
+        return _affine(x, num_groups, weight, bias, eps).to(y_dtype)
+    x, _ = layout.native(x)
+    prepared = reference.prologue(x, operands.pre_add).to(reference.compute_dtype(x))
+    n = _affine(prepared, num_groups, weight, bias, eps)
+    y = reference.epilogue(n, operands, activation)
+    return layout.like(y.to(y_dtype), x)
+
+
+def _affine(
     x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
     """As torch.nn.functional.group_norm, without its checks."""
@@ -24,7 +40,7 @@ def group_norm(
         return _empty(x, weight, bias)
     if bias is not None and weight is None:
         weight = torch.ones_like(bias)  # PyTorch's backward raises without one
-    compute_dtype = _compute_dtype(x, weight, bias)
+    compute_dtype = _parameter_dtype(x, weight, bias)
     if compute_dtype is not None:
         weight = None if weight is None else weight.to(compute_dtype)
         bias = None if bias is None else bias.to(compute_dtype)
@@ -34,18 +50,30 @@ def group_norm(
     if x.device.type != "cpu" or x.is_contiguous():
         return torch.group_norm(x, num_groups, weight, bias, eps)
     x, channels_last = layout.native(x)
-    if channels_last:
-        y_channels_last: Tensor = _ChannelsLast.apply(x, num_groups, weight, bias, eps)
-        return y_channels_last
-    return torch.group_norm(x, num_groups, weight, bias, eps)
+    if not channels_last:
+        return torch.group_norm(x, num_groups, weight, bias, eps)
+    if is_transformed():
+        y = reference.group_norm(Operands(x, weight, bias), num_groups, eps, "none")
+        return layout.like(y.to(x.dtype), x)
+    y_channels_last: Tensor = _ChannelsLast.apply(x, num_groups, weight, bias, eps)
+    return y_channels_last
 
 
-def _compute_dtype(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> torch.dtype | None:
+def is_transformed() -> bool:
+    """Whether what runs now is traced or differentiated by more than reverse-mode autograd."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
+def _parameter_dtype(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> torch.dtype | None:
     """What the parameters must be cast to; None if PyTorch takes them as they are."""
     dtypes = {parameter.dtype for parameter in (weight, bias) if parameter is not None}
     if dtypes <= {x.dtype}:
         return None
-    compute_dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+    compute_dtype = reference.compute_dtype(x)
     if x.device.type == "cpu" and dtypes == {compute_dtype}:
         return None
     return compute_dtype
@@ -88,34 +116,35 @@ class _ChannelsLast(torch.autograd.Function):
             y, mean, rstd = torch.ops.aten.native_group_norm(
                 image, *_cast(image.dtype, weight, bias), *ctx.sizes, eps
             )
-        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
         result: Tensor = y.to(x.dtype).as_strided(x.shape, x.stride())
         return result
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, mean, rstd = ctx.saved_tensors
+        x, weight, bias, mean, rstd = ctx.saved_tensors
         num_groups = ctx.sizes[-1]
+        needs_dx, _, needs_dweight, needs_dbias, _ = ctx.needs_input_grad
         if torch.is_grad_enabled():
             # create_graph=True: what runs now must itself be differentiable
-            grads = reference.group_norm_backward(dy, x, num_groups, weight, ctx.eps)
-        else:
-            image, dy_image = _image(x), _image(layout.like(dy, x))
-            if ctx.shift is not None:
-                image = _shifted(image, ctx.shift)
-                dy_image = dy_image.to(image.dtype)
-            there = weight is not None
-            dx, dweight, dbias = torch.ops.aten.native_group_norm_backward(
-                dy_image, image, mean, rstd, *_cast(mean.dtype, weight), *ctx.sizes,
-                [True, there, there],
-            )  # fmt: skip
-            grads = (dx.as_strided(x.shape, x.stride()), dweight, dbias)
-        dx, dweight, dbias = grads
+            needs = (needs_dx, needs_dweight, needs_dbias, *[False] * 4)
+            operands = Operands(x, weight, bias)
+            grads = iter(reference.gradients(dy, operands, num_groups, ctx.eps, "none", needs))
+            dx, dweight, dbias = (next(grads) if needed else None for needed in needs[:3])
+            return dx, None, dweight, dbias, None
+        image, dy_image = _image(x), _image(layout.like(dy, x))
+        if ctx.shift is not None:
+            image = _shifted(image, ctx.shift)
+            dy_image = dy_image.to(image.dtype)
+        dx, dweight, dbias = torch.ops.aten.native_group_norm_backward(
+            dy_image, image, mean, rstd, *_cast(mean.dtype, weight), *ctx.sizes,
+            [True, weight is not None, weight is not None],
+        )  # fmt: skip
         return (
-            dx.to(x.dtype) if ctx.needs_input_grad[0] else None,
+            dx.as_strided(x.shape, x.stride()).to(x.dtype) if needs_dx else None,
             None,
-            dweight.to(weight.dtype) if ctx.needs_input_grad[2] else None,
-            dbias.to(weight.dtype) if ctx.needs_input_grad[3] else None,
+            dweight.to(weight.dtype) if needs_dweight else None,
+            dbias.to(bias.dtype) if needs_dbias else None,
             None,
         )
 
