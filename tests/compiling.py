@@ -75,21 +75,18 @@ def launches_of(
     }
     residual = torch.empty_like(x) if "residual" in fused else None
     operands = Operands(x, weight, bias, **per_sample, residual=residual)
-    problem, _ = launch.problem_of(direction, x, num_groups, channels_last)
+    if direction == "backward" and activation == "none":
+        operands = operands._replace(residual=None)
+    problem, _ = launch.problem_of(direction, operands, num_groups, activation, channels_last)
     device = Device("AMD Instinct MI300X", 304, 4 * 2**20, 64) if "gfx" in target else Device()
     config = plan(problem, device, override=tuple(sorted(override.items())))
     stats = launch.statistics(x, n, num_groups, 3)
     if direction == "forward":
-        return launch.forward_launches(
-            problem, config, operands, torch.empty_like(x), stats, eps=1e-5, activation=activation
-        )
-    grads = Operands(*(None if t is None else torch.empty_like(t) for t in operands))
-    if activation == "none":
-        operands, grads = operands._replace(residual=None), grads._replace(residual=None)
+        y = torch.empty_like(x)
+        return launch.forward_launches(problem, config, operands, y, stats, 1e-5)
+    grads = {name: torch.empty_like(t) for name, t in operands._asdict().items() if t is not None}
     dy = torch.empty_like(x)
-    return launch.backward_launches(
-        problem, config, dy, operands, stats, grads, activation=activation
-    )
+    return launch.backward_launches(problem, config, dy, operands, stats, grads)
 
 
 def _typed(value: Any, path: tuple[int, ...], constants: Any, attributes: Any) -> Any:
@@ -111,7 +108,9 @@ def _typed(value: Any, path: tuple[int, ...], constants: Any, attributes: Any) -
 
 
 def _source(one: launch.Launch, nvidia: bool) -> ASTSource:
-    signature, constants, attributes = {}, {}, {}
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
     arguments = one.arguments_on(nvidia)
     for index, parameter in enumerate(one.kernel.params):
         value = arguments[parameter.name]

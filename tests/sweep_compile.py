@@ -37,15 +37,22 @@ def draw(count: int, target: str) -> list[Case]:
         activation = random.choice(list(ACTIVATIONS))
         fused = tuple(name for name in _FUSED if random.random() < 0.4)
         channels_last = random.random() < 0.5
-        cases.append(
-            (direction, shape, groups, dtype, channels_last, target, activation, fused)
-        )
+        cases.append((direction, shape, groups, dtype, channels_last, target, activation, fused))
     return cases
 
 
 def compile_case(case: Case) -> list[Compiled]:
-    *problem, target, activation, fused = case
-    launches = launches_of(*problem, target=target, activation=activation, fused=fused)
+    direction, shape, groups, dtype, channels_last, target, activation, fused = case
+    launches = launches_of(
+        direction,
+        shape,
+        groups,
+        dtype,
+        channels_last,
+        target=target,
+        activation=activation,
+        fused=fused,
+    )
     return [compile_launch(launch, target) for launch in launches]
 
 

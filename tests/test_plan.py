@@ -9,8 +9,18 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from triton_gn.plan import Config, Device, Problem, fits, plan, rivals, slots_at_a_time
+from triton_gn.plan import (
+    Config,
+    Device,
+    Problem,
+    fits,
+    is_always_resident,
+    plan,
+    rivals,
+    slots_at_a_time,
+)
 from triton_gn.plan.tiles import MAX_SLOTS, block_extent, make_tile
+from triton_gn.reference import ACTIVATIONS
 
 H100 = Device()
 REGISTERS = 65536  # of a multiprocessor, 32 bits each
@@ -20,7 +30,7 @@ LARGE = replace(CONTIGUOUS, pixels=2**16)
 # an odd group leaves one element per access, and so the most sub-tiles for the same bytes
 ODD = Problem("forward", 1, 15, 3, 4097, "bfloat16", channels_last=False)
 # the model holds split for faster here, on a GPU that would else be idle
-IDLE = Problem("backward", 1, 128, 1, 64, "float64", channels_last=False)
+IDLE = Problem("backward", 1, 128, 1, 64, "float32", channels_last=False)
 # 33 x 211 elements take a tile of 64 x 256
 PADDED = Problem("backward", 1, 33, 1, 211, "bfloat16", channels_last=True)
 
@@ -41,6 +51,9 @@ def problems(draw: st.DrawFn) -> Problem:
         pixels=pixels,
         dtype=draw(st.sampled_from(["float16", "bfloat16", "float32", "float64"])),
         channels_last=draw(st.booleans()),
+        activation=draw(st.sampled_from(list(ACTIVATIONS))),
+        pre_add=draw(st.booleans()),
+        residual=draw(st.booleans()),
     )
 
 
@@ -66,10 +79,11 @@ def test_every_problem_has_a_plan_that_fits(problem: Problem) -> None:
 
 
 @for_any_problem
-@given(problem=problems().filter(lambda problem: problem.group_elements <= 8192))
+@given(problem=problems().filter(is_always_resident))
 @example(problem=IDLE)
 @example(problem=PADDED)
-def test_groups_of_up_to_8192_elements_are_resident(problem: Problem) -> None:
+def test_small_groups_are_resident(problem: Problem) -> None:
+    assert problem.group_elements <= 8192
     assert plan(problem, H100).strategy == "resident"
 
 

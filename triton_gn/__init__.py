@@ -1,5 +1,6 @@
 """GroupNorm for PyTorch in fused Triton kernels, forward and backward."""
 
+from triton_gn.conversion import Report, convert, unconvert
 from triton_gn.explanation import explain
 from triton_gn.functional import group_norm
 from triton_gn.module import GroupNorm
@@ -9,10 +10,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "GroupNorm",
+    "Report",
     "autocast_policy",
     "backend",
     "batch_invariant",
+    "convert",
     "explain",
     "group_norm",
     "plan_override",
+    "unconvert",
 ]

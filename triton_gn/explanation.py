@@ -6,7 +6,7 @@ from torch import Tensor
 
 from triton_gn.functional import check
 from triton_gn.ops import dispatch, launch, layout, settings
-from triton_gn.plan import ALWAYS_RESIDENT, Config, Problem, plan, rivals
+from triton_gn.plan import Config, Problem, is_always_resident, plan, rivals
 from triton_gn.reference import Operands
 
 
@@ -42,25 +42,39 @@ def _count(number: int, noun: str) -> str:
     return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
-def explain(input: Tensor, num_groups: int, *, direction: str = "forward") -> Explanation:
+def explain(
+    input: Tensor,
+    num_groups: int,
+    *,
+    direction: str = "forward",
+    activation: str | None = None,
+    pre_add: bool = False,
+    residual: bool = False,
+) -> Explanation:
     """Say which plan ``group_norm(input, num_groups)`` takes under this thread's settings, and why.
 
     Args:
         input: (N, C, *), not empty; only its shape, strides, dtype and device matter.
         num_groups: as for group_norm.
         direction: "forward" or "backward".
+        activation: as for group_norm.
+        pre_add: whether there is one.
+        residual: whether there is one.
 
     Raises:
         TypeError, ValueError: as group_norm; an empty input or another direction.
     """
-    check(Operands(input), num_groups, None)
+    check(Operands(input), num_groups, activation)
     if direction not in ("forward", "backward"):
         raise ValueError(f"explain: direction must be forward or backward; got {direction!r}.")
     if input.numel() == 0:
         raise ValueError(f"explain: an empty input runs no kernel; got shape {tuple(input.shape)}.")
     current = settings.current()
     x, channels_last = layout.native(input)
-    problem, device = launch.problem_of(direction, x, num_groups, channels_last)
+    operands = Operands(x, pre_add=x if pre_add else None, residual=x if residual else None)
+    problem, device = launch.problem_of(
+        direction, operands, num_groups, activation or "none", channels_last
+    )
     config = plan(problem, device, current.batch_invariant, current.plan_override)
     path = "triton" if dispatch.uses_kernels(input, current.backend) else "torch"
     fixed = dict(current.plan_override)
@@ -69,7 +83,7 @@ def explain(input: Tensor, num_groups: int, *, direction: str = "forward") -> Ex
         reason += "; the kernels would run"
     elif "strategy" in fixed:
         reason = f"plan_override(strategy={fixed['strategy']!r})"
-    elif problem.group_elements <= ALWAYS_RESIDENT:
+    elif is_always_resident(problem):
         reason = f"groups of {problem.group_elements} elements stay on chip"
     else:
         reason = f"groups of {problem.group_elements} elements; " + ", ".join(

@@ -56,9 +56,10 @@ def group_norm(
         ValueError: the shapes or devices do not fit together, there is one value per group, or the
             activation is none of those above.
     """
-    plain = activation is scale is shift is residual is pre_add is None
+    bare = activation is None and scale is None and shift is None
+    bare = bare and residual is None and pre_add is None
     try:
-        if plain and dispatch.is_plain(input, num_groups, weight, bias):
+        if bare and dispatch.is_plain(input, num_groups, weight, bias):
             return torch.group_norm(input, num_groups, weight, bias, eps)
     except Exception:  # whatever PyTorch says of bad operands, check says it better
         check(Operands(input, weight, bias), num_groups, None)
@@ -150,23 +151,10 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
 
 def _check_operand(name: str, operand: Tensor, input: Tensor) -> None:
     _check_tensor(name, operand)
-    n, channels = input.shape[:2]
-    shape = tuple(operand.shape)
-    fits = len(shape) == 1 and shape[0] == channels
-    rule = f"shape ({channels},), one value per channel of input"
-    if name == "residual":
-        fits = _equal(shape, input.shape)
-        rule = f"input's shape {tuple(input.shape)}"
-    elif name in _PER_SAMPLE:
-        if 2 <= len(shape) <= input.ndim:
-            rows = shape[0] == 1 or shape[0] == n
-            fits = rows and shape[1] == channels and all(size == 1 for size in shape[2:])
-        rule = (
-            f"shape ({channels},), (1, {channels}) or ({n}, {channels}), also with trailing sizes "
-            "of 1 up to input's rank"
-        )
-    if not fits:
-        raise ValueError(f"group_norm: {name} must have {rule}; got {shape}.")
+    if not _fits(name, operand.shape, input.shape):
+        # said only here: under torch.compile, text of a size would fix the size
+        rule = _rule(name, input.shape)
+        raise ValueError(f"group_norm: {name} must have {rule}; got {tuple(operand.shape)}.")
     if operand.device != input.device:
         raise ValueError(
             f"group_norm: {name} must be on input's device {input.device}; "
@@ -174,9 +162,30 @@ def _check_operand(name: str, operand: Tensor, input: Tensor) -> None:
         )
 
 
-def _equal(shape: Sequence[int], other: Sequence[int]) -> bool:
+def _fits(name: str, shape: Sequence[int], input_shape: Sequence[int]) -> bool:
     # size by size: torch.compile cannot compare tuples of symbols
-    return len(shape) == len(other) and all(a == b for a, b in zip(shape, other, strict=True))
+    n, channels = input_shape[:2]
+    if name == "residual":
+        same = (a == b for a, b in zip(shape, input_shape, strict=False))
+        return len(shape) == len(input_shape) and all(same)
+    if len(shape) == 1:
+        return shape[0] == channels
+    if name not in _PER_SAMPLE or not 2 <= len(shape) <= len(input_shape):
+        return False
+    rows = shape[0] == 1 or shape[0] == n
+    return rows and shape[1] == channels and all(size == 1 for size in shape[2:])
+
+
+def _rule(name: str, input_shape: Sequence[int]) -> str:
+    n, channels = input_shape[:2]
+    if name == "residual":
+        return f"input's shape {tuple(input_shape)}"
+    if name not in _PER_SAMPLE:
+        return f"shape ({channels},), one value per channel of input"
+    return (
+        f"shape ({channels},), (1, {channels}) or ({n}, {channels}), also with trailing sizes of 1 "
+        "up to input's rank"
+    )
 
 
 def _nearest(channels: int, num_groups: int) -> str:

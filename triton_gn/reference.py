@@ -4,7 +4,7 @@ each line is differentiable, the double backward of the kernels.
 float32 arithmetic for 16-bit inputs, otherwise the input's own.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -95,16 +95,16 @@ def gradients(
     num_groups: int,
     eps: float,
     activation: str,
-    needs: tuple[bool, ...],
+    needs: Sequence[bool],
 ) -> list[Tensor]:
     """Of those operands that ``needs`` names, in their dtypes; differentiable themselves."""
-    asked = [t for t, needed in zip(operands, needs, strict=True) if needed and t is not None]
+    asked = [t for t, needed in zip(operands, needs, strict=True) if needed]
 
     def y_of(*values: Tensor) -> Tensor:
         rest = iter(values)
         replaced = (next(rest) if n else t for t, n in zip(operands, needs, strict=True))
-        return group_norm(Operands(*replaced), num_groups, eps, activation)
+        return group_norm(Operands._make(replaced), num_groups, eps, activation)
 
     # not autograd.grad on the operands themselves: one may depend on another
-    y, vector_jacobian_product = torch.func.vjp(y_of, *asked)
+    y, vector_jacobian_product, *_ = torch.func.vjp(y_of, *asked)
     return list(vector_jacobian_product(dy.to(y.dtype)))

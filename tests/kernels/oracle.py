@@ -94,9 +94,7 @@ def make_case(
 
     x, dy, residual = draw(*shape) * std + mean, draw(*shape), draw(*shape)
     if channels_last:
-        x, dy, residual = (
-            t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (x, dy, residual)
-        )
+        x, dy, residual = (t.movedim(1, -1).contiguous().movedim(-1, 1) for t in (x, dy, residual))
     channels = shape[1]
     rows = (shape[0], channels) if per_sample else (channels,)
     operands = {

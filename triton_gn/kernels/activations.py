@@ -1,7 +1,7 @@
 """Activations, each beside its derivative.
 
 ``NVIDIA`` says that the kernel is compiled for such a GPU: there exp2 and the reciprocal are one
-instruction each, within 2 ulp, where Triton's own take about ten. docs/math.md derives the formulas.
+instruction each, within 2 ulp, where Triton's own take several. docs/math.md has the formulas.
 """
 
 import triton

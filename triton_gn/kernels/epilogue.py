@@ -23,7 +23,7 @@ from .tile import (
 
 @triton.jit
 def load_gain(params, window, c: tl.constexpr, TILE: tl.constexpr, dtype: tl.constexpr):
-    """weight * (1 + scale) of channel tile ``c``: z is x_hat times gain, plus offset and residual."""
+    """weight * (1 + scale) of channel tile ``c``; z = x_hat * gain + offset + residual."""
     gain = per_channel(1.0, TILE, dtype)
     if params.scale is not None:
         gain += load_channels(params.scale, window, c, TILE, dtype)

@@ -75,7 +75,7 @@ def _sum_rows(
 
 @triton.jit
 def sum_params(reductions, pid, rows, channels, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Program ``pid`` of those that do the reductions: one per row of a total and ``COLS`` channels.
+    """Program ``pid`` of those that reduce: one per row of a total and ``COLS`` channels of it.
 
     ``reductions``: a ``Params`` of ``Reduction``, each or None; ``rows`` of every partial.
     """

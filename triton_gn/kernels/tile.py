@@ -49,7 +49,7 @@ class PerChannel(NamedTuple):
 
 
 class Params(NamedTuple):
-    """What there is per channel: operands as ``PerChannel``, gradients as pointers; each or None."""
+    """What there is per channel: operands as ``PerChannel``, gradients as pointers, or None."""
 
     weight: tl.tensor
     bias: tl.tensor

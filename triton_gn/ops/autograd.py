@@ -30,10 +30,10 @@ def forward(operands: Operands, call: Call, with_stats: bool) -> tuple[Tensor, T
     x = operands.x
     y = layout.empty_like(x, call.y_dtype)
     stats = launch.statistics(x, x.shape[0], call.groups, 3) if with_stats else None
-    problem, config = launch.plan_for("forward", x, call.groups, channels_last, call.settings)
-    launches = launch.forward_launches(
-        problem, config, operands, y, stats, eps=call.eps, activation=call.activation
+    problem, config = launch.plan_for(
+        "forward", operands, call.groups, call.activation, channels_last, call.settings
     )
+    launches = launch.forward_launches(problem, config, operands, y, stats, call.eps)
     launch.run(launches, x.device)
     return y, stats
 
@@ -45,25 +45,25 @@ def backward(
     operands, channels_last = _native(operands)
     x = operands.x
     grads = empty_gradients(operands, needs)
-    problem, config = launch.plan_for("backward", x, call.groups, channels_last, call.settings)
-    launches = launch.backward_launches(
-        problem, config, layout.like(dy, x), operands, stats, grads, activation=call.activation
+    problem, config = launch.plan_for(
+        "backward", operands, call.groups, call.activation, channels_last, call.settings
     )
+    dy = layout.like(dy, x)
+    launches = launch.backward_launches(problem, config, dy, operands, stats, grads)
     launch.run(launches, x.device)
-    return [grad for grad in grads if grad is not None]
+    return list(grads.values())
 
 
-def empty_gradients(operands: Operands, needs: Sequence[bool]) -> Operands:
-    """Uninitialised gradients: x's and the residual's with the strides of x, each of its dtype."""
-    grads = []
-    for operand, needed in zip(operands, needs, strict=True):
-        if operand is None or not needed:
-            grads.append(None)
-        elif operand.shape == operands.x.shape:
-            grads.append(layout.empty_like(operands.x, operand.dtype))
-        else:
-            grads.append(torch.empty(operand.shape, dtype=operand.dtype, device=operand.device))
-    return Operands(*grads)
+def empty_gradients(operands: Operands, needs: Sequence[bool]) -> dict[str, Tensor]:
+    """Uninitialised gradients of the operands asked for, by name, each of its operand's dtype: x's
+    and the residual's with the strides of x, the others dense."""
+    return {
+        name: layout.empty_like(operands.x, operand.dtype)
+        if name in ("x", "residual")
+        else torch.empty(operand.shape, dtype=operand.dtype, device=operand.device)
+        for (name, operand), needed in zip(operands._asdict().items(), needs, strict=True)
+        if needed
+    }
 
 
 def _native(operands: Operands) -> tuple[Operands, bool]:
@@ -151,7 +151,7 @@ class BackwardFunction(torch.autograd.Function):
     def forward(
         call: Call, needs: Sequence[bool], dy: Tensor, stats: Tensor, *operands: Tensor | None
     ) -> tuple[Tensor, ...]:
-        return tuple(backward(dy, stats, Operands(*operands), call, needs))
+        return tuple(backward(dy, stats, Operands._make(operands), call, needs))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -198,12 +198,12 @@ def double_backward(
 
     def grads_of(dy: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         rest = iter(tensors)
-        given = Operands(*(next(rest) if is_there else None for is_there in there))
+        given = Operands._make(next(rest) if is_there else None for is_there in there)
         found = reference.gradients(dy, given, call.groups, call.eps, call.activation, needs)
         return tuple(found)
 
     present = [t for t in operands if t is not None]
-    _, vector_jacobian_product = torch.func.vjp(grads_of, dy, *present)
+    _, vector_jacobian_product, *_ = torch.func.vjp(grads_of, dy, *present)
     d_dy, *d_operands = vector_jacobian_product(tuple(d_grads))
     rest = iter(d_operands)
     return [d_dy, *(next(rest) if is_there else None for is_there in there)]
@@ -223,14 +223,15 @@ class Fold:
 
     def undo(self, t: Tensor) -> Tensor:
         """(batch * N, ...) to (batch, N, ...)."""
-        return t.unflatten(0, (self.batch, self.samples))
+        unfolded: Tensor = t.unflatten(0, (self.batch, self.samples))
+        return unfolded
 
     def operands(
         self, operands: Sequence[Any], dims: Sequence[Any], gradients: bool = False
     ) -> Operands:
         """All operands folded. For gradients each sample gets values of its own, in the compute
         dtype: those of the samples that share an operand are added up by ``undo_gradients``."""
-        folded = []
+        folded: list[Tensor | None] = []
         for index, (t, dim) in enumerate(zip(operands, dims, strict=True)):
             if t is None:
                 folded.append(None)
@@ -244,7 +245,7 @@ class Fold:
                 rows = rows.expand(self.batch, self.samples, -1).flatten(0, 1)
                 dtype = torch.promote_types(torch.float32, self.x_dtype)
                 folded.append(rows.to(dtype) if gradients else rows)
-        return Operands(*folded)
+        return Operands._make(folded)
 
     def undo_gradients(
         self,
@@ -255,9 +256,11 @@ class Fold:
     ) -> tuple[Tensor, ...]:
         """Gradients of the folded operands to those of the operands, batch first."""
         unfolded = []
-        asked = [pair for pair, needed in zip(zip(operands, dims), needs, strict=True) if needed]
-        for grad, (t, dim) in zip(grads, asked, strict=True):
-            grad = self.undo(grad)
+        rest = iter(grads)
+        for t, dim, needed in zip(operands, dims, needs, strict=True):
+            if not needed:
+                continue
+            grad = self.undo(next(rest))
             shape = t.shape if dim is None else t.movedim(dim, 0).shape[1:]
             shared = len(shape) == 1 or (len(shape) == 2 and shape[0] == 1 < self.samples)
             if shared:

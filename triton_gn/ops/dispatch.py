@@ -7,11 +7,9 @@ import warnings
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.nn import Parameter
 
 from triton_gn import reference
-from triton_gn.ops import autograd, layout, library, settings, torch_path
+from triton_gn.ops import autograd, context, layout, library, settings, torch_path
 from triton_gn.reference import Operands
 
 # Triton reads it when a kernel is defined; set later, it has no effect
@@ -78,7 +76,7 @@ def is_plain(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | N
 
 def group_norm(operands: Operands, num_groups: int, eps: float, activation: str) -> Tensor:
     """y of x's shape, for operands that ``functional`` has checked."""
-    x, compiling = operands.x, torch.compiler.is_compiling()
+    x, compiling = operands.x, context.is_compiling()
     if compiling:
         backend, autocast_policy, settings_text = settings.when_compiled()
     else:
@@ -94,32 +92,26 @@ def group_norm(operands: Operands, num_groups: int, eps: float, activation: str)
     y_dtype = torch.float32 if autocast else x.dtype
     if x.numel() == 0 or not uses_kernels(x, backend):
         return torch_path.group_norm(operands, num_groups, eps, activation, y_dtype)
-    if forward_ad._current_level >= 0:
-        _warn_once(
-            "triton_gn runs forward-mode derivatives in plain PyTorch operations, which are "
-            "slower: the kernels have none."
-        )
+    if context.in_forward_mode() or (compiling and context.in_functorch()):
+        if not compiling:
+            _warn_once(
+                "triton_gn runs forward-mode derivatives in plain PyTorch operations, which are "
+                "slower: the kernels have none."
+            )
         y = reference.group_norm(operands, num_groups, eps, activation)
         return layout.like(y.to(y_dtype), layout.native(x)[0])
-    if compiling or _is_intercepted(operands):
+    if compiling or context.has_mode() or context.has_subclass(operands):
         if not compiling:
             settings_text = settings.to_text(current)
         constants = (num_groups, float(eps), activation, y_dtype, settings_text)
-        y, _ = library.group_norm(*operands, *constants)
-        return y
+        y_of_operator: Tensor = library.group_norm(*operands, *constants)[0]
+        return y_of_operator
     call = autograd.Call(num_groups, eps, activation, y_dtype, current)
-    if torch._C._are_functorch_transforms_active():
-        y, _ = autograd.TransformedGroupNormFunction.apply(*operands, call)
-        return y
+    if context.in_functorch():
+        y_transformed: Tensor = autograd.TransformedGroupNormFunction.apply(*operands, call)[0]
+        return y_transformed
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
         y_recorded: Tensor = autograd.GroupNormFunction.apply(*operands, call)
         return y_recorded
     y, _ = autograd.forward(operands, call, with_stats=False)
     return y
-
-
-def _is_intercepted(operands: Operands) -> bool:
-    """Whether someone wants to see the operator: a tensor subclass, or a dispatch mode."""
-    return torch._C._len_torch_dispatch_stack() > 0 or any(
-        t is not None and type(t) not in (Tensor, Parameter) for t in operands
-    )

@@ -1,7 +1,7 @@
 """Kernel launches of a plan: allocation, grid, arguments. Nothing here decides."""
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from types import ModuleType
@@ -68,21 +68,36 @@ def _cuda_device(index: int) -> Device:
 
 
 def problem_of(
-    direction: str, x: Tensor, groups: int, channels_last: bool
+    direction: str, operands: Operands, groups: int, activation: str, channels_last: bool
 ) -> tuple[Problem, Device]:
-    """The problem that the non-empty x poses, and its GPU; without one, an H100."""
+    """The problem that operands with a non-empty x pose, and their GPU; without one, an H100."""
+    x = operands.x
     n, channels = x.shape[:2]
-    dtype = str(x.dtype).removeprefix("torch.")
-    pixels = x.numel() // (n * channels)
-    problem = Problem(direction, n, channels, groups, pixels, dtype, channels_last)
+    problem = Problem(
+        direction,
+        n,
+        channels,
+        groups,
+        x.numel() // (n * channels),
+        str(x.dtype).removeprefix("torch."),
+        channels_last,
+        activation,
+        pre_add=operands.pre_add is not None,
+        residual=operands.residual is not None,
+    )
     return problem, _cuda_device(x.device.index) if x.is_cuda else Device()
 
 
 def plan_for(
-    direction: str, x: Tensor, groups: int, channels_last: bool, settings: Settings
+    direction: str,
+    operands: Operands,
+    groups: int,
+    activation: str,
+    channels_last: bool,
+    settings: Settings,
 ) -> tuple[Problem, Config]:
-    """The problem that x poses and its plan under these settings."""
-    problem, device = problem_of(direction, x, groups, channels_last)
+    """The problem that operands pose and its plan under these settings."""
+    problem, device = problem_of(direction, operands, groups, activation, channels_last)
     return problem, plan(problem, device, settings.batch_invariant, settings.plan_override)
 
 
@@ -128,9 +143,7 @@ def forward_launches(
     operands: Operands,
     y: Tensor,
     stats: Tensor | None,
-    *,
     eps: float,
-    activation: str,
 ) -> list[Launch]:
     """Launches that fill y and, unless None, stats (N, G, 3)."""
     programs = config.programs(problem)
@@ -138,7 +151,7 @@ def forward_launches(
     x = {"x_ptr": operands.x, "params": _params(operands)}
     apply = {
         "residual_ptr": operands.residual, "y_ptr": y, "stats_ptr": stats, "eps": float(eps),
-        "ACTIVATION": activation,
+        "ACTIVATION": problem.activation,
     }  # fmt: skip
     if config.strategy == "resident":
         kernel = _kernels().resident.group_norm_forward_resident_kernel
@@ -164,7 +177,7 @@ def forward_launches(
 
 
 def _param_parts(
-    problem: Problem, config: Config, x: Tensor, grads: Operands
+    problem: Problem, config: Config, x: Tensor, grads: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Where each program writes its part of the gradients per channel, and how the parts add up.
 
@@ -173,9 +186,9 @@ def _param_parts(
     rows = problem.n * config.chunks
     parts, reductions = {}, {}
     for name in _kernels().tile.Params._fields:
-        total = getattr(grads, name)
-        if total is None:
+        if name not in grads:
             continue
+        total = grads[name]
         total_rows = total.numel() // problem.channels
         if total_rows == rows:
             parts[name] = total
@@ -205,9 +218,7 @@ def _reduce(
     return sum(totals) * -(-problem.channels // _PARAM_COLS), arguments
 
 
-def _param_launches(
-    problem: Problem, config: Config, reductions: dict[str, Any]
-) -> list[Launch]:
+def _param_launches(problem: Problem, config: Config, reductions: dict[str, Any]) -> list[Launch]:
     """A launch that does the reductions, if there are any."""
     programs, arguments = _reduce(problem, config, reductions)
     arguments |= {"rows": problem.n * config.chunks, "channels": problem.channels}
@@ -221,34 +232,30 @@ def backward_launches(
     dy: Tensor,
     operands: Operands,
     stats: Tensor,
-    grads: Operands,
-    *,
-    activation: str,
+    grads: Mapping[str, Tensor],
 ) -> list[Launch]:
-    """Launches that fill ``grads``, each unless None; the residual's only with an activation."""
+    """Launches that fill ``grads``, named as the operands; residual's only with an activation."""
     programs = config.programs(problem)
     parts, reductions = _param_parts(problem, config, operands.x, grads)
     inputs = {
         "dy_ptr": dy, "x_ptr": operands.x, "residual_ptr": operands.residual,
         "params": _params(operands), "stats_ptr": stats,
-        "ACTIVATION": activation,
+        "ACTIVATION": problem.activation,
     } | _sizes(problem, config)  # fmt: skip
-    outputs = {"dresidual_ptr": grads.residual, "grads": _all_params(parts)}
+    outputs = {"dresidual_ptr": grads.get("residual"), "grads": _all_params(parts)}
     if config.strategy == "resident":
         kernel = _kernels().resident.group_norm_backward_resident_kernel
         launch = Launch(
-            kernel, programs, inputs | outputs | {"dx_ptr": grads.x}, config.num_warps
+            kernel, programs, inputs | outputs | {"dx_ptr": grads.get("x")}, config.num_warps
         )
         return [launch, *_param_launches(problem, config, reductions)]
 
     split = _kernels().split
-    inputs["partials_ptr"] = statistics(
-        operands.x, problem.n * problem.groups * config.slots, 2
-    )
+    inputs["partials_ptr"] = statistics(operands.x, problem.n * problem.groups * config.slots, 2)
     sums = Launch(
         split.group_norm_backward_split_sums_kernel, programs, inputs | outputs, config.num_warps
     )
-    if grads.x is None and grads.pre_add is None:
+    if "x" not in grads and "pre_add" not in grads:
         return [sums, *_param_launches(problem, config, reductions)]
     # the apply launch writes the parts of dpre_add, and sums up what the launch before has left
     last = {name: reductions.pop(name) for name in ("pre_add",) if name in reductions}
@@ -259,7 +266,7 @@ def backward_launches(
         inputs
         | arguments
         | {
-            "dx_ptr": grads.x, "dpre_add_ptr": parts.get("pre_add"), "samples": problem.n,
+            "dx_ptr": grads.get("x"), "dpre_add_ptr": parts.get("pre_add"), "samples": problem.n,
             "apply_programs": programs, "SLOTS": slots_at_a_time(config),
         },
         config.num_warps,

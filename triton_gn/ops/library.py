@@ -72,13 +72,13 @@ def group_norm_backward(
 def _(dy: Tensor, stats: Tensor, x: Tensor, *rest: Any) -> list[Tensor]:
     x, _ = layout.native(x)
     operands = Operands(x, *rest[: _TENSORS - 1])
-    return [t for t in autograd.empty_gradients(operands, rest[-1]) if t is not None]
+    return list(autograd.empty_gradients(operands, rest[-1]).values())
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.mark_non_differentiable(output[1])
-    *constants, settings_text = inputs[_TENSORS:]
-    call = Call(*constants, settings.from_text(settings_text))
+    groups, eps, activation, y_dtype, settings_text = inputs[_TENSORS:]
+    call = Call(groups, eps, activation, y_dtype, settings.from_text(settings_text))
     autograd.keep(ctx, Operands(*inputs[:_TENSORS]), output[1], call)
 
 
@@ -90,9 +90,9 @@ def _run_backward(
     dy: Tensor, stats: Tensor, operands: Operands, call: Call, needs: Sequence[bool]
 ) -> list[Tensor]:
     text = settings.to_text(call.settings)
-    return group_norm_backward(
-        dy, stats, *operands, call.groups, call.eps, call.activation, text, list(needs)
-    )
+    constants = (call.groups, call.eps, call.activation, text, list(needs))
+    grads: list[Tensor] = group_norm_backward(dy, stats, *operands, *constants)
+    return grads
 
 
 def _setup_backward_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:

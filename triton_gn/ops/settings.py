@@ -9,8 +9,6 @@ from dataclasses import asdict, dataclass, replace
 from types import TracebackType
 from typing import Any
 
-import torch
-
 BACKENDS = ("auto", "triton", "torch")
 AUTOCAST_POLICIES = ("torch", "keep")
 
@@ -59,7 +57,6 @@ def from_text(text: str) -> Settings:
     return Settings(**fields, plan_override=override)
 
 
-@torch.compiler.assume_constant_result
 def when_compiled() -> tuple[str, str, str]:
     """For torch.compile, which cannot look into a thread's state: the settings while it traces.
 
@@ -67,6 +64,10 @@ def when_compiled() -> tuple[str, str, str]:
     """
     settings = current()
     return settings.backend, settings.autocast_policy, to_text(settings)
+
+
+# torch.compiler.assume_constant_result, without its loading of the compiler and of Triton
+when_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class Setting:

@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from triton_gn import reference
-from triton_gn.ops import layout
+from triton_gn.ops import context, layout
 from triton_gn.reference import Operands
 
 # PyTorch's channels-last CPU kernel takes E[x^2] - E[x]^2: the square of |mean| / std says how many
@@ -52,20 +51,17 @@ def _affine(
     x, channels_last = layout.native(x)
     if not channels_last:
         return torch.group_norm(x, num_groups, weight, bias, eps)
-    if is_transformed():
+    # no autograd.Function and no look at a value where someone else traces or transforms
+    if (
+        context.is_compiling()
+        or context.in_functorch()
+        or context.in_forward_mode()
+        or context.has_subclass((x, weight, bias))
+    ):
         y = reference.group_norm(Operands(x, weight, bias), num_groups, eps, "none")
         return layout.like(y.to(x.dtype), x)
     y_channels_last: Tensor = _ChannelsLast.apply(x, num_groups, weight, bias, eps)
     return y_channels_last
-
-
-def is_transformed() -> bool:
-    """Whether what runs now is traced or differentiated by more than reverse-mode autograd."""
-    return (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or forward_ad._current_level >= 0
-    )
 
 
 def _parameter_dtype(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> torch.dtype | None:

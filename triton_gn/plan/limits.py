@@ -13,6 +13,8 @@ _REGISTERS = {
     ("backward", True): 176,
 }
 _FEWER_REGISTERS = 112  # where each element has an address, or each of a row's channels a mask
+_FLOAT64_REGISTERS = {False: 96, True: 48}  # with an activation: its functions are calls
+_CROWDED = 0.75  # of the limit, where there is one more value per channel or per element
 
 
 def registers(problem: Problem, config: Config) -> int:
@@ -30,10 +32,26 @@ def excess_registers(problem: Problem, config: Config) -> int:
 
 def register_limit(problem: Problem, groups: int) -> int:
     """The most that ``registers`` may be for blocks of ``groups`` whole groups."""
-    one_by_one = problem.access_bytes(groups) == problem.itemsize < 8
-    if one_by_one or problem.span > 1:
-        return _FEWER_REGISTERS
-    return _REGISTERS[problem.direction, problem.channels_last]
+    if problem.itemsize == 8:
+        return _FLOAT64_REGISTERS[problem.activation != "none"]
+    limit = _REGISTERS[problem.direction, problem.channels_last]
+    if _is_one_by_one(problem, groups) or problem.span > 1:
+        limit = _FEWER_REGISTERS
+    return int(limit * _CROWDED) if _is_crowded(problem) else limit
+
+
+def _is_crowded(problem: Problem) -> bool:
+    return problem.pre_add or (problem.residual and problem.direction == "backward")
+
+
+def _is_one_by_one(problem: Problem, groups: int) -> bool:
+    return problem.access_bytes(groups) == problem.itemsize
+
+
+def is_always_resident(problem: Problem) -> bool:
+    """Whether the groups are so small that they stay on chip, even at the price of some spills."""
+    many_spills = problem.itemsize == 8 or (_is_crowded(problem) and _is_one_by_one(problem, 1))
+    return problem.group_elements <= ALWAYS_RESIDENT and not many_spills
 
 
 def fits(problem: Problem, config: Config) -> str | None:
@@ -59,8 +77,8 @@ def fits(problem: Problem, config: Config) -> str | None:
             f"a program holds at most {MAX_SUB_TILES} sub-tiles; "
             f"got {tile.channel_tiles * tile.pixel_tiles}"
         )
-    small = tile.groups == 1 and problem.group_elements <= ALWAYS_RESIDENT
-    if excess_registers(problem, config) and not small:
+    exempt = tile.groups == 1 and is_always_resident(problem)
+    if excess_registers(problem, config) and not exempt:
         return (
             f"{tile.elements} elements in {config.num_warps} warps take "
             f"{registers(problem, config)} registers a thread; at most "

@@ -14,12 +14,15 @@ _DRAM_ACCESS_BYTES = 64  # narrower rows waste part of it, unless a neighbour fe
 
 def estimated_us(problem: Problem, config: Config, device: Device) -> float:
     tensor = problem.n * problem.channels * problem.pixels * problem.itemsize
-    reads = 1 if problem.direction == "forward" else 2
-    traffic = float((reads + 1) * tensor)
+    forward = problem.direction == "forward"
+    reads = (1 if forward else 2) + problem.residual
+    writes = 1 if forward else 1 + problem.residual  # the residual's gradient
+    traffic = float((reads + writes) * tensor)
     launches = 1
     if config.strategy == "split":
-        cached = reads * tensor < _L2_SHARE * device.l2_bytes
-        traffic += reads * tensor / (_L2_SPEEDUP if cached else 1.0)
+        again = 1 if forward else reads
+        cached = again * tensor < _L2_SHARE * device.l2_bytes
+        traffic += again * tensor / (_L2_SPEEDUP if cached else 1.0)
         launches = 2
     tile = config.tile
     if problem.channels_last and tile.groups < problem.groups:

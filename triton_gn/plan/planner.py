@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from .limits import ALWAYS_RESIDENT, excess_registers, fits
+from .limits import excess_registers, fits, is_always_resident
 from .model import estimated_us
 from .problem import Config, Device, Problem
 from .tiles import (
@@ -58,7 +58,7 @@ def plan(
     if not best:
         raise ValueError(_no_plan(problem, strategies, groups))
     config = best[0]
-    if problem.group_elements > ALWAYS_RESIDENT:
+    if not is_always_resident(problem):
         config = min(best, key=lambda config: estimated_us(problem, config, device))
     return _overridden(problem, config, fixed) if fixed else config
 

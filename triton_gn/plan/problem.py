@@ -12,7 +12,7 @@ class Problem:
     """One GroupNorm launch, described without its tensors.
 
     ``pixels`` is the product of the spatial sizes, ``dtype`` the input's. ``channels_last`` means
-    channels innermost in memory, in any rank.
+    channels innermost in memory, in any rank. ``pre_add`` and ``residual``: is there one to read?
     """
 
     direction: str  # "forward" or "backward"
@@ -22,6 +22,9 @@ class Problem:
     pixels: int
     dtype: str
     channels_last: bool
+    activation: str = "none"
+    pre_add: bool = False
+    residual: bool = False
 
     @property
     def itemsize(self) -> int:

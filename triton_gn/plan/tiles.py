@@ -111,6 +111,8 @@ def split_configs(
         block_rows, block_cols = block_extent(problem, groups)
         one_by_one = problem.access_bytes(groups) == problem.itemsize
         stretch = held // 2 if one_by_one else held
+        if problem.itemsize == 8 and problem.activation != "none":
+            stretch //= 4  # the functions of float64 need registers of their own
         for rows, cols in sub_tiles(problem, groups, num_warps * warp_size):
             channels, per_part, pixels, per_tile = (
                 (block_cols, cols, block_rows, rows)

@@ -1,0 +1,304 @@
+"""Existing models: their GroupNorm layers replaced in place, the activations that follow folded in.
+
+Modules change their class and keep all else, so hooks, optimizers and checkpoints stay valid.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from triton_gn.module import GroupNorm
+
+_NAMES: dict[type[nn.Module], str] = {
+    nn.ReLU: "relu",
+    nn.SiLU: "silu",
+    nn.Mish: "mish",
+    nn.Sigmoid: "sigmoid",
+    nn.Tanh: "tanh",
+}
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@dataclass
+class Report:
+    """What :func:`convert` did; each GroupNorm layer is in one of the lists, as (name, reason).
+
+    The names are those of ``model.named_modules()``, "" for the model itself.
+
+    Attributes:
+        folded: replaced, and takes over what follows; the reason names it.
+        replaced: replaced only; the reason says why nothing was folded.
+        left: left as it was; the reason says why.
+    """
+
+    folded: list[tuple[str, str]] = field(default_factory=list)
+    replaced: list[tuple[str, str]] = field(default_factory=list)
+    left: list[tuple[str, str]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        """A line of totals, then a line for each layer."""
+        rows = [
+            (fate, name or "(the model)", reason)
+            for fate, layers in vars(self).items()
+            for name, reason in layers
+        ]
+        totals = ", ".join(f"{len(layers)} {fate}" for fate, layers in vars(self).items())
+        layers = "layer" if len(rows) == 1 else "layers"
+        width = max((len(name) for _, name, _ in rows), default=0)
+        lines = [f"{fate:<8}  {name:<{width}}  {reason}" for fate, name, reason in rows]
+        return "\n".join([f"{len(rows)} GroupNorm {layers}: {totals}", *lines])
+
+
+class FoldedActivation(nn.Module):
+    """Stands in the place of an activation that its norm applies, and returns its input."""
+
+    activation: nn.Module
+
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        # not registered: the model keeps the number and the names of its modules
+        self.__dict__["activation"] = activation
+        self.training = activation.training
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the input itself, of any shape."""
+        return input
+
+    def extra_repr(self) -> str:
+        """The activation."""
+        return repr(self.activation)
+
+
+class Fold(NamedTuple):
+    """Norms of one parent that could take over the activation after them.
+
+    norms maps the name of each in the parent to what else of the network it takes over; activation
+    is the name of what follows, "" if there is nothing. fused is the parent's class afterwards,
+    where its forward must change. problem says why nothing can be folded.
+    """
+
+    norms: dict[str, str]
+    activation: str
+    fused: type[nn.Module] | None = None
+    problem: str | None = None
+
+
+def convert(model: nn.Module, fold_activations: bool = True) -> Report:
+    """Make a :class:`triton_gn.GroupNorm` of every torch.nn.GroupNorm in a model, in place.
+
+    The objects stay the same: parameters, hooks, modes and optimizers are untouched, and the keys
+    of the state_dict do not change. What a layer takes over is no longer done by the module after
+    it, whose place is kept:
+
+    - in an nn.Sequential, an activation directly after the layer: ReLU, LeakyReLU of slope 0.01,
+      SiLU, GELU of both kinds, Mish, Sigmoid, Tanh. ``inplace`` makes no difference;
+    - in models of diffusers, the activation after the last norm of UNets, encoders and decoders
+      and, in the residual blocks, activation and time embedding.
+
+    Layers with hooks or used in several places are replaced only; subclasses of torch.nn.GroupNorm
+    are left. A part of a model called by itself, such as ``net[:1]``, includes what its norms took
+    over. Convert before torch.compile, which traces anew otherwise, and before torch.jit.
+
+    Args:
+        model: any module, which may be a GroupNorm itself.
+        fold_activations: whether the layers take over what follows them.
+
+    Returns:
+        What was done to which layer, and why no more: ``print(convert(model))``.
+
+    Raises:
+        TypeError: model is no module.
+    """
+    _check_is_module("convert", model)
+    names = {module: name for name, module in model.named_modules()}
+    unfolded = "nothing that can be folded is known to follow it"
+    fates: dict[nn.Module, tuple[str, str]] = {}
+    for module in filter(_is_group_norm, names):
+        reason = _why_left(module)
+        if reason is None:
+            module.__class__ = GroupNorm
+            module._converted = True
+            fates[module] = "replaced", unfolded if fold_activations else "folding is switched off"
+        else:
+            fates[module] = "left", reason
+    if fold_activations:
+        places = _places(names)
+        for parent in names:
+            for fold in _folds(parent):
+                _try(fold, parent, places, fates)
+    report = Report()
+    for module, (fate, reason) in fates.items():
+        getattr(report, fate).append((names[module], reason))
+    return report
+
+
+def unconvert(model: nn.Module) -> None:
+    """Take back in place all that :func:`convert` did to a model; others' layers stay.
+
+    Args:
+        model: a converted model, or a copy of one; an untouched model stays as it is.
+
+    Raises:
+        TypeError: model is no module.
+        RuntimeError: a converted layer was wrapped since, so that its class cannot be restored.
+            Nothing has changed then.
+    """
+    _check_is_module("unconvert", model)
+    names = {module: name for name, module in model.named_modules()}
+    for module, name in names.items():
+        _check_is_reversible(module, name)
+    for module in names:
+        for key, child in module._modules.items():
+            if type(child) is FoldedActivation:
+                module._modules[key] = child.activation.train(child.training)
+        if "_converted" in vars(module):
+            for attribute in ("_converted", "activation"):
+                vars(module).pop(attribute, None)
+            module.__class__ = nn.GroupNorm
+        elif hasattr(type(module), "unfused"):
+            module.__class__ = type(module).unfused
+
+
+def _check_is_module(function: str, model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"{function}: model must be a torch.nn.Module; got {type(model).__name__}. "
+            "Pass its modules one by one, for instance pipeline.unet."
+        )
+
+
+def _check_is_reversible(module: nn.Module, name: str) -> None:
+    changed = "_converted" in vars(module) or hasattr(type(module), "unfused")
+    if changed and ("forward" in vars(module) or parametrize.is_parametrized(module)):
+        raise RuntimeError(
+            f"unconvert: a converted layer must have its own class and forward; {name!r} of class "
+            f"{type(module).__name__} was parametrized or had its forward replaced after the "
+            "conversion. Take that back first."
+        )
+
+
+def _is_group_norm(module: nn.Module) -> bool:
+    if isinstance(module, torch.jit.ScriptModule):
+        return getattr(module, "original_name", None) == "GroupNorm"
+    return isinstance(module, nn.GroupNorm)
+
+
+def _why_left(module: nn.Module) -> str | None:
+    """Why the GroupNorm cannot be replaced; None if it can."""
+    kind = type(module)
+    if isinstance(module, torch.jit.ScriptModule):
+        return "is compiled by TorchScript; convert before that"
+    if parametrize.is_parametrized(module):
+        return f"is parametrized, which made its class {kind.__name__}; convert before that"
+    if kind is GroupNorm:
+        return "is a triton_gn.GroupNorm already"
+    if kind is not nn.GroupNorm:
+        own = kind.forward not in (nn.GroupNorm.forward, GroupNorm.forward)
+        forward = " with a forward of its own" if own else ""
+        return f"is a {kind.__module__}.{kind.__qualname__}, a subclass{forward}"
+    if "forward" in vars(module):
+        return "has its forward replaced"
+    if hasattr(module, "activation"):
+        return "has an attribute named activation, which would be in the way"
+    return None
+
+
+def _places(names: dict[nn.Module, str]) -> dict[nn.Module, list[str]]:
+    """The names under which each module is registered, without those by way of shared parents."""
+    places: dict[nn.Module, list[str]] = defaultdict(list)
+    for parent, name in names.items():
+        for key, child in parent._modules.items():
+            if child is not None:
+                places[child].append(f"{name}.{key}".removeprefix("."))
+    return places
+
+
+def _folds(parent: nn.Module) -> Iterator[Fold]:
+    """What could be folded among the children of one module."""
+    kind = type(parent)
+    if isinstance(parent, nn.Sequential):
+        derived = kind.__mro__[: kind.__mro__.index(nn.Sequential)]
+        own = any({"forward", "__iter__"} & vars(base).keys() for base in derived)
+        problem = f"its parent, a {kind.__name__}, has a forward of its own" if own else None
+        keys = list(parent._modules)
+        for key, following in zip_longest(keys, keys[1:], fillvalue=""):
+            if isinstance(parent._modules[key], GroupNorm):
+                yield Fold({key: ""}, following, problem=problem)
+    elif kind.__module__.startswith("diffusers."):
+        # imports diffusers, which is loaded where an instance of its classes exists
+        from triton_gn import diffusers_blocks
+
+        yield from diffusers_blocks.folds(parent)
+
+
+def _try(
+    fold: Fold,
+    parent: nn.Module,
+    places: dict[nn.Module, list[str]],
+    fates: dict[nn.Module, tuple[str, str]],
+) -> None:
+    """Fold if it can be, and write down in the fates of its norms what came of it."""
+    activation = parent._modules.get(fold.activation)
+    reason = _why_unfolded(fold, parent, activation, places)
+    for key, operands in fold.norms.items():
+        norm = parent.get_submodule(key)
+        if reason is None and activation is not None:
+            name = _activation_name(activation)
+            vars(norm)["activation"] = name
+            fates[norm] = "folded", f"{name}, {operands}" if operands else str(name)
+        elif reason is not None and fates.get(norm, "?")[0] == "replaced":
+            fates[norm] = "replaced", reason
+    if reason is None and fold.fused is not None:
+        parent.__class__ = fold.fused
+    elif reason is None and activation is not None:
+        parent._modules[fold.activation] = FoldedActivation(activation)
+
+
+def _why_unfolded(
+    fold: Fold,
+    parent: nn.Module,
+    activation: nn.Module | None,
+    places: dict[nn.Module, list[str]],
+) -> str | None:
+    """Why the activation cannot be folded into the norms; None if it can."""
+    if fold.problem is not None:
+        return fold.problem
+    if "forward" in vars(parent):
+        return f"its parent, a {type(parent).__name__}, has its forward replaced"
+    for key in fold.norms:
+        norm, which = parent.get_submodule(key), f"{key} " if len(fold.norms) > 1 else ""
+        if "_converted" not in vars(norm) or "activation" in vars(norm):
+            return f"{key}, before the same activation, is not a layer that convert replaced"
+        if len(places[norm]) > 1:
+            return f"{which}is used in {len(places[norm])} places: {', '.join(places[norm])}"
+        if _has_hooks(norm):
+            return f"{which}has hooks, which would see the activation's output"
+    if activation is None:
+        return "nothing follows it"
+    described = f"{type(activation).__name__}({activation.extra_repr()})"
+    if _activation_name(activation) is None:
+        return f"is followed by {described}, which cannot be folded"
+    if _has_hooks(activation) or "forward" in vars(activation):
+        return f"is followed by {described}, which has hooks or its forward replaced"
+    return None
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return any(vars(module).get(hooks) for hooks in _HOOKS)
+
+
+def _activation_name(module: nn.Module) -> str | None:
+    """What :func:`triton_gn.group_norm` calls the activation; None if it has no name for it."""
+    if module._parameters or module._buffers or module._modules:
+        return None
+    if type(module) is nn.LeakyReLU:
+        return "leaky_relu" if module.negative_slope == 0.01 else None
+    if type(module) is nn.GELU:
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate)
+    return _NAMES.get(type(module))
