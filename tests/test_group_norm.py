@@ -383,9 +383,13 @@ def test_layer_is_pytorchs_with_its_constructor_and_repr() -> None:
     layer = triton_gn.GroupNorm(2, 6, eps=1e-3, affine=False)
     assert isinstance(layer, nn.GroupNorm)
     assert repr(layer) == repr(nn.GroupNorm(2, 6, eps=1e-3, affine=False))
-    theirs = list(inspect.signature(nn.GroupNorm).parameters.values())
-    ours = list(inspect.signature(triton_gn.GroupNorm).parameters.values())
-    assert ours[: len(theirs)] == theirs
+    theirs, ours = (
+        {p.name: (p.kind, p.default) for p in inspect.signature(kind).parameters.values()}
+        for kind in (nn.GroupNorm, triton_gn.GroupNorm)
+    )
+    positional = [name for name, (kind, _) in theirs.items() if kind.name != "KEYWORD_ONLY"]
+    assert list(ours)[: len(positional)] == positional
+    assert all(ours[name] == theirs[name] for name in positional)
 
 
 def randomised(layer: nn.GroupNorm) -> nn.GroupNorm:

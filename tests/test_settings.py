@@ -24,6 +24,11 @@ SETTINGS: list[Any] = [
         lambda: triton_gn.batch_invariant(), {"batch_invariant": True}, id="batch_invariant"
     ),
     pytest.param(
+        lambda: triton_gn.autocast_policy("keep"),
+        {"autocast_policy": "keep"},
+        id="autocast_policy",
+    ),
+    pytest.param(
         lambda: triton_gn.plan_override(strategy="split", chunks=2),
         {"plan_override": (("chunks", 2), ("strategy", "split"))},
         id="plan_override",
@@ -34,7 +39,12 @@ each_setting = pytest.mark.parametrize(("change", "changed"), SETTINGS)
 
 @pytest.fixture(autouse=True)
 def restore() -> Iterator[None]:
-    with triton_gn.backend("auto"), triton_gn.batch_invariant(False), triton_gn.plan_override():
+    with (
+        triton_gn.backend("auto"),
+        triton_gn.autocast_policy("torch"),
+        triton_gn.batch_invariant(False),
+        triton_gn.plan_override(),
+    ):
         yield
 
 
@@ -137,6 +147,14 @@ def test_unknown_backend_in_the_environment_is_refused() -> None:
 def test_unknown_backend_is_refused(name: Any) -> None:
     with pytest.raises(ValueError, match=f"one of auto, triton, torch; got {name!r}"):
         triton_gn.backend(name)
+    assert changes() == {}
+
+
+@pytest.mark.parametrize("name", ["float32", "Keep", "", None])
+def test_unknown_autocast_policy_is_refused(name: Any) -> None:
+    message = f"autocast_policy: the policy must be one of torch, keep; got {name!r}"
+    with pytest.raises(ValueError, match=message):
+        triton_gn.autocast_policy(name)
     assert changes() == {}
 
 

@@ -48,8 +48,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def per_channel(values: Tensor, x: Tensor) -> Tensor:
     """(C,), (1, C) or (N, C) in the compute dtype, made to broadcast against x."""
-    shape = (-1, values.shape[-1], *[1] * (x.ndim - 2))
-    return values.to(compute_dtype(x)).reshape(shape)
+    rows = values.shape[0] if values.ndim > 1 else 1
+    return values.to(compute_dtype(x)).reshape(rows, values.shape[-1], *[1] * (x.ndim - 2))
 
 
 def normalise(x: Tensor, num_groups: int, eps: float) -> Tensor:

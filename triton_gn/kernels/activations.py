@@ -92,9 +92,13 @@ def _gelu_tanh(z, NVIDIA: tl.constexpr):
 
 @triton.jit
 def _gelu_tanh_gradient(dy, z, NVIDIA: tl.constexpr):
-    s = _sigmoid((z + z * z * z * _GELU_TANH_CUBIC) * _GELU_TANH_GAIN, NVIDIA)
+    q = (z + z * z * z * _GELU_TANH_CUBIC) * _GELU_TANH_GAIN
     slope = (z * z * (3.0 * _GELU_TANH_CUBIC) + 1.0) * _GELU_TANH_GAIN
-    return dy * (s + z * s * (1.0 - s) * slope)
+    # s * (1 - s) is e * r * r, where 1 - s would lose digits that z * slope makes matter
+    e = _exp(-tl.abs(q), NVIDIA)
+    r = _reciprocal(1.0 + e, NVIDIA)
+    s = tl.where(q < 0, e * r, r)
+    return dy * (s + e * r * r * slope * z)
 
 
 @triton.jit
@@ -106,7 +110,8 @@ def _mish(z, NVIDIA: tl.constexpr):
 
 @triton.jit
 def _mish_gradient(dy, z, NVIDIA: tl.constexpr):
-    e = _exp(tl.where(z > _SATURATED, _SATURATED, z), NVIDIA)
+    z = tl.where(z > _SATURATED, _SATURATED, z)
+    e = _exp(z, NVIDIA)
     numerator = e * (e + 2.0)
     r = _reciprocal(numerator + 2.0, NVIDIA)
     return dy * (numerator * r + z * (4.0 * r) * (e * (1.0 + e) * r))

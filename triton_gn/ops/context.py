@@ -28,6 +28,15 @@ def has_mode() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0
 
 
+def is_tracing() -> bool:
+    """make_fx, which records what runs on real tensors too."""
+    if not has_mode():
+        return False
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+    return get_proxy_mode() is not None
+
+
 def has_subclass(tensors: Iterable[Tensor | None]) -> bool:
     """A tensor whose class has its own idea of what an operator does."""
     return any(t is not None and type(t) not in (Tensor, Parameter) for t in tensors)

@@ -53,7 +53,8 @@ def like(x: Tensor, other: Tensor) -> Tensor:
         size == 1 or a == b
         for size, a, b in zip(other.shape, x.stride(), other.stride(), strict=True)
     )
-    return x if same else empty_like(other, x.dtype).copy_(x)
+    # of x's own kind: under vmap and fake tensors, torch.empty_strided is not
+    return x if same else x.new_empty_strided(other.shape, other.stride()).copy_(x)
 
 
 def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:

@@ -34,7 +34,7 @@ def group_norm(
 def _affine(
     x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
-    """As torch.nn.functional.group_norm, without its checks."""
+    """As torch.nn.functional.group_norm, without its checks; perhaps in a wider dtype than x."""
     if x.numel() == 0:
         return _empty(x, weight, bias)
     if bias is not None and weight is None:
@@ -44,16 +44,18 @@ def _affine(
         weight = None if weight is None else weight.to(compute_dtype)
         bias = None if bias is None else bias.to(compute_dtype)
         if x.device.type != "cpu":  # only the CPU mixes dtypes
-            y = torch.group_norm(x.to(compute_dtype), num_groups, weight, bias, eps)
-            return y.to(x.dtype)
-    if x.device.type != "cpu" or x.is_contiguous():
+            x = x.to(compute_dtype)
+    if x.is_contiguous():
         return torch.group_norm(x, num_groups, weight, bias, eps)
     x, channels_last = layout.native(x)
+    if x.device.type != "cpu":  # PyTorch's kernels there give contiguous results
+        return layout.like(torch.group_norm(x, num_groups, weight, bias, eps), x)
     if not channels_last:
         return torch.group_norm(x, num_groups, weight, bias, eps)
     # no autograd.Function and no look at a value where someone else traces or transforms
     if (
         context.is_compiling()
+        or context.is_tracing()
         or context.in_functorch()
         or context.in_forward_mode()
         or context.has_subclass((x, weight, bias))

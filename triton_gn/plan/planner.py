@@ -21,6 +21,7 @@ from .tiles import (
 STRATEGIES = ("resident", "split")
 OVERRIDES = ("strategy", "groups", "rows", "cols", "num_warps", "chunks")
 _ELEMENTS_PER_THREAD = 32
+_FLOAT64_PER_THREAD = 8
 _FEW_SUB_TILES = 8  # up to here small ones are better: their accumulators take fewer registers
 _MAX_WARPS = 8  # 16 halve the registers of a thread: large tiles spill
 _SPLIT_WARPS = 4
@@ -105,7 +106,7 @@ def _candidates(
         num_warps = 1
         while num_warps <= _MAX_WARPS:
             for config in resident_configs(problem, counts, num_warps, device.warp_size):
-                if num_warps == _resident_warps(config.tile.elements, device.warp_size):
+                if num_warps == _resident_warps(problem, config.tile.elements, device.warp_size):
                     yield config
             num_warps *= 2
     elif strategy == "split":
@@ -117,8 +118,9 @@ def _candidates(
         )
 
 
-def _resident_warps(elements: int, warp_size: int) -> int:
-    warps = math.ceil(elements / (warp_size * _ELEMENTS_PER_THREAD))
+def _resident_warps(problem: Problem, elements: int, warp_size: int) -> int:
+    per_thread = _FLOAT64_PER_THREAD if problem.itemsize == 8 else _ELEMENTS_PER_THREAD
+    warps = math.ceil(elements / (warp_size * per_thread))
     return min(_MAX_WARPS, 1 << max(warps - 1, 0).bit_length())
 
 
