@@ -4,26 +4,36 @@ import threading
 
 import pytest
 import torch
-from torch.autograd import forward_ad
 
 import triton_gn
 from tests.kernels.memory import GuardedMemory
 from tests.kernels.oracle import check, make_case
 from triton_gn.ops import autograd, settings
+from triton_gn.reference import ACTIVATIONS
 
 
-@pytest.mark.parametrize("strategy", ["resident", "split"])
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_gradcheck(device: str, strategy: str, channels_last: bool) -> None:
-    x = torch.randn(1, 4, 3, 1, dtype=torch.float64, device=device)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_gradcheck(device: str, activation: str) -> None:
+    index = list(ACTIVATIONS).index(activation)
+    channels_last, strategy = index % 2 == 1, ("resident", "split")[index // 2 % 2]
+    random = torch.Generator().manual_seed(1)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=random, dtype=torch.float64)
+
+    x, residual = draw(2, 4, 3, 1), draw(2, 4, 3, 1)
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
-    weight, bias = torch.randn(2, 4, dtype=torch.float64, device=device).unbind()
-    operands = tuple(t.detach().requires_grad_() for t in (x, weight, bias))
+    tensors = (x, draw(4), draw(4), draw(2, 4), draw(4), draw(1, 4), residual)
+    operands = tuple(t.to(device).requires_grad_() for t in tensors)
 
     def group_norm(*operands: torch.Tensor) -> torch.Tensor:
+        x, weight, bias, scale, shift, pre_add, residual = operands
         with triton_gn.backend("triton"), triton_gn.plan_override(strategy=strategy):
-            return triton_gn.group_norm(operands[0], 2, *operands[1:])
+            return triton_gn.group_norm(
+                x, 2, weight, bias, activation=activation, scale=scale, shift=shift,
+                pre_add=pre_add, residual=residual,
+            )  # fmt: skip
 
     assert torch.autograd.gradcheck(group_norm, operands, fast_mode=True)
     assert torch.autograd.gradgradcheck(group_norm, operands, fast_mode=True)
@@ -108,13 +118,3 @@ def test_empty_inputs_reach_no_kernel(device: str) -> None:
         dx, dweight = torch.autograd.grad(y.sum(), (x, weight))
         assert dx.shape == shape
         assert torch.equal(dweight, torch.zeros_like(weight))
-
-
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # PyTorch's own use
-def test_forward_mode_raises_and_never_drops_a_tangent(device: str) -> None:
-    x = torch.randn(1, 4, 3, device=device)
-    with triton_gn.backend("triton"):
-        with pytest.raises(RuntimeError, match="setup_context"):
-            torch.func.jvp(lambda x: triton_gn.group_norm(x, 2), (x,), (x,))
-        with forward_ad.dual_level(), pytest.raises(RuntimeError, match="jvp"):
-            triton_gn.group_norm(forward_ad.make_dual(x, x), 2)

@@ -1,4 +1,5 @@
-"""The kernels on random problems: shapes, strides, formats, dtypes, strategies."""
+"""The kernels on random problems: shapes, strides, formats, dtypes, strategies,
+and what is fused."""
 
 import torch
 from hypothesis import HealthCheck, assume, given, settings
@@ -7,6 +8,7 @@ from hypothesis import strategies as st
 import triton_gn
 from tests.kernels.memory import GuardedMemory
 from tests.kernels.oracle import check, make_case
+from triton_gn.reference import ACTIVATIONS
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -28,6 +30,9 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     permuted=st.booleans(),
     strategy=st.sampled_from(("resident", "split")),
     mean=st.sampled_from((0.0, -7.0)),
+    activation=st.sampled_from(list(ACTIVATIONS)),
+    fused=st.sets(st.sampled_from(("scale", "shift", "pre_add", "residual"))),
+    per_sample=st.booleans(),
 )
 def test_random_problems_match_float64(
     memory: GuardedMemory,
@@ -41,16 +46,30 @@ def test_random_problems_match_float64(
     permuted: bool,
     strategy: str,
     mean: float,
+    activation: str,
+    fused: set[str],
+    per_sample: bool,
 ) -> None:
     shape = (n, num_groups * group_channels, *spatial)
     # in groups of two or three elements, dx is nothing but what cancellation leaves over
     assume(group_channels * torch.Size(spatial).numel() >= 8)
     case = make_case(
-        memory, device, shape, num_groups, channels_last=channels_last, dtype=dtype, mean=mean
+        memory,
+        device,
+        shape,
+        num_groups,
+        channels_last=channels_last,
+        dtype=dtype,
+        mean=mean,
+        activation=activation,
+        fused=tuple(sorted(fused)),
+        per_sample=per_sample,
     )
     if permuted:
         order = (0, 1, *range(len(shape) - 1, 1, -1))
         case.x, case.dy = case.x.permute(order), case.dy.permute(order)
+        if case.residual is not None:
+            case.residual = case.residual.permute(order)
     with triton_gn.plan_override(strategy=strategy):
         results = case.through_kernels()
     check(results, case.expected())

@@ -70,3 +70,80 @@ def test_nothing_is_computed_that_is_not_asked_for(memory: GuardedMemory, device
     with torch.no_grad(), triton_gn.backend("triton"), Traffic(x=case.x) as traffic:
         y = triton_gn.group_norm(case.x, 2, case.weight, case.bias)
     assert traffic.stored["other"] == y.nbytes  # no statistics
+
+
+def numbers_of(problem: triton_gn.explanation.Explanation) -> int:
+    """How many numbers a forward and a backward leave besides the tensors: statistics, partials."""
+    groups = problem.problem.n * problem.problem.groups
+    slots = problem.config.slots if problem.config.strategy == "split" else 0
+    forward = problem.problem.direction == "forward"
+    return groups * ((3 if forward else 0) + (4 if forward else 2) * slots)
+
+
+@pytest.mark.parametrize(("strategy", "passes"), [("resident", 1), ("split", 2)])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "innermost"])
+@pytest.mark.parametrize("activation", ["none", "silu", "gelu"])
+@pytest.mark.parametrize(
+    "fused", [(), ("scale", "shift"), ("pre_add",), ("residual",), ("pre_add", "residual")], ids=str
+)
+def test_fused_traffic(
+    memory: GuardedMemory,
+    device: str,
+    fused: tuple[str, ...],
+    activation: str,
+    channels_last: bool,
+    strategy: str,
+    passes: int,
+) -> None:
+    """Forward: x, y and one read of the residual, which the first pass of split does not need.
+    Backward: x, dy and dx; with an activation the residual is read for its derivative, and the
+    residual's gradient is written; without one that is dy itself and no byte moves."""
+    case = make_case(
+        memory, device, (2, 20, 8, 8), 2, channels_last=channels_last, dtype=torch.bfloat16,
+        activation=activation, fused=fused,
+    )  # fmt: skip
+    given = {name: getattr(case, name) for name in fused}
+    x, residual = case.x.requires_grad_(), case.residual
+    if residual is not None:
+        residual.requires_grad_()
+    operands = {"x": x} | ({} if residual is None else {"residual": residual})
+    with triton_gn.plan_override(strategy=strategy), triton_gn.backend("triton"):
+        with Traffic(**operands) as forward:
+            y = triton_gn.group_norm(x, 2, case.weight, case.bias, activation=activation, **given)
+        with Traffic(dy=case.dy, y=y, **operands) as backward:
+            grads = torch.autograd.grad(y, list(operands.values()), case.dy)
+        explained = [
+            triton_gn.explain(
+                x, 2, direction=direction, activation=activation, pre_add="pre_add" in fused,
+                residual="residual" in fused and (direction == "forward" or activation != "none"),
+            )
+            for direction in ("forward", "backward")
+        ]  # fmt: skip
+    size = x.nbytes
+    assert forward.loaded["x"] == passes * size
+    assert forward.stored["other"] == size + 4 * numbers_of(explained[0])
+    assert backward.loaded["x"] == backward.loaded["dy"] == passes * size
+    assert backward.loaded["y"] == 0
+    activated_residual = residual is not None and activation != "none"
+    assert backward.stored["other"] == size * (1 + activated_residual) + 4 * numbers_of(
+        explained[1]
+    )
+    if residual is not None:
+        assert forward.loaded["residual"] == size
+        assert backward.loaded["residual"] == (passes * size if activated_residual else 0)
+        assert activated_residual or grads[1].data_ptr() == case.dy.data_ptr()
+
+
+def test_what_is_per_channel_moves_little(memory: GuardedMemory, device: str) -> None:
+    """Besides the tensors, a step with everything loads and stores less than a tenth of one."""
+    fused = ("scale", "shift", "pre_add", "residual")
+    case = make_case(memory, device, (2, 16, 32, 32), 2, activation="silu", fused=fused)
+    given = {name: getattr(case, name).requires_grad_() for name in fused}
+    leaves = [case.x.requires_grad_(), case.weight.requires_grad_(), case.bias.requires_grad_()]
+    tensors = {"x": case.x, "residual": case.residual, "dy": case.dy}
+    with triton_gn.backend("triton"), Traffic(**tensors) as traffic:
+        y = triton_gn.group_norm(case.x, 2, case.weight, case.bias, activation="silu", **given)
+        torch.autograd.grad(y, [*leaves, *given.values()], case.dy)
+    size = case.x.nbytes
+    assert traffic.loaded["other"] < 0.1 * size
+    assert 3 * size <= traffic.stored["other"] < 3.1 * size  # y, dx, dresidual
