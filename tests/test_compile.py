@@ -10,6 +10,7 @@ pytest.importorskip("triton")
 
 from tests.compiling import Compiled, compile_launch, launches_of
 from triton_gn.ops.launch import Launch
+from triton_gn.reference import ACTIVATIONS
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 BF16, F16, F32, F64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
@@ -75,10 +76,53 @@ def assert_wide(launch: Launch, compiled: Compiled, dtype: torch.dtype, target: 
     accesses = max(1, nbytes // (16 * warp_size * launch.num_warps))
     if target == "gfx942" and accesses > 1:
         accesses -= 1  # LLVM splits the one load that it moves into a branch of its own
-    loaded = 1 + ("dy_ptr" in launch.arguments)
-    stored = ("y_ptr" in launch.arguments) + ("dx_ptr" in launch.arguments)
+    inputs, outputs = ("x_ptr", "dy_ptr", "residual_ptr"), ("y_ptr", "dx_ptr", "dresidual_ptr")
+    loaded, stored = (
+        sum(launch.arguments.get(name) is not None for name in names) for names in (inputs, outputs)
+    )
     assert compiled.load_bytes.count(16) >= loaded * accesses, compiled
     assert compiled.store_bytes.count(16) >= stored * accesses, compiled
+
+
+# what networks have around the norm: a residual block, a time embedding, AdaGN, all at once
+ALL = ("scale", "shift", "pre_add", "residual")
+FUSED = [
+    *((activation, ()) for activation in ACTIVATIONS if activation != "none"),
+    ("none", ("residual",)),
+    ("relu", ("residual",)),
+    ("silu", ("pre_add",)),
+    ("silu", ("scale", "shift")),
+    ("gelu", ALL),
+]
+FUSED_PROBLEMS = [
+    ((2, 320, 64, 64), 32, BF16, BF16, False, (True, True)),
+    ((2, 320, 32, 32), 32, F16, F32, True, (True, True)),
+    ((1, 128, 512, 512), 32, BF16, F32, True, (True, True)),
+    ((8, 256, 7, 7), 32, F32, F32, False, (True, True)),
+]
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize(("activation", "fused"), FUSED, ids=id_of)
+def test_fused_compiles_to_what_it_should(
+    activation: str, fused: tuple[str, ...], direction: str, target: str
+) -> None:
+    # each problem for a quarter of the cases on sm_80, the next one on sm_90
+    index = FUSED.index((activation, fused)) + TARGETS.index(target)
+    shape, num_groups, dtype, param_dtype, channels_last, affine = FUSED_PROBLEMS[
+        index % len(FUSED_PROBLEMS)
+    ]
+    launches = launches_of(
+        direction, shape, num_groups, dtype, channels_last, param_dtype, affine, target,
+        activation, fused,
+    )  # fmt: skip
+    for launch in launches:
+        compiled = compile_launch(launch, target)
+        assert compiled.spills == 0, compiled
+        assert compiled.forbidden == (), compiled
+        if "TILE" in launch.arguments:
+            assert_wide(launch, compiled, dtype, target)
 
 
 @pytest.mark.parametrize("strategy", ["resident", "split"])

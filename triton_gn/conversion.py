@@ -27,28 +27,30 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 @dataclass
 class Report:
-    """What :func:`convert` did; each GroupNorm layer is in one of the lists, as (name, reason).
+    """What :func:`convert` did to each GroupNorm layer, as (name, reason).
 
     The names are those of ``model.named_modules()``, "" for the model itself.
 
     Attributes:
-        folded: replaced, and takes over what follows; the reason names it.
-        replaced: replaced only; the reason says why nothing was folded.
-        left: left as it was; the reason says why.
+        replaced: all that were replaced; the reason says what was folded, or why nothing was.
+        folded: those of them that take over what follows; the reason names it.
+        left: left as they were; the reason says why.
     """
 
-    folded: list[tuple[str, str]] = field(default_factory=list)
     replaced: list[tuple[str, str]] = field(default_factory=list)
+    folded: list[tuple[str, str]] = field(default_factory=list)
     left: list[tuple[str, str]] = field(default_factory=list)
 
     def __str__(self) -> str:
         """A line of totals, then a line for each layer."""
+        folded = {name for name, _ in self.folded}
         rows = [
-            (fate, name or "(the model)", reason)
-            for fate, layers in vars(self).items()
+            ("folded" if name in folded else fate, name or "(the model)", reason)
+            for fate, layers in (("replaced", self.replaced), ("left", self.left))
             for name, reason in layers
         ]
-        totals = ", ".join(f"{len(layers)} {fate}" for fate, layers in vars(self).items())
+        replaced, left = len(self.replaced), len(self.left)
+        totals = f"{replaced} replaced, of which {len(folded)} folded, {left} left"
         layers = "layer" if len(rows) == 1 else "layers"
         width = max((len(name) for _, name, _ in rows), default=0)
         lines = [f"{fate:<8}  {name:<{width}}  {reason}" for fate, name, reason in rows]
@@ -134,7 +136,10 @@ def convert(model: nn.Module, fold_activations: bool = True) -> Report:
                 _try(fold, parent, places, fates)
     report = Report()
     for module, (fate, reason) in fates.items():
-        getattr(report, fate).append((names[module], reason))
+        entry = names[module], reason
+        getattr(report, fate).append(entry)
+        if fate == "folded":
+            report.replaced.append(entry)
     return report
 
 

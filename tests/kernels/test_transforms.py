@@ -315,7 +315,7 @@ def test_a_subclass_goes_through_the_operator(device: str) -> None:
         seen: tuple[str, ...] = ()
 
         @classmethod
-        def __torch_function__(cls, function, types, args=(), kwargs=None):  # noqa: ANN
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
             Marked.seen += (str(function),)
             return super().__torch_function__(function, types, args, kwargs or {})
 

@@ -24,7 +24,7 @@ def cost(ours: Callable[[], object], theirs: Callable[[], object]) -> tuple[floa
 
 
 def main() -> None:
-    """Print the function and the layer, without and with a gradient to record."""
+    """Print the function and the layer, without and with a gradient to record, and one fused."""
     torch.set_num_threads(1)
     for title, x in (
         ("no gradient", torch.randn(2, 6, 2, 2)),
@@ -32,12 +32,17 @@ def main() -> None:
     ):
         weight, bias = torch.ones(6), torch.zeros(6)
         mine, torchs = triton_gn.GroupNorm(2, 6), nn.GroupNorm(2, 6)
+        fused = triton_gn.GroupNorm(2, 6, activation="silu")
         pairs = {
             "group_norm": (
                 partial(triton_gn.group_norm, x, 2, weight, bias),
                 partial(F.group_norm, x, 2, weight, bias),
             ),
             "GroupNorm": (partial(mine, x), partial(torchs, x)),
+            "GroupNorm with SiLU": (
+                partial(fused, x),
+                partial(nn.Sequential(torchs, nn.SiLU()), x),
+            ),
         }
         for name, (ours, theirs) in pairs.items():
             us, ratio = cost(ours, theirs)
