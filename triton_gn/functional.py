@@ -56,13 +56,13 @@ def group_norm(
         ValueError: the shapes or devices do not fit together, there is one value per group, or the
             activation is none of those above.
     """
-    bare = activation is None and scale is None and shift is None
-    bare = bare and residual is None and pre_add is None
+    bare = scale is None and shift is None and residual is None and pre_add is None
     try:
-        if bare and dispatch.is_plain(input, num_groups, weight, bias):
-            return torch.group_norm(input, num_groups, weight, bias, eps)
+        if bare and dispatch.is_plain(input, num_groups, weight, bias, activation):
+            y = torch.group_norm(input, num_groups, weight, bias, eps)
+            return y if activation is None else ACTIVATIONS[activation](y)
     except Exception:  # whatever PyTorch says of bad operands, check says it better
-        check(Operands(input, weight, bias), num_groups, None)
+        check(Operands(input, weight, bias), num_groups, activation)
         raise
     operands = Operands(input, weight, bias, scale, shift, pre_add, residual)
     check(operands, num_groups, activation)

@@ -2,7 +2,7 @@
 and what is fused."""
 
 import torch
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
 import triton_gn
@@ -17,6 +17,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     max_examples=20,
     deadline=None,
     derandomize=True,
+    phases=[Phase.generate],  # an example takes a second: shrinking one would take minutes
     # the guarded memory only collects tensors, so the examples of a test may share it
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )

@@ -57,8 +57,15 @@ def uses_kernels(x: Tensor, backend: str) -> bool:
     return False
 
 
-def is_plain(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None) -> bool:
-    """Whether PyTorch's group_norm is right for the call, or raises, without any help of ours.
+def is_plain(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation: str | None,
+) -> bool:
+    """Whether PyTorch's group_norm is right for the call, or raises, without any help of ours; and
+    its activation after that, which in 16 bits would round twice.
 
     Few questions, for the sake of small layers on the CPU: most calls there are plain.
     """
@@ -71,6 +78,7 @@ def is_plain(x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | N
         and x.numel() not in (0, num_groups)
         and (weight is None) is (bias is None)
         and (weight is None or bias is None or weight.dtype is x.dtype is bias.dtype)
+        and (activation is None or x.dtype.itemsize > 2)
     )
 
 
