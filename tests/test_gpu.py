@@ -1,5 +1,7 @@
 """What only a GPU can show. The kernels' results there: tests/kernels without TRITON_INTERPRET."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -81,3 +83,47 @@ def test_input_on_another_than_the_current_device() -> None:
     with triton_gn.backend("triton"):
         y = triton_gn.group_norm(x, 8)
     assert torch.equal(y.cpu(), triton_gn.group_norm(x.to("cuda:0"), 8).cpu())
+
+
+@FORMATS
+@pytest.mark.parametrize("strategy", ["resident", "split"])
+def test_fused_step_under_torch_compile(strategy: str, memory_format: torch.memory_format) -> None:
+    """Inductor's graph runs the same kernels, so it gives the same bits."""
+    layer = triton_gn.GroupNorm(32, 320, activation="silu", device="cuda")
+    x = torch.randn(2, 320, 32, 32, device="cuda").to(memory_format=memory_format)
+    scale, shift, pre_add = torch.randn(3, 2, 320, device="cuda")
+
+    def step(forward: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        leaf = x.detach().requires_grad_()
+        y = forward(leaf, scale=scale, shift=shift, pre_add=pre_add, residual=x)
+        return (y.detach(), *torch.autograd.grad(y.square().sum(), (leaf, layer.weight)))
+
+    with triton_gn.plan_override(strategy=strategy):
+        compiled = step(torch.compile(layer, fullgraph=True))
+        assert all(map(torch.equal, compiled, step(layer)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_autocast(dtype: torch.dtype) -> None:
+    x, weight = torch.randn(2, 32, 8, 8, device="cuda", dtype=dtype), torch.ones(32, device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        theirs = torch.nn.functional.silu(torch.nn.functional.group_norm(x, 4, weight))
+        ours = triton_gn.group_norm(x, 4, weight, activation="silu")
+        with triton_gn.autocast_policy("keep"):
+            kept = triton_gn.group_norm(x, 4, weight, activation="silu")
+    assert ours.dtype is theirs.dtype is torch.float32
+    assert kept.dtype is dtype
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_first_call_under_capture_works_or_raises() -> None:
+    """A shape, dtype and activation that no other test uses: its kernels are compiled here."""
+    x = torch.randn(3, 88, 11, 13, device="cuda", dtype=torch.float16)
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            y = triton_gn.group_norm(x, 8, activation="mish")
+    except RuntimeError:
+        return
+    graph.replay()
+    torch.testing.assert_close(y, triton_gn.group_norm(x, 8, activation="mish"), rtol=0, atol=0)
