@@ -217,13 +217,29 @@ def test_compile_runs_the_operator_and_no_activation(device: str) -> None:
     assert not any("silu" in name for name in called), called
 
 
-def test_settings_are_those_of_the_compilation(device: str) -> None:
-    x = operands(device)[0]
+def test_settings_are_those_of_the_compilation(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In its forward and in its backward, whatever is set when they run."""
+    seen = []
+    plan_for = dispatch.autograd.launch.plan_for
+
+    def spy(direction: str, *rest: object) -> object:
+        problem, config = plan_for(direction, *rest)
+        seen.append((direction, config.strategy))
+        return problem, config
+
+    monkeypatch.setattr(dispatch.autograd.launch, "plan_for", spy)
+    x = operands(device)[0].requires_grad_()
     expected = fused(x, *[None] * 6)
+    compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
     with triton_gn.plan_override(strategy="split", chunks=2):
         override = settings.to_text(settings.current())
-        compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
-        y = compiled(x, *[None] * 6)
+        compiled(x, *[None] * 6)
+    seen.clear()
+    y = compiled(x, *[None] * 6)
+    y.sum().backward()
+    assert seen == [("forward", "split"), ("backward", "split")]
     assert_close(y, expected)
     assert settings.from_text(override).plan_override == (("chunks", 2), ("strategy", "split"))
 
@@ -277,6 +293,15 @@ def test_tracing_sees_the_operator(device: str) -> None:
     graph = make_fx(lambda *tensors: fused(*tensors))(*tensors)
     assert "triton_gn.group_norm.default" in [str(node.target) for node in graph.graph.nodes]
     assert torch.equal(graph(*tensors), fused(*tensors))
+
+
+@pytest.mark.parametrize("per_example", [False, True])
+def test_tracing_sees_through_transforms(device: str, per_example: bool) -> None:
+    x, *rest = operands(device)
+    gradient = grad(lambda x: loss(fused, x, *rest))
+    if per_example:
+        gradient, x = vmap(gradient), torch.stack([x, 2 * x])
+    assert_close(make_fx(gradient)(x)(x), gradient(x))
 
 
 def test_fake_tensors_have_the_right_strides(device: str) -> None:

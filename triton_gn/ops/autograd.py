@@ -138,7 +138,7 @@ class TransformedGroupNormFunction(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, ...], *inputs: Any) -> tuple[Any, Any]:
-        fold = Fold(info.batch_size, inputs[0], in_dims[0])
+        fold = VmapFold(info.batch_size, inputs[0], in_dims[0])
         operands = fold.operands(inputs[:_TENSORS], in_dims[:_TENSORS])
         results = TransformedGroupNormFunction.apply(*operands, inputs[_TENSORS])
         return tuple(map(fold.undo, results)), (0, 0)
@@ -170,7 +170,7 @@ class BackwardFunction(torch.autograd.Function):
         info: Any, in_dims: tuple[Any, ...], call: Call, needs: Sequence[bool], *tensors: Any
     ) -> tuple[Any, Any]:
         (dy, stats, *operands), (dy_dim, stats_dim, *dims) = tensors, in_dims[2:]
-        fold = Fold(info.batch_size, operands[0], dims[0])
+        fold = VmapFold(info.batch_size, operands[0], dims[0])
         grads = BackwardFunction.apply(
             call,
             needs,
@@ -209,11 +209,11 @@ def double_backward(
     return [d_dy, *(next(rest) if is_there else None for is_there in there)]
 
 
-class Fold:
+class VmapFold:
     """A vmap over group_norm as one group_norm: its dimension becomes a part of the batch."""
 
     def __init__(self, batch: int, x: Tensor, dim: int | None) -> None:
-        self.batch, self.x_dtype = batch, x.dtype
+        self.batch, self.compute_dtype = batch, reference.compute_dtype(x)
         self.samples = (x if dim is None else x.movedim(dim, 0)[0]).shape[0]
 
     def batched(self, t: Tensor, dim: int | None) -> Tensor:
@@ -243,8 +243,7 @@ class Fold:
                 rows = t[None] if dim is None else t.movedim(dim, 0)
                 rows = rows[:, None] if rows.ndim == 2 else rows
                 rows = rows.expand(self.batch, self.samples, -1).flatten(0, 1)
-                dtype = torch.promote_types(torch.float32, self.x_dtype)
-                folded.append(rows.to(dtype) if gradients else rows)
+                folded.append(rows.to(self.compute_dtype) if gradients else rows)
         return Operands._make(folded)
 
     def undo_gradients(

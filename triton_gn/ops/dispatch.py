@@ -14,8 +14,6 @@ from triton_gn.reference import Operands
 
 # Triton reads it when a kernel is defined; set later, it has no effect
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes")
-
-
 _TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
@@ -100,15 +98,17 @@ def group_norm(operands: Operands, num_groups: int, eps: float, activation: str)
     y_dtype = torch.float32 if autocast else x.dtype
     if x.numel() == 0 or not uses_kernels(x, backend):
         return torch_path.group_norm(operands, num_groups, eps, activation, y_dtype)
-    if context.in_forward_mode() or (compiling and context.in_functorch()):
-        if not compiling:
+    as_operator = compiling or context.has_mode() or context.has_subclass(operands)
+    # torch.func cannot differentiate a PyTorch operator that is written in Python
+    if context.in_forward_mode() or (as_operator and context.in_functorch()):
+        if not as_operator:
             _warn_once(
                 "triton_gn runs forward-mode derivatives in plain PyTorch operations, which are "
                 "slower: the kernels have none."
             )
         y = reference.group_norm(operands, num_groups, eps, activation)
         return layout.like(y.to(y_dtype), layout.native(x)[0])
-    if compiling or context.has_mode() or context.has_subclass(operands):
+    if as_operator:
         if not compiling:
             settings_text = settings.to_text(current)
         constants = (num_groups, float(eps), activation, y_dtype, settings_text)

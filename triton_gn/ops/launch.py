@@ -258,7 +258,8 @@ def backward_launches(
     if "x" not in grads and "pre_add" not in grads:
         return [sums, *_param_launches(problem, config, reductions)]
     # the apply launch writes the parts of dpre_add, and sums up what the launch before has left
-    last = {name: reductions.pop(name) for name in ("pre_add",) if name in reductions}
+    dpre_add = reductions.pop("pre_add", None)
+    last = {} if dpre_add is None else {"pre_add": dpre_add}
     param_programs, arguments = _reduce(problem, config, reductions)
     apply = Launch(
         split.group_norm_backward_split_apply_kernel,

@@ -112,27 +112,3 @@ def _double_backward(ctx: Any, d_grads: list[Tensor]) -> tuple[Tensor | None, ..
 
 group_norm.register_autograd(_backward, setup_context=_setup_context)
 group_norm_backward.register_autograd(_double_backward, setup_context=_setup_backward_context)
-
-
-@group_norm.register_vmap
-def _(info: Any, in_dims: tuple[Any, ...], *inputs: Any) -> tuple[Any, Any]:
-    fold = autograd.Fold(info.batch_size, inputs[0], in_dims[0])
-    operands = fold.operands(inputs[:_TENSORS], in_dims[:_TENSORS])
-    return tuple(map(fold.undo, group_norm(*operands, *inputs[_TENSORS:]))), (0, 0)
-
-
-@group_norm_backward.register_vmap
-def _(
-    info: Any, in_dims: tuple[Any, ...], dy: Tensor, stats: Tensor, *rest: Any
-) -> tuple[Any, Any]:
-    operands, constants = rest[:_TENSORS], rest[_TENSORS:]
-    dims = in_dims[2 : 2 + _TENSORS]
-    fold = autograd.Fold(info.batch_size, operands[0], dims[0])
-    grads = group_norm_backward(
-        fold.batched(dy, in_dims[0]),
-        fold.batched(stats, in_dims[1]),
-        *fold.operands(operands, dims, gradients=True),
-        *constants,
-    )
-    unfolded = fold.undo_gradients(grads, operands, dims, constants[-1])
-    return list(unfolded), [0] * len(unfolded)

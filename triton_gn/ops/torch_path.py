@@ -82,7 +82,7 @@ def _empty(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     y = x.clone()
     for parameter in (weight, bias):
         if parameter is not None:
-            y = y + parameter.to(x.dtype).reshape(1, -1, *[1] * (x.ndim - 2))
+            y = y + reference.per_channel(parameter, x).to(x.dtype)
     return y
 
 
@@ -157,7 +157,7 @@ def _image(x: Tensor) -> Tensor:
 
 def _shifted(image: Tensor, shift: Tensor) -> Tensor:
     """The image less a constant (N, G) of each group, which changes neither y nor any gradient."""
-    dtype = torch.float64 if image.dtype is torch.float64 else torch.float32
+    dtype = reference.compute_dtype(image)
     per_channel = shift.repeat_interleave(image.shape[1] // shift.shape[1], 1)
     return image.to(dtype) - per_channel.to(dtype)[:, :, None, None]
 
