@@ -46,6 +46,19 @@ def load_offset(params, window, c: tl.constexpr, TILE: tl.constexpr, dtype: tl.c
 
 
 @triton.jit
+def load_z(
+    x, residual_ptr, gain, offset, pre_add, stats, window, c: tl.constexpr, p: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """z of the sub-tile x, with its part of the residual unless that is None."""
+    z = normalise(x, pre_add, stats, window, p, TILE) * over_pixels(gain, window, p, TILE)
+    z += over_pixels(offset, window, p, TILE)
+    if residual_ptr is not None:
+        z += load_tile(residual_ptr, window, c, p, TILE).to(z.dtype)
+    return z
+
+
+@triton.jit
 def write_y(
     xs, residual_ptr, params, stats, y_ptr, window, TILE: tl.constexpr, ACTIVATION: tl.constexpr,
     NVIDIA: tl.constexpr,
@@ -59,10 +72,8 @@ def write_y(
         if params.pre_add is not None:
             pre_add = load_channels(params.pre_add, window, c, TILE, dtype)
         for p in tl.static_range(TILE.pixel_tiles):
-            x_hat = normalise(xs[c * TILE.pixel_tiles + p], pre_add, stats, window, p, TILE)
-            z = x_hat * over_pixels(gain, window, p, TILE) + over_pixels(offset, window, p, TILE)
-            if residual_ptr is not None:
-                z += load_tile(residual_ptr, window, c, p, TILE).to(dtype)
+            x = xs[c * TILE.pixel_tiles + p]
+            z = load_z(x, residual_ptr, gain, offset, pre_add, stats, window, c, p, TILE)
             store_tile(y_ptr, activate(z, ACTIVATION, NVIDIA), window, c, p, TILE)
 
 
@@ -84,11 +95,8 @@ def load_dzs(
         for p in tl.static_range(TILE.pixel_tiles):
             dz = load_tile(dy_ptr, window, c, p, TILE).to(dtype)
             if ACTIVATION != "none":
-                x_hat = normalise(xs[c * TILE.pixel_tiles + p], pre_add, stats, window, p, TILE)
-                z = x_hat * over_pixels(gain, window, p, TILE)
-                z += over_pixels(offset, window, p, TILE)
-                if residual_ptr is not None:
-                    z += load_tile(residual_ptr, window, c, p, TILE).to(dtype)
+                x = xs[c * TILE.pixel_tiles + p]
+                z = load_z(x, residual_ptr, gain, offset, pre_add, stats, window, c, p, TILE)
                 dz = activation_gradient(dz, z, ACTIVATION, NVIDIA)
             if dresidual_ptr is not None:
                 store_tile(dresidual_ptr, dz, window, c, p, TILE)

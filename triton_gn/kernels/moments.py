@@ -90,10 +90,9 @@ def window_moments(xs, pre_add, window, groups, TILE: tl.constexpr, dtype: tl.co
     deviations = tl.zeros([TILE.rows, TILE.cols], dtype)
     squares = tl.zeros([TILE.rows, TILE.cols], dtype)
     for c in tl.static_range(TILE.channel_tiles):
+        added = None
         if pre_add is not None:
             added = load_channels(pre_add, window, c, TILE, dtype)
-        else:
-            added = None
         for p in tl.static_range(TILE.pixel_tiles):
             x = xs[c * TILE.pixel_tiles + p]
             centred = normalise(x, added, centre, window, p, TILE)
