@@ -59,6 +59,10 @@ def test_compiles_to_what_it_should(
     launches = launches_of(
         direction, shape, num_groups, dtype, channels_last, param_dtype, affine, target
     )
+    assert_compile_well(launches, dtype, target)
+
+
+def assert_compile_well(launches: list[Launch], dtype: torch.dtype, target: str) -> None:
     for launch in launches:
         compiled = compile_launch(launch, target)
         assert compiled.spills == 0, compiled
@@ -117,12 +121,7 @@ def test_fused_compiles_to_what_it_should(
         direction, shape, num_groups, dtype, channels_last, param_dtype, affine, target,
         activation, fused,
     )  # fmt: skip
-    for launch in launches:
-        compiled = compile_launch(launch, target)
-        assert compiled.spills == 0, compiled
-        assert compiled.forbidden == (), compiled
-        if "TILE" in launch.arguments:
-            assert_wide(launch, compiled, dtype, target)
+    assert_compile_well(launches, dtype, target)
 
 
 @pytest.mark.parametrize("strategy", ["resident", "split"])

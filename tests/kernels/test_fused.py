@@ -268,4 +268,5 @@ def test_who_shares_an_operand_shares_its_gradient(
         for form in ("row", "values"):
             grad = found[form][f"d{name}"]
             assert grad.shape == forms[form][name].shape
+            # sums of 15 values a sample, in another order: some roundings of the largest
             torch.testing.assert_close(grad.reshape(6), expected, rtol=1e-5, atol=1e-5)
