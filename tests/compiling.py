@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from triton_gn.ops import launch
-from triton_gn.plan import Device, plan
+from triton_gn.plan import TARGETS, plan
 from triton_gn.reference import Operands
 
 _TYPES = {
@@ -78,7 +78,7 @@ def launches_of(
     if direction == "backward" and activation == "none":
         operands = operands._replace(residual=None)
     problem, _ = launch.problem_of(direction, operands, num_groups, activation, channels_last)
-    device = Device("AMD Instinct MI300X", 304, 4 * 2**20, 64) if "gfx" in target else Device()
+    device = TARGETS[target]
     config = plan(problem, device, override=tuple(sorted(override.items())))
     stats = launch.statistics(x, n, num_groups, 3)
     if direction == "forward":

@@ -135,18 +135,18 @@ def plan_override(**fields: Any) -> Setting:
     """Fix parts of the plan for this thread's calls, for tests and the curious.
 
     Fields: ``strategy`` ("resident" or "split"), ``groups`` (whole groups per program,
-    channels-last), ``rows`` and ``cols`` (a sub-tile), ``num_warps``, ``chunks`` (split). What is
-    not given follows the rule; no fields take the override back. A plan that cannot run raises
+    channels-last), ``rows`` and ``cols`` (a sub-tile), ``num_warps``, ``pixel_tiles`` (sub-tiles held
+    at a time) and ``chunks`` (split only). What is not given follows the rule; no fields take the override back. A plan that cannot run raises
     ValueError at the call. As a context manager, the old override returns on exit.
 
     Raises:
         TypeError: an unknown field.
     """
-    from triton_gn.plan import OVERRIDES
+    from triton_gn.plan import FIELDS
 
-    unknown = sorted(set(fields) - set(OVERRIDES))
+    unknown = sorted(set(fields) - set(FIELDS))
     if unknown:
         raise TypeError(
-            f"plan_override: unknown field {', '.join(unknown)}; fields are {', '.join(OVERRIDES)}."
+            f"plan_override: unknown field {', '.join(unknown)}; fields are {', '.join(FIELDS)}."
         )
     return Setting({"plan_override": tuple(sorted(fields.items()))})

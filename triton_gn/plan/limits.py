@@ -27,11 +27,16 @@ def registers(problem: Problem, config: Config) -> int:
 
 def excess_registers(problem: Problem, config: Config) -> int:
     """By how many registers a thread the plan is over the limit."""
-    return max(0, registers(problem, config) - register_limit(problem, config.tile.groups))
+    return max(0, registers(problem, config) - register_limit(problem, config))
 
 
-def register_limit(problem: Problem, groups: int) -> int:
-    """The most that ``registers`` may be for blocks of ``groups`` whole groups."""
+def register_limit(problem: Problem, config: Config) -> int:
+    """The most that ``registers`` may be."""
+    limit = _register_limit(problem, config.tile.groups)
+    return limit * min(8, config.num_warps) // config.num_warps  # more than 8 warps share 64 Ki
+
+
+def _register_limit(problem: Problem, groups: int) -> int:
     if problem.itemsize == 8:
         return _FLOAT64_REGISTERS[problem.activation != "none"]
     limit = _REGISTERS[problem.direction, problem.channels_last]
@@ -82,7 +87,7 @@ def fits(problem: Problem, config: Config) -> str | None:
         return (
             f"{tile.elements} elements in {config.num_warps} warps take "
             f"{registers(problem, config)} registers a thread; at most "
-            f"{register_limit(problem, tile.groups)} are free"
+            f"{register_limit(problem, config)} are free"
         )
     if min(tile.rows, rows) * problem.row_vecs * tile.vec >= 2**31 and tile.rows > 1:
         return f"a sub-tile must lie within 2**31 elements; {tile.rows} rows do not"

@@ -1,48 +1,119 @@
 """How long a plan should take: an estimate, to weigh plans against each other. Not measured."""
 
 import math
+from dataclasses import dataclass
 
-from .problem import ACCESS_BYTES, Config, Device, Problem
+from .devices import Device
+from .limits import registers
+from .problem import ACCESS_BYTES, Config, Problem
 
 _LAUNCH_US = 2.2
-_DRAM_BYTES_PER_US = 3.0e6  # achieved by a copy on an H100
-_L2_SPEEDUP = 2.0  # of a second read that L2 still holds
+_NEXT_LAUNCH_US = 1.5  # of a launch that follows another
+_DRAM_SHARE = 0.9  # of the maker's figure, that a copy achieves
+_L2_BYTES_PER_US = 45_000  # of one multiprocessor, all of them drawing
+_SOLO_BYTES_PER_US = 57_000  # of one multiprocessor while the others are idle
+_PROGRAM_US = 1.5  # from a program's first load to its last store, besides its bytes
 _L2_SHARE = 0.5  # of L2 that holds what was just read
-_SOLO_SPEEDUP = 2.5  # of one multiprocessor's bandwidth while the others are idle
-_DRAM_ACCESS_BYTES = 64  # narrower rows waste part of it, unless a neighbour fetches the rest
+_SECTOR_BYTES = 32  # L2 hands out no less
+_OTHER_REGISTERS = 40  # of a thread, for addresses, masks and sums
+_REGISTER_UNIT = 256  # of a warp's registers
 
 
-def estimated_us(problem: Problem, config: Config, device: Device) -> float:
-    tensor = problem.n * problem.channels * problem.pixels * problem.itemsize
-    forward = problem.direction == "forward"
-    reads = (1 if forward else 2) + problem.residual
-    writes = 1 if forward else 1 + problem.residual  # the residual's gradient
-    traffic = float((reads + writes) * tensor)
-    launches = 1
-    if config.strategy == "split":
-        again = 1 if forward else reads
-        cached = again * tensor < _L2_SHARE * device.l2_bytes
-        traffic += again * tensor / (_L2_SPEEDUP if cached else 1.0)
-        launches = 2
-    tile = config.tile
-    if problem.channels_last and tile.groups < problem.groups:
-        width = tile.groups * tile.group_channels * problem.itemsize
-        traffic *= math.sqrt(max(1.0, _DRAM_ACCESS_BYTES / width))
-    traffic *= math.sqrt(ACCESS_BYTES / problem.access_bytes(tile.groups))
-    bandwidth = _DRAM_BYTES_PER_US * device.multiprocessors / Device().multiprocessors
-    whole_gpu = traffic / bandwidth
-    # the busiest multiprocessor: how many programs it runs, at what it can draw by itself
-    waves = -(-config.programs(problem) // device.multiprocessors)
-    padding = tile.elements / held_elements(problem, config)
-    share = traffic / config.programs(problem) * padding
-    busiest = waves * share / (bandwidth / device.multiprocessors * _SOLO_SPEEDUP)
-    return launches * _LAUNCH_US + max(whole_gpu, busiest)
+@dataclass(frozen=True)
+class Estimate:
+    """What a plan should take on a device, and why."""
+
+    us: float
+    bound: str  # the longest of "dram", "l2", "occupancy" and "launch"
+    dram_bytes: int
+    l2_bytes: int
+    programs_at_a_time: int  # on one multiprocessor
+    waves: int  # how often the programs of a launch fill the GPU
 
 
-def held_elements(problem: Problem, config: Config) -> float:
-    """Elements of the tensor that a program holds at a time, without the padding of its tile."""
-    tile = config.tile
+def passes(problem: Problem) -> tuple[int, int]:
+    """How often tensors of the input's size must be read and written, at the least."""
+    if problem.direction == "forward":
+        return 1 + problem.residual, 1
+    return 2 + problem.residual, 1 + problem.residual  # with an activation, to z's gradient
+
+
+def second_passes(problem: Problem, config: Config) -> int:
+    """How often a plan reads such tensors besides."""
     if config.strategy == "resident":
-        return tile.groups * problem.group_elements
+        return 0
+    return 1 if problem.direction == "forward" else passes(problem)[0]
+
+
+def launches(problem: Problem, config: Config) -> int:
+    """How many launches a plan takes when all gradients are asked for."""
+    backward = problem.direction == "backward"
+    if config.strategy == "resident":
+        return 2 if backward and problem.n > 1 else 1
+    return 3 if backward and problem.pre_add else 2
+
+
+def programs_at_a_time(
+    device: Device, num_warps: int, registers_per_thread: int, shared_bytes: int = 0
+) -> int:
+    """How many programs a multiprocessor holds; at least one, or they could not run at all."""
+    per_warp = registers_per_thread * device.warp_size
+    per_warp = math.ceil(per_warp / _REGISTER_UNIT) * _REGISTER_UNIT
+    bounds = [
+        device.max_ctas,
+        device.max_warps // num_warps,
+        device.registers // (per_warp * num_warps),
+    ]
+    if shared_bytes:
+        bounds.append(device.shared_bytes // shared_bytes)
+    return max(1, min(bounds))
+
+
+def estimate(
+    problem: Problem, config: Config, device: Device, at_a_time: int | None = None
+) -> Estimate:
+    """What a plan should take; compiling it tells how many programs run ``at_a_time``."""
+    if at_a_time is None:
+        guess = registers(problem, config) + _OTHER_REGISTERS
+        at_a_time = programs_at_a_time(device, config.num_warps, guess)
+    tensor = problem.n * problem.channels * problem.pixels * problem.itemsize
+    again = second_passes(problem, config) * tensor
+    touched = sum(passes(problem)) * tensor + again
+    dram_bytes = touched - min(again, int(_L2_SHARE * device.l2_bytes))
+    l2_bytes = int(touched * _sector_waste(problem, config))
+
+    rounds = 2 if again else 1
+    programs = config.programs(problem)
+    waves = math.ceil(programs / (device.multiprocessors * at_a_time))
+    neighbours = min(at_a_time, math.ceil(programs / device.multiprocessors))
+    share = touched / rounds / programs * _padding(problem, config)
+    launch_us = _LAUNCH_US + (launches(problem, config) - 1) * _NEXT_LAUNCH_US
+    narrow = math.sqrt(ACCESS_BYTES / problem.access_bytes(config.tile.groups))
+    times = {
+        "launch": launch_us,
+        "dram": dram_bytes / (device.dram_gb_per_s * 1e3 * _DRAM_SHARE),
+        "l2": l2_bytes * narrow / (device.multiprocessors * _L2_BYTES_PER_US),
+        "occupancy": rounds * waves * (_PROGRAM_US + neighbours * share / _SOLO_BYTES_PER_US),
+    }
+    bound = max(times, key=times.__getitem__)
+    del times["launch"]  # the others overlap
+    us = launch_us + max(times.values())
+    return Estimate(us, bound, dram_bytes, l2_bytes, at_a_time, waves)
+
+
+def _sector_waste(problem: Problem, config: Config) -> float:
+    """Bytes of the sectors that a block's rows touch, over the rows' own bytes."""
+    tile = config.tile
+    if not problem.channels_last or tile.groups >= problem.groups:
+        return 1.0
+    width = tile.groups * tile.group_channels * problem.itemsize
+    touched = width + _SECTOR_BYTES - math.gcd(width, _SECTOR_BYTES)  # on average
+    return touched / width
+
+
+def _padding(problem: Problem, config: Config) -> float:
+    """Elements of a program's tile over those of the tensor in it."""
+    tile = config.tile
     block = tile.groups * problem.group_elements / config.slots
-    return min(block, tile.elements)
+    held = block if config.strategy == "resident" else min(block, tile.elements)
+    return tile.elements / held

@@ -6,26 +6,28 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from .devices import Device
 from .limits import excess_registers, fits, is_always_resident
-from .model import estimated_us
-from .problem import Config, Device, Problem
+from .model import estimate
+from .problem import Config, Problem
 from .tiles import (
-    block_extent,
+    SPLIT_FIELDS,
+    config_of,
+    fields_of,
     group_counts,
-    make_split,
-    make_tile,
     resident_configs,
     split_configs,
 )
 
 STRATEGIES = ("resident", "split")
-OVERRIDES = ("strategy", "groups", "rows", "cols", "num_warps", "chunks")
 _ELEMENTS_PER_THREAD = 32
 _FLOAT64_PER_THREAD = 8
 _FEW_SUB_TILES = 8  # up to here small ones are better: their accumulators take fewer registers
 _MAX_WARPS = 8  # 16 halve the registers of a thread: large tiles spill
 _SPLIT_WARPS = 4
 _SPLIT_PROGRAMS_PER_MULTIPROCESSOR = 8
+_SEARCHED_WARPS = (1, 2, 4, 8, 16)
+_SEARCHED_SPLITS = (4, 8, 16)  # programs per multiprocessor
 
 
 @functools.lru_cache(maxsize=4096)
@@ -38,7 +40,7 @@ def plan(
     """The plan for a problem.
 
     ``batch_invariant`` plans for a batch of one, whatever the batch. ``override`` fixes the fields
-    that it names (OVERRIDES).
+    that it names (FIELDS).
 
     Raises:
         ValueError: no plan with these overrides can run.
@@ -51,6 +53,21 @@ def plan(
         if type(value) is not int or value < 1:
             raise ValueError(f"plan_override: {name} must be an int of at least 1; got {value!r}.")
     groups = fixed.pop("groups", None)
+    config = plan_by_rule(problem, device, strategies, groups)
+    return _overridden(problem, config, fixed) if fixed else config
+
+
+def plan_by_rule(
+    problem: Problem,
+    device: Device,
+    strategies: tuple[str, ...] = STRATEGIES,
+    groups: int | None = None,
+) -> Config:
+    """The fastest plan by the model, of these strategies, for blocks of so many whole groups.
+
+    Raises:
+        ValueError: there is none.
+    """
     best = [
         config
         for strategy in strategies
@@ -58,20 +75,36 @@ def plan(
     ]
     if not best:
         raise ValueError(_no_plan(problem, strategies, groups))
-    config = best[0]
-    if not is_always_resident(problem):
-        config = min(best, key=lambda config: estimated_us(problem, config, device))
-    return _overridden(problem, config, fixed) if fixed else config
+    if is_always_resident(problem):
+        return best[0]
+    return min(best, key=lambda config: estimate(problem, config, device).us)
 
 
 def rivals(problem: Problem, device: Device) -> dict[str, float]:
     """The model's time for the best plan of each strategy that can run, in microseconds."""
     best = {strategy: _best(strategy, problem, device, None) for strategy in STRATEGIES}
     return {
-        strategy: estimated_us(problem, config, device)
+        strategy: estimate(problem, config, device).us
         for strategy, config in best.items()
         if config is not None
     }
+
+
+def candidates(problem: Problem, device: Device) -> list[Config]:
+    """All plans that a search may try, the rule's own too, the fastest by the model first."""
+    found = {plan_by_rule(problem, device): None}
+    counts = group_counts(problem)
+    for num_warps in _SEARCHED_WARPS:
+        found |= dict.fromkeys(resident_configs(problem, counts, num_warps, device.warp_size))
+        for per_multiprocessor in _SEARCHED_SPLITS:
+            programs = device.multiprocessors * per_multiprocessor
+            found |= dict.fromkeys(
+                split_configs(problem, counts, num_warps, device.warp_size, programs)
+            )
+    return sorted(
+        (config for config in found if fits(problem, config) is None),
+        key=lambda config: estimate(problem, config, device).us,
+    )
 
 
 def _best(strategy: str, problem: Problem, device: Device, groups: int | None) -> Config | None:
@@ -89,7 +122,7 @@ def _best(strategy: str, problem: Problem, device: Device, groups: int | None) -
         (config for config in candidates if problem.access_bytes(config.tile.groups) == widest),
         key=lambda config: (
             excess_registers(problem, config),
-            round(estimated_us(problem, config, device), 1),
+            round(estimate(problem, config, device).us, 1),
             max(_FEW_SUB_TILES, config.tile.channel_tiles * config.tile.pixel_tiles),
             config.tile.elements,
             config.tile.rows * config.tile.cols,
@@ -127,22 +160,15 @@ def _resident_warps(problem: Problem, elements: int, warp_size: int) -> int:
 def _overridden(problem: Problem, config: Config, fixed: dict[str, Any]) -> Config:
     """The plan with the fields of ``fixed``, everything that depends on them worked out again."""
     tile = config.tile
-    rows, cols = fixed.get("rows", tile.rows), fixed.get("cols", tile.cols)
-    block_rows, block_cols = block_extent(problem, tile.groups)
-    row_tiles, col_tiles = math.ceil(block_rows / rows), math.ceil(block_cols / cols)
-    channel_tiles, pixel_tiles = (
-        (col_tiles, row_tiles) if problem.channels_last else (row_tiles, col_tiles)
-    )
-    num_warps = fixed.get("num_warps", config.num_warps)
-    if config.strategy == "split":
-        pixel_tiles = min(pixel_tiles, max(1, tile.elements // (rows * cols)))
-        tile = make_tile(problem, tile.groups, rows, cols, 1, pixel_tiles)
-        config = make_split(problem, tile, num_warps, fixed.get("chunks", config.chunks))
-    else:
-        if "chunks" in fixed:
-            raise ValueError("plan_override: chunks is a field of split; add strategy='split'.")
-        tile = make_tile(problem, tile.groups, rows, cols, channel_tiles, pixel_tiles)
-        config = replace(config, tile=tile, num_warps=num_warps)
+    fields = fields_of(config) | fixed
+    if config.strategy == "resident" and not fixed.keys().isdisjoint(SPLIT_FIELDS):
+        raise ValueError(
+            f"plan_override: {' and '.join(SPLIT_FIELDS)} are fields of split; "
+            "add strategy='split'."
+        )
+    if config.strategy == "split" and "pixel_tiles" not in fixed:
+        fields["pixel_tiles"] = max(1, tile.elements // (fields["rows"] * fields["cols"]))
+    config = config_of(problem, **fields)
     reason = fits(problem, config)
     if reason is not None:
         raise ValueError(f"plan_override: {reason}.")

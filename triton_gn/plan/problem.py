@@ -1,4 +1,4 @@
-"""What a plan is made of: the problem, the device, and the decision."""
+"""What a plan is made of: the problem and the decision."""
 
 import math
 from dataclasses import dataclass
@@ -66,16 +66,6 @@ class Problem:
         """Length of a memory row (kernels/tile.py) in vectors."""
         row = self.channels if self.channels_last else self.pixels * self.span
         return row // self.vec
-
-
-@dataclass(frozen=True)
-class Device:
-    """What the rule needs to know of a GPU; the default is an H100 SXM."""
-
-    name: str = "NVIDIA H100 80GB HBM3"
-    multiprocessors: int = 132
-    l2_bytes: int = 50 * 2**20
-    warp_size: int = 32
 
 
 @dataclass(frozen=True)

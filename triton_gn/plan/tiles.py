@@ -2,9 +2,13 @@
 
 import math
 from collections.abc import Iterator
+from typing import Any
 
 from .problem import Config, Problem, Tile
 
+# what a plan is told apart by; all else in it follows from these and the problem
+FIELDS = ("strategy", "groups", "rows", "cols", "num_warps", "pixel_tiles", "chunks")
+SPLIT_FIELDS = ("pixel_tiles", "chunks")
 MAX_SUB_TILES = 16  # unrolled in the kernel: more is slow to compile
 MAX_SLOTS = 1024  # partials, of all groups of a program, that split merges at a time
 _MAX_BLOCK_CHANNELS = 256  # of several groups side by side: they are summed up by selection
@@ -89,13 +93,11 @@ def resident_configs(
 ) -> Iterator[Config]:
     """Every way to hold a block of whole groups in ``num_warps`` warps."""
     for groups in group_counts:
-        block_rows, block_cols = block_extent(problem, groups)
         for rows, cols in sub_tiles(problem, groups, num_warps * warp_size):
-            row_tiles, col_tiles = math.ceil(block_rows / rows), math.ceil(block_cols / cols)
-            tiles = (col_tiles, row_tiles) if problem.channels_last else (row_tiles, col_tiles)
-            tile = make_tile(problem, groups, rows, cols, *tiles)
-            extent = problem.pixels if problem.channels_last else problem.row_vecs
-            yield Config("resident", tile, num_warps, 1, extent)
+            yield config_of(
+                problem, strategy="resident", groups=groups, rows=rows, cols=cols,
+                num_warps=num_warps,
+            )  # fmt: skip
 
 
 def split_configs(
@@ -143,3 +145,41 @@ def make_split(problem: Problem, tile: Tile, num_warps: int, chunks: int) -> Con
         length, step = problem.row_vecs, tile.cols * tile.pixel_tiles // tile.vec
     chunk_vecs = math.ceil(math.ceil(length / step) / chunks) * step
     return Config("split", tile, num_warps, math.ceil(length / chunk_vecs), chunk_vecs)
+
+
+def fields_of(config: Config) -> dict[str, Any]:
+    """A plan's ``FIELDS``, as ``config_of`` takes them back."""
+    tile = config.tile
+    fields = {
+        "strategy": config.strategy,
+        "groups": tile.groups,
+        "rows": tile.rows,
+        "cols": tile.cols,
+        "num_warps": config.num_warps,
+    }
+    if config.strategy == "split":
+        fields |= {"pixel_tiles": tile.pixel_tiles, "chunks": config.chunks}
+    return fields
+
+
+def config_of(
+    problem: Problem,
+    *,
+    strategy: str,
+    groups: int,
+    rows: int,
+    cols: int,
+    num_warps: int,
+    pixel_tiles: int = 1,
+    chunks: int = 1,
+) -> Config:
+    """The plan of these fields for a problem, as near as its size allows; ``fits`` judges it."""
+    block_rows, block_cols = block_extent(problem, groups)
+    row_tiles, col_tiles = math.ceil(block_rows / rows), math.ceil(block_cols / cols)
+    tiles = (col_tiles, row_tiles) if problem.channels_last else (row_tiles, col_tiles)
+    if strategy == "split":
+        tile = make_tile(problem, groups, rows, cols, 1, min(pixel_tiles, tiles[1]))
+        return make_split(problem, tile, num_warps, chunks)
+    tile = make_tile(problem, groups, rows, cols, *tiles)
+    extent = problem.pixels if problem.channels_last else problem.row_vecs
+    return Config(strategy, tile, num_warps, 1, extent)

@@ -1,0 +1,84 @@
+"""One line of JSON per measurement: what bench and sweep write and what compare and plot read."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Self
+
+RESULTS = Path("perf/results")
+PREDICTED = RESULTS / "predicted"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """A provider's time for a workload, in long form.
+
+    ``measured`` is False for what the model of ``triton_gn.plan`` predicts: such records have a
+    device, a folder and plots of their own, and no ``ms_p20`` and ``ms_p80``. ``skipped`` says why
+    there is no time: the provider is absent, or its answer was wrong.
+    """
+
+    measured: bool
+    device: str  # as its driver names it
+    workload: str  # what it is called: a model and a layer, or a shape
+    shape: str  # "2x320x64x64": n, channels, spatial sizes
+    groups: int
+    dtype: str
+    param_dtype: str
+    layout: str  # "contiguous" or "channels_last"
+    activation: str
+    fused: tuple[str, ...] = ()  # of scale, shift, pre_add, residual
+    direction: str  # "forward", "backward" or "both": a forward that records and its backward
+    provider: str  # "triton_gn", "triton_gn[split]", "torch_eager", ..., "copy", "add"
+    cache: str = "cold"  # or "warm": does L2 hold the operands before the call?
+    strategy: str | None = None
+    config: dict[str, Any] | None = None  # the fields of triton_gn.plan.OVERRIDES
+    ms_p20: float | None = None
+    ms_p50: float | None = None
+    ms_p80: float | None = None
+    bytes_minimum: int = 0  # each tensor touched once
+    share_of_copy: float | None = None  # time of copying as many bytes over ms_p50, same run
+    peak_bytes: int | None = None  # allocated during the call, above what was there before it
+    host_us: float | None = None  # of Python and PyTorch until the call returns
+    error: float | None = None  # largest, over the largest value, against float64
+    bound: str | None = None  # predictions: what sets the time: dram, l2, occupancy or launch
+    registers: int | None = None  # the most of any kernel of the call
+    spill_bytes: int | None = None
+    skipped: str | None = None
+    protocol: str = ""  # how it was timed, in words
+    versions: dict[str, str] = field(default_factory=dict)
+    commit: str = ""
+    date: str = ""
+
+    @property
+    def gb_per_s(self) -> float | None:
+        """Bytes of the minimum over the median time."""
+        return self.bytes_minimum / self.ms_p50 / 1e6 if self.ms_p50 else None
+
+    @classmethod
+    def from_json(cls, line: str) -> Self:
+        """From a line of a results file; fields of other versions are left out."""
+        known = {one.name for one in fields(cls)}
+        values = {name: value for name, value in json.loads(line).items() if name in known}
+        return cls(**values | {"fused": tuple(values.get("fused", ()))})
+
+    def to_json(self) -> str:
+        """As one line."""
+        return json.dumps(asdict(self) | {"gb_per_s": self.gb_per_s})
+
+
+def read(path: Path) -> Iterator[Record]:
+    """The records of a file, or of all ``*.jsonl`` below a folder, in order of their names."""
+    for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]:
+        with file.open() as lines:
+            for line in lines:
+                if line.strip():
+                    yield Record.from_json(line)
+
+
+def append(path: Path, record: Record) -> None:
+    """Add a record to a file; each is on disk before the next is measured."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(record.to_json() + "\n")
