@@ -77,9 +77,8 @@ def launches_of(
     operands = Operands(x, weight, bias, **per_sample, residual=residual)
     if direction == "backward" and activation == "none":
         operands = operands._replace(residual=None)
-    problem, _ = launch.problem_of(direction, operands, num_groups, activation, channels_last)
-    device = TARGETS[target]
-    config = plan(problem, device, override=tuple(sorted(override.items())))
+    problem = launch.problem_of(direction, operands, num_groups, activation)
+    config = plan(problem, TARGETS[target], override=tuple(sorted(override.items())))
     stats = launch.statistics(x, n, num_groups, 3)
     if direction == "forward":
         y = torch.empty_like(x)

@@ -70,11 +70,10 @@ def explain(
     if input.numel() == 0:
         raise ValueError(f"explain: an empty input runs no kernel; got shape {tuple(input.shape)}.")
     current = settings.current()
-    x, channels_last = layout.native(input)
+    x, _ = layout.native(input)
     operands = Operands(x, pre_add=x if pre_add else None, residual=x if residual else None)
-    problem, device = launch.problem_of(
-        direction, operands, num_groups, activation or "none", channels_last
-    )
+    problem = launch.problem_of(direction, operands, num_groups, activation or "none")
+    device = launch.gpu(x.device)
     config = plan(problem, device, current.batch_invariant, current.plan_override)
     path = "triton" if dispatch.uses_kernels(input, current.backend) else "torch"
     fixed = dict(current.plan_override)

@@ -8,7 +8,7 @@ import torch
 import triton_gn
 from tests.kernels.memory import GuardedMemory
 from tests.kernels.oracle import check, make_case
-from triton_gn.ops import autograd, settings
+from triton_gn.ops import autograd, prepared, settings
 from triton_gn.reference import ACTIVATIONS
 
 
@@ -71,25 +71,16 @@ def test_change_in_place_of_a_saved_input_raises(memory: GuardedMemory, device: 
             y.backward(case.dy)
 
 
-def test_settings_of_the_forward_hold_in_the_backward(
-    memory: GuardedMemory, device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_settings_of_the_forward_hold_in_the_backward(memory: GuardedMemory, device: str) -> None:
     """Backward runs in another thread, or after the ``with`` block has been left."""
-    seen = []
-    plan_for = autograd.launch.plan_for
-
-    def spy(direction: str, *rest: object) -> object:
-        problem, config = plan_for(direction, *rest)
-        seen.append((direction, config.strategy))
-        return problem, config
-
-    monkeypatch.setattr(autograd.launch, "plan_for", spy)
     case = make_case(memory, device, (2, 6, 5, 3), 3)
-    with triton_gn.plan_override(strategy="split"), triton_gn.backend("triton"):
-        y = triton_gn.group_norm(case.x.requires_grad_(), 3)
-    thread = threading.Thread(target=y.backward, args=(case.dy,))
-    thread.start()
-    thread.join()
+    with prepared.recording() as calls:
+        with triton_gn.plan_override(strategy="split"), triton_gn.backend("triton"):
+            y = triton_gn.group_norm(case.x.requires_grad_(), 3)
+        thread = threading.Thread(target=y.backward, args=(case.dy,))
+        thread.start()
+        thread.join()
+    seen = [(call.problem.direction, call.config.strategy) for call in calls]
     assert seen == [("forward", "split"), ("backward", "split")]
 
 

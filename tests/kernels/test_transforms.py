@@ -19,7 +19,7 @@ from torch.utils.checkpoint import (
 
 import triton_gn
 from triton_gn import reference
-from triton_gn.ops import dispatch, library, settings
+from triton_gn.ops import dispatch, library, prepared, settings
 from triton_gn.reference import Operands
 
 pytestmark = pytest.mark.filterwarnings(
@@ -117,20 +117,11 @@ def test_vmap_within_vmap(device: str) -> None:
     assert_close(with_input(fused)(x), with_input(formulas)(x))
 
 
-def test_gradients_per_example_are_computed_by_the_kernels(
-    device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    launched = []
-    run = dispatch.autograd.launch.run
-    monkeypatch.setattr(
-        dispatch.autograd.launch,
-        "run",
-        lambda launches, device: launched.extend(launches) or run(launches, device),
-    )
+def test_gradients_per_example_are_computed_by_the_kernels(device: str) -> None:
     x, *rest = operands(device)
-    vmap(grad(functools.partial(loss, fused)), (0,) + (None,) * 6)(torch.stack([x, x]), *rest)
-    names = {launch.kernel.__name__.split("_")[2] for launch in launched}
-    assert {"forward", "backward"} <= names
+    with prepared.recording() as calls:
+        vmap(grad(functools.partial(loss, fused)), (0,) + (None,) * 6)(torch.stack([x, x]), *rest)
+    assert {call.problem.direction for call in calls} == {"forward", "backward"}
 
 
 @FORMATS
@@ -217,28 +208,18 @@ def test_compile_runs_the_operator_and_no_activation(device: str) -> None:
     assert not any("silu" in name for name in called), called
 
 
-def test_settings_are_those_of_the_compilation(
-    device: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_settings_are_those_of_the_compilation(device: str) -> None:
     """In its forward and in its backward, whatever is set when they run."""
-    seen = []
-    plan_for = dispatch.autograd.launch.plan_for
-
-    def spy(direction: str, *rest: object) -> object:
-        problem, config = plan_for(direction, *rest)
-        seen.append((direction, config.strategy))
-        return problem, config
-
-    monkeypatch.setattr(dispatch.autograd.launch, "plan_for", spy)
     x = operands(device)[0].requires_grad_()
     expected = fused(x, *[None] * 6)
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
     with triton_gn.plan_override(strategy="split", chunks=2):
         override = settings.to_text(settings.current())
         compiled(x, *[None] * 6)
-    seen.clear()
-    y = compiled(x, *[None] * 6)
-    y.sum().backward()
+    with prepared.recording() as calls:
+        y = compiled(x, *[None] * 6)
+        y.sum().backward()
+    seen = [(call.problem.direction, call.config.strategy) for call in calls]
     assert seen == [("forward", "split"), ("backward", "split")]
     assert_close(y, expected)
     assert settings.from_text(override).plan_override == (("chunks", 2), ("strategy", "split"))

@@ -22,26 +22,26 @@ from .tile import (
 
 
 @triton.jit
-def load_gain(params, window, c: tl.constexpr, TILE: tl.constexpr, dtype: tl.constexpr):
+def load_gain(coeffs, window, c: tl.constexpr, TILE: tl.constexpr, dtype: tl.constexpr):
     """weight * (1 + scale) of channel tile ``c``; z = x_hat * gain + offset + residual."""
     gain = per_channel(1.0, TILE, dtype)
-    if params.scale is not None:
-        gain += load_channels(params.scale, window, c, TILE, dtype)
-    if params.weight is not None:
-        gain *= load_channels(params.weight, window, c, TILE, dtype)
+    if coeffs.scale is not None:
+        gain += load_channels(coeffs.scale, window, c, TILE, dtype)
+    if coeffs.weight is not None:
+        gain *= load_channels(coeffs.weight, window, c, TILE, dtype)
     return gain
 
 
 @triton.jit
-def load_offset(params, window, c: tl.constexpr, TILE: tl.constexpr, dtype: tl.constexpr):
+def load_offset(coeffs, window, c: tl.constexpr, TILE: tl.constexpr, dtype: tl.constexpr):
     """bias * (1 + scale) + shift of channel tile ``c``."""
     offset = per_channel(0.0, TILE, dtype)
-    if params.bias is not None:
-        offset += load_channels(params.bias, window, c, TILE, dtype)
-        if params.scale is not None:
-            offset += offset * load_channels(params.scale, window, c, TILE, dtype)
-    if params.shift is not None:
-        offset += load_channels(params.shift, window, c, TILE, dtype)
+    if coeffs.bias is not None:
+        offset += load_channels(coeffs.bias, window, c, TILE, dtype)
+        if coeffs.scale is not None:
+            offset += offset * load_channels(coeffs.scale, window, c, TILE, dtype)
+    if coeffs.shift is not None:
+        offset += load_channels(coeffs.shift, window, c, TILE, dtype)
     return offset
 
 
@@ -60,17 +60,17 @@ def load_z(
 
 @triton.jit
 def write_y(
-    xs, residual_ptr, params, stats, y_ptr, window, TILE: tl.constexpr, ACTIVATION: tl.constexpr,
+    xs, residual_ptr, coeffs, stats, y_ptr, window, TILE: tl.constexpr, ACTIVATION: tl.constexpr,
     NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """y of all sub-tiles."""
     dtype: tl.constexpr = stats.mean.dtype
     for c in tl.static_range(TILE.channel_tiles):
-        gain = load_gain(params, window, c, TILE, dtype)
-        offset = load_offset(params, window, c, TILE, dtype)
+        gain = load_gain(coeffs, window, c, TILE, dtype)
+        offset = load_offset(coeffs, window, c, TILE, dtype)
         pre_add = None
-        if params.pre_add is not None:
-            pre_add = load_channels(params.pre_add, window, c, TILE, dtype)
+        if coeffs.pre_add is not None:
+            pre_add = load_channels(coeffs.pre_add, window, c, TILE, dtype)
         for p in tl.static_range(TILE.pixel_tiles):
             x = xs[c * TILE.pixel_tiles + p]
             z = load_z(x, residual_ptr, gain, offset, pre_add, stats, window, c, p, TILE)
@@ -79,7 +79,7 @@ def write_y(
 
 @triton.jit
 def load_dzs(
-    dy_ptr, residual_ptr, dresidual_ptr, xs, params, stats, window, TILE: tl.constexpr,
+    dy_ptr, residual_ptr, dresidual_ptr, xs, coeffs, stats, window, TILE: tl.constexpr,
     ACTIVATION: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """dz of all sub-tiles; writes it to dresidual unless that is None."""
@@ -87,11 +87,11 @@ def load_dzs(
     dzs = ()
     for c in tl.static_range(TILE.channel_tiles):
         if ACTIVATION != "none":
-            gain = load_gain(params, window, c, TILE, dtype)
-            offset = load_offset(params, window, c, TILE, dtype)
+            gain = load_gain(coeffs, window, c, TILE, dtype)
+            offset = load_offset(coeffs, window, c, TILE, dtype)
             pre_add = None
-            if params.pre_add is not None:
-                pre_add = load_channels(params.pre_add, window, c, TILE, dtype)
+            if coeffs.pre_add is not None:
+                pre_add = load_channels(coeffs.pre_add, window, c, TILE, dtype)
         for p in tl.static_range(TILE.pixel_tiles):
             dz = load_tile(dy_ptr, window, c, p, TILE).to(dtype)
             if ACTIVATION != "none":
@@ -110,12 +110,12 @@ def no_dz_sums(TILE: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def add_dz_sums(sums, dzs, xs, params, stats, window, c: tl.constexpr, TILE: tl.constexpr):
+def add_dz_sums(sums, dzs, xs, coeffs, stats, window, c: tl.constexpr, TILE: tl.constexpr):
     """Add dz and dz * x_hat of channel tile ``c`` to the pair of accumulators ``sums``."""
     dz_sums, dz_x_hat_sums = sums
     pre_add = None
-    if params.pre_add is not None:
-        pre_add = load_channels(params.pre_add, window, c, TILE, stats.mean.dtype)
+    if coeffs.pre_add is not None:
+        pre_add = load_channels(coeffs.pre_add, window, c, TILE, stats.mean.dtype)
     for p in tl.static_range(TILE.pixel_tiles):
         dz = dzs[c * TILE.pixel_tiles + p]
         x_hat = normalise(xs[c * TILE.pixel_tiles + p], pre_add, stats, window, p, TILE)
@@ -126,7 +126,7 @@ def add_dz_sums(sums, dzs, xs, params, stats, window, c: tl.constexpr, TILE: tl.
 
 @triton.jit
 def write_dx(
-    dx_sums, dzs, xs, params, stats, dx_hat_mean, dx_hat_x_hat_mean, dx_ptr, dpre_add_ptr, window,
+    dx_sums, dzs, xs, coeffs, stats, dx_hat_mean, dx_hat_x_hat_mean, dx_ptr, dpre_add_ptr, window,
     c: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """dx of channel tile ``c`` unless None; returned: the accumulator ``dx_sums`` with it added,
@@ -134,10 +134,10 @@ def write_dx(
 
     The two means over the group broadcast against a sub-tile.
     """
-    gain = load_gain(params, window, c, TILE, stats.mean.dtype)
+    gain = load_gain(coeffs, window, c, TILE, stats.mean.dtype)
     pre_add = None
-    if params.pre_add is not None:
-        pre_add = load_channels(params.pre_add, window, c, TILE, stats.mean.dtype)
+    if coeffs.pre_add is not None:
+        pre_add = load_channels(coeffs.pre_add, window, c, TILE, stats.mean.dtype)
     for p in tl.static_range(TILE.pixel_tiles):
         dx_hat = dzs[c * TILE.pixel_tiles + p] * over_pixels(gain, window, p, TILE)
         x_hat = normalise(xs[c * TILE.pixel_tiles + p], pre_add, stats, window, p, TILE)

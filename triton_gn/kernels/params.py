@@ -22,7 +22,7 @@ class Reduction(NamedTuple):
 
 @triton.jit
 def store_param_grads(
-    sums, params, grads, window, c: tl.constexpr, groups, chunks, TILE: tl.constexpr,
+    sums, coeffs, grads, window, c: tl.constexpr, groups, chunks, TILE: tl.constexpr,
     dtype: tl.constexpr,
 ):  # fmt: skip
     """Write what the window adds to each gradient but dpre_add, for channel tile ``c``.
@@ -37,21 +37,21 @@ def store_param_grads(
         store_channels(grads.shift, dz_sum, window, c, groups, chunks, TILE)
     if grads.scale is not None:
         dscale = dz_x_hat_sum
-        if params.weight is not None:
-            dscale *= load_channels(params.weight, window, c, TILE, dtype)
-        if params.bias is not None:
-            dscale += dz_sum * load_channels(params.bias, window, c, TILE, dtype)
+        if coeffs.weight is not None:
+            dscale *= load_channels(coeffs.weight, window, c, TILE, dtype)
+        if coeffs.bias is not None:
+            dscale += dz_sum * load_channels(coeffs.bias, window, c, TILE, dtype)
         store_channels(grads.scale, dscale, window, c, groups, chunks, TILE)
     dweight, dbias = dz_x_hat_sum, dz_sum
-    if params.scale is not None:
-        scale = load_channels(params.scale, window, c, TILE, dtype)
+    if coeffs.scale is not None:
+        scale = load_channels(coeffs.scale, window, c, TILE, dtype)
         dweight += dweight * scale
         dbias += dbias * scale
     if grads.weight is not None:
         store_channels(grads.weight, dweight, window, c, groups, chunks, TILE)
     if grads.bias is not None:
         store_channels(grads.bias, dbias, window, c, groups, chunks, TILE)
-    gain = load_gain(params, window, c, TILE, dtype)
+    gain = load_gain(coeffs, window, c, TILE, dtype)
     return group_sums(dz_sum * gain, TILE), group_sums(dz_x_hat_sum * gain, TILE)
 
 

@@ -19,33 +19,33 @@ from .tile import (
 
 @triton.jit
 def group_norm_forward_resident_kernel(
-    x_ptr, residual_ptr, params, y_ptr, stats_ptr, groups, pixels, row_vecs, eps: tl.float64,
+    x_ptr, residual_ptr, coeffs, y_ptr, stats_ptr, groups, pixels, row_vecs, eps: tl.float64,
     TILE: tl.constexpr, ACTIVATION: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """One program per ``TILE.groups`` groups of a sample.
 
-    Reads x once, residual once unless None, and ``params``; writes y once, and stats (N, G, 3)
+    Reads x once, residual once unless None, and ``coeffs``; writes y once, and stats (N, G, 3)
     unless None.
     """
     dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     window = whole_window(tl.program_id(0), groups, pixels, row_vecs, TILE)
     xs = load_tiles(x_ptr, window, TILE)
-    moments = window_moments(xs, params.pre_add, window, groups, TILE, dtype)
+    moments = window_moments(xs, coeffs.pre_add, window, groups, TILE, dtype)
     rstd = rstd_of(moments, eps)
     if stats_ptr is not None:
         store_stats(stats_ptr, moments, rstd, window, groups, TILE)
     stats = spread_stats(moments, rstd, TILE)
-    write_y(xs, residual_ptr, params, stats, y_ptr, window, TILE, ACTIVATION, NVIDIA)
+    write_y(xs, residual_ptr, coeffs, stats, y_ptr, window, TILE, ACTIVATION, NVIDIA)
 
 
 @triton.jit
 def group_norm_backward_resident_kernel(
-    dy_ptr, x_ptr, residual_ptr, params, stats_ptr, dx_ptr, dresidual_ptr, grads, groups, pixels,
+    dy_ptr, x_ptr, residual_ptr, coeffs, stats_ptr, dx_ptr, dresidual_ptr, grads, groups, pixels,
     row_vecs, TILE: tl.constexpr, ACTIVATION: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """One program per ``TILE.groups`` groups of a sample.
 
-    Reads dy, x and, unless None, residual once, ``params``, stats (N, G, 3). Writes dx and
+    Reads dy, x and, unless None, residual once, ``coeffs``, stats (N, G, 3). Writes dx and
     dresidual once, and the sample's row of each of ``grads`` (N, C); each unless None.
     """
     dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
@@ -53,13 +53,13 @@ def group_norm_backward_resident_kernel(
     xs = load_tiles(x_ptr, window, TILE)
     stats = load_stats(stats_ptr, window, groups, TILE)
     dzs = load_dzs(
-        dy_ptr, residual_ptr, dresidual_ptr, xs, params, stats, window, TILE, ACTIVATION, NVIDIA
+        dy_ptr, residual_ptr, dresidual_ptr, xs, coeffs, stats, window, TILE, ACTIVATION, NVIDIA
     )
     dx_hat_sum = tl.zeros([TILE.group_slots], dtype)
     dx_hat_x_hat_sum = tl.zeros([TILE.group_slots], dtype)
     for c in tl.static_range(TILE.channel_tiles):
-        sums = add_dz_sums(no_dz_sums(TILE, dtype), dzs, xs, params, stats, window, c, TILE)
-        first, second = store_param_grads(sums, params, grads, window, c, groups, 1, TILE, dtype)
+        sums = add_dz_sums(no_dz_sums(TILE, dtype), dzs, xs, coeffs, stats, window, c, TILE)
+        first, second = store_param_grads(sums, coeffs, grads, window, c, groups, 1, TILE, dtype)
         dx_hat_sum += first
         dx_hat_x_hat_sum += second
     if dx_ptr is not None or grads.pre_add is not None:
@@ -68,7 +68,7 @@ def group_norm_backward_resident_kernel(
         dx_hat_x_hat_mean = over_groups(divide(dx_hat_x_hat_sum, count), TILE)
         for c in tl.static_range(TILE.channel_tiles):
             dx_sums = write_dx(
-                no_channel_sums(TILE, dtype), dzs, xs, params, stats, dx_hat_mean,
+                no_channel_sums(TILE, dtype), dzs, xs, coeffs, stats, dx_hat_mean,
                 dx_hat_x_hat_mean, dx_ptr, grads.pre_add, window, c, TILE,
             )  # fmt: skip
             if grads.pre_add is not None:

@@ -65,7 +65,7 @@ def _merged_moments(
 
 @triton.jit
 def group_norm_forward_split_moments_kernel(
-    x_ptr, params, partials_ptr, groups, pixels, row_vecs, chunks, chunk_vecs, slots,
+    x_ptr, coeffs, partials_ptr, groups, pixels, row_vecs, chunks, chunk_vecs, slots,
     TILE: tl.constexpr,
 ):  # fmt: skip
     """One program per chunk of ``TILE.groups`` groups of a sample.
@@ -81,7 +81,7 @@ def group_norm_forward_split_moments_kernel(
         xs = load_tiles(x_ptr, part, TILE)
         merged = combine(
             Moments(count, mean, mean_lo, m2),
-            window_moments(xs, params.pre_add, part, groups, TILE, dtype),
+            window_moments(xs, coeffs.pre_add, part, groups, TILE, dtype),
         )
         count, mean, mean_lo, m2 = merged.count, merged.mean, merged.mean_lo, merged.m2
     group, mask = groups_of(window, groups, TILE)
@@ -94,13 +94,13 @@ def group_norm_forward_split_moments_kernel(
 
 @triton.jit
 def group_norm_forward_split_apply_kernel(
-    x_ptr, residual_ptr, params, partials_ptr, y_ptr, stats_ptr, groups, pixels, row_vecs, chunks,
+    x_ptr, residual_ptr, coeffs, partials_ptr, y_ptr, stats_ptr, groups, pixels, row_vecs, chunks,
     chunk_vecs, slots, eps: tl.float64, SLOTS: tl.constexpr, TILE: tl.constexpr,
     ACTIVATION: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """One program per chunk of ``TILE.groups`` groups of a sample.
 
-    Reads x once, residual once unless None, ``params`` and the partials of its groups; writes y
+    Reads x once, residual once unless None, ``coeffs`` and the partials of its groups; writes y
     once and stats (N, G, 3) unless None.
     """
     dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
@@ -116,18 +116,18 @@ def group_norm_forward_split_apply_kernel(
     for step in range(0, steps_of(window, TILE)):
         part = step_of(window, step, TILE)
         xs = load_tiles(x_ptr, part, TILE)
-        write_y(xs, residual_ptr, params, stats, y_ptr, part, TILE, ACTIVATION, NVIDIA)
+        write_y(xs, residual_ptr, coeffs, stats, y_ptr, part, TILE, ACTIVATION, NVIDIA)
 
 
 @triton.jit
 def group_norm_backward_split_sums_kernel(
-    dy_ptr, x_ptr, residual_ptr, params, stats_ptr, partials_ptr, dresidual_ptr, grads, groups,
+    dy_ptr, x_ptr, residual_ptr, coeffs, stats_ptr, partials_ptr, dresidual_ptr, grads, groups,
     pixels, row_vecs, chunks, chunk_vecs, slots, TILE: tl.constexpr, ACTIVATION: tl.constexpr,
     NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """One program per chunk of ``TILE.groups`` groups of a sample.
 
-    Reads dy, x and, unless None, residual once, ``params``, stats (N, G, 3). Writes partials
+    Reads dy, x and, unless None, residual once, ``coeffs``, stats (N, G, 3). Writes partials
     (N, G, slots, 2): sum(dx_hat), sum(dx_hat * x_hat); dresidual once, and the chunk's row of each
     of ``grads`` (N * chunks, C) but pre_add; each unless None.
     """
@@ -139,13 +139,13 @@ def group_norm_backward_split_sums_kernel(
         part = step_of(window, step, TILE)
         xs = load_tiles(x_ptr, part, TILE)
         dzs = load_dzs(
-            dy_ptr, residual_ptr, dresidual_ptr, xs, params, stats, part, TILE, ACTIVATION, NVIDIA
+            dy_ptr, residual_ptr, dresidual_ptr, xs, coeffs, stats, part, TILE, ACTIVATION, NVIDIA
         )
         dz_sums, dz_x_hat_sums = add_dz_sums(
-            (dz_sums, dz_x_hat_sums), dzs, xs, params, stats, part, 0, TILE
+            (dz_sums, dz_x_hat_sums), dzs, xs, coeffs, stats, part, 0, TILE
         )
     dx_hat_sum, dx_hat_x_hat_sum = store_param_grads(
-        (dz_sums, dz_x_hat_sums), params, grads, window, 0, groups, chunks, TILE, dtype
+        (dz_sums, dz_x_hat_sums), coeffs, grads, window, 0, groups, chunks, TILE, dtype
     )
     group, mask = groups_of(window, groups, TILE)
     index = (group * slots + window.slot) * 2
@@ -155,14 +155,14 @@ def group_norm_backward_split_sums_kernel(
 
 @triton.jit
 def group_norm_backward_split_apply_kernel(
-    dy_ptr, x_ptr, residual_ptr, params, stats_ptr, partials_ptr, dx_ptr, dpre_add_ptr, reductions,
+    dy_ptr, x_ptr, residual_ptr, coeffs, stats_ptr, partials_ptr, dx_ptr, dpre_add_ptr, reductions,
     samples, groups, pixels, row_vecs, chunks, chunk_vecs, slots, apply_programs,
     SLOTS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, TILE: tl.constexpr,
     ACTIVATION: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """The first ``apply_programs`` programs: one per chunk of ``TILE.groups`` groups of a sample.
 
-    Read dy, x and, unless None, residual once, ``params``, stats, the partials of their groups;
+    Read dy, x and, unless None, residual once, ``coeffs``, stats, the partials of their groups;
     write dx once and their row of dpre_add (N * chunks, C), each unless None. The programs after
     them do the ``reductions`` of what the launch before has left.
     """
@@ -187,10 +187,10 @@ def group_norm_backward_split_apply_kernel(
             part = step_of(window, step, TILE)
             xs = load_tiles(x_ptr, part, TILE)
             dzs = load_dzs(
-                dy_ptr, residual_ptr, None, xs, params, stats, part, TILE, ACTIVATION, NVIDIA
+                dy_ptr, residual_ptr, None, xs, coeffs, stats, part, TILE, ACTIVATION, NVIDIA
             )
             dx_sums = write_dx(
-                dx_sums, dzs, xs, params, stats, dx_hat_mean, dx_hat_x_hat_mean, dx_ptr,
+                dx_sums, dzs, xs, coeffs, stats, dx_hat_mean, dx_hat_x_hat_mean, dx_ptr,
                 dpre_add_ptr, part, 0, TILE,
             )  # fmt: skip
         if dpre_add_ptr is not None:

@@ -49,7 +49,11 @@ class PerChannel(NamedTuple):
 
 
 class Params(NamedTuple):
-    """What there is per channel: operands as ``PerChannel``, gradients as pointers, or None."""
+    """What there is per channel: operands as ``PerChannel``, gradients as pointers, or None.
+
+    A kernel's argument of this kind is called ``coeffs``: ``params``, like ``specialization`` and
+    ``options``, would collide with a variable of the function that Triton makes to launch it.
+    """
 
     weight: tl.tensor
     bias: tl.tensor

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from triton_gn import reference
-from triton_gn.ops import launch, layout
+from triton_gn.ops import launch, layout, prepared
 from triton_gn.ops.settings import Settings
 from triton_gn.reference import Operands
 
@@ -26,15 +26,11 @@ class Call(NamedTuple):
 
 def forward(operands: Operands, call: Call, with_stats: bool) -> tuple[Tensor, Tensor | None]:
     """y and, if asked for, stats (N, G, 3): mean, mean_lo, rstd."""
-    operands, channels_last = _native(operands)
+    operands = _native(operands)
     x = operands.x
     y = layout.empty_like(x, call.y_dtype)
     stats = launch.statistics(x, x.shape[0], call.groups, 3) if with_stats else None
-    problem, config = launch.plan_for(
-        "forward", operands, call.groups, call.activation, channels_last, call.settings
-    )
-    launches = launch.forward_launches(problem, config, operands, y, stats, call.eps)
-    launch.run(launches, x.device)
+    prepared.forward(operands, y, stats, call.groups, call.eps, call.activation, call.settings)
     return y, stats
 
 
@@ -42,15 +38,10 @@ def backward(
     dy: Tensor, stats: Tensor, operands: Operands, call: Call, needs: Sequence[bool]
 ) -> list[Tensor]:
     """Gradients of those operands that ``needs`` names; the residual's only with an activation."""
-    operands, channels_last = _native(operands)
-    x = operands.x
+    operands = _native(operands)
     grads = empty_gradients(operands, needs)
-    problem, config = launch.plan_for(
-        "backward", operands, call.groups, call.activation, channels_last, call.settings
-    )
-    dy = layout.like(dy, x)
-    launches = launch.backward_launches(problem, config, dy, operands, stats, grads)
-    launch.run(launches, x.device)
+    dy = layout.like(dy, operands.x)
+    prepared.backward(dy, stats, operands, grads, call.groups, call.activation, call.settings)
     return list(grads.values())
 
 
@@ -66,11 +57,11 @@ def empty_gradients(operands: Operands, needs: Sequence[bool]) -> dict[str, Tens
     }
 
 
-def _native(operands: Operands) -> tuple[Operands, bool]:
-    """The operands as the kernels read them, and whether they are channels-last."""
-    x, channels_last = layout.native(operands.x)
+def _native(operands: Operands) -> Operands:
+    """The operands as the kernels read them."""
+    x, _ = layout.native(operands.x)
     residual = None if operands.residual is None else layout.like(operands.residual, x)
-    return operands._replace(x=x, residual=residual), channels_last
+    return operands._replace(x=x, residual=residual)
 
 
 def keep(ctx: Any, operands: Operands, stats: Tensor, call: Call) -> None:

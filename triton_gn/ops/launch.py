@@ -1,17 +1,16 @@
-"""Kernel launches of a plan: allocation, grid, arguments. Nothing here decides."""
+"""Kernel launches of a plan: workspaces, grid, arguments. Nothing here decides or launches."""
 
 import functools
-from collections.abc import Iterable, Mapping
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from triton_gn.ops.settings import Settings
-from triton_gn.plan import Config, Device, Problem, Tile, next_power_of_2, plan, slots_at_a_time
+from triton_gn.ops import layout
+from triton_gn.plan import TARGETS, Config, Device, Problem, Tile, next_power_of_2, slots_at_a_time
 from triton_gn.reference import Operands, compute_dtype
 
 _PARAM_COLS = 32  # channels per program that sums parameter gradients up: one 128-byte line
@@ -57,23 +56,30 @@ def _device_tile(tile: Tile) -> Any:
 
 
 @functools.cache
-def _cuda_device(index: int) -> Device:
-    properties = torch.cuda.get_device_properties(index)
-    return Device(
-        properties.name,
-        properties.multi_processor_count,
-        properties.L2_cache_size,
-        properties.warp_size,
+def gpu(device: torch.device) -> Device:
+    """What plans need to know of a device; they are made for an H100 where it is no GPU."""
+    if device.type != "cuda":
+        return Device()
+    properties = torch.cuda.get_device_properties(device)
+    target = f"sm_{properties.major}{properties.minor}"
+    if torch.version.hip is not None:
+        target = properties.gcnArchName.partition(":")[0]
+    return replace(
+        TARGETS.get(target, Device()),
+        name=properties.name,
+        multiprocessors=properties.multi_processor_count,
+        l2_bytes=properties.L2_cache_size,
+        warp_size=properties.warp_size,
     )
 
 
-def problem_of(
-    direction: str, operands: Operands, groups: int, activation: str, channels_last: bool
-) -> tuple[Problem, Device]:
-    """The problem that operands with a non-empty x pose, and their GPU; without one, an H100."""
+def problem_of(direction: str, operands: Operands, groups: int, activation: str) -> Problem:
+    """The problem that operands with a non-empty, native x pose."""
     x = operands.x
+    channels_last = layout.is_channels_last(x)
+    assert channels_last is not None
     n, channels = x.shape[:2]
-    problem = Problem(
+    return Problem(
         direction,
         n,
         channels,
@@ -85,20 +91,6 @@ def problem_of(
         pre_add=operands.pre_add is not None,
         residual=operands.residual is not None,
     )
-    return problem, _cuda_device(x.device.index) if x.is_cuda else Device()
-
-
-def plan_for(
-    direction: str,
-    operands: Operands,
-    groups: int,
-    activation: str,
-    channels_last: bool,
-    settings: Settings,
-) -> tuple[Problem, Config]:
-    """The problem that operands pose and its plan under these settings."""
-    problem, device = problem_of(direction, operands, groups, activation, channels_last)
-    return problem, plan(problem, device, settings.batch_invariant, settings.plan_override)
 
 
 def statistics(x: Tensor, *shape: int) -> Tensor:
@@ -148,7 +140,7 @@ def forward_launches(
     """Launches that fill y and, unless None, stats (N, G, 3)."""
     programs = config.programs(problem)
     sizes = _sizes(problem, config)
-    x = {"x_ptr": operands.x, "params": _params(operands)}
+    x = {"x_ptr": operands.x, "coeffs": _params(operands)}
     apply = {
         "residual_ptr": operands.residual, "y_ptr": y, "stats_ptr": stats, "eps": float(eps),
         "ACTIVATION": problem.activation,
@@ -239,7 +231,7 @@ def backward_launches(
     parts, reductions = _param_parts(problem, config, operands.x, grads)
     inputs = {
         "dy_ptr": dy, "x_ptr": operands.x, "residual_ptr": operands.residual,
-        "params": _params(operands), "stats_ptr": stats,
+        "coeffs": _params(operands), "stats_ptr": stats,
         "ACTIVATION": problem.activation,
     } | _sizes(problem, config)  # fmt: skip
     outputs = {"dresidual_ptr": grads.get("residual"), "grads": _all_params(parts)}
@@ -273,12 +265,3 @@ def backward_launches(
         config.num_warps,
     )  # fmt: skip
     return [sums, apply, *_param_launches(problem, config, last)]
-
-
-def run(launches: Iterable[Launch], device: torch.device) -> None:
-    """Launch on the current stream of ``device``, whichever device is the current one."""
-    nvidia = device.type == "cuda" and torch.version.hip is None
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        for launch in launches:
-            arguments = launch.arguments_on(nvidia)
-            launch.kernel[(launch.grid,)](**arguments, **launch.options(nvidia))

@@ -135,9 +135,10 @@ def plan_override(**fields: Any) -> Setting:
     """Fix parts of the plan for this thread's calls, for tests and the curious.
 
     Fields: ``strategy`` ("resident" or "split"), ``groups`` (whole groups per program,
-    channels-last), ``rows`` and ``cols`` (a sub-tile), ``num_warps``, ``pixel_tiles`` (sub-tiles held
-    at a time) and ``chunks`` (split only). What is not given follows the rule; no fields take the override back. A plan that cannot run raises
-    ValueError at the call. As a context manager, the old override returns on exit.
+    channels-last), ``rows`` and ``cols`` (a sub-tile), ``num_warps``; split only, ``pixel_tiles``
+    (sub-tiles held at a time) and ``chunks``. What is not given follows the rule; no fields take
+    the override back. A plan that cannot run raises ValueError at the call. As a context manager,
+    the old override returns on exit.
 
     Raises:
         TypeError: an unknown field.

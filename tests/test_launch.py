@@ -1,0 +1,140 @@
+"""What launchers get, from Triton's own way of launching and from ours: no GPU is needed."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from perf import standin
+from triton_gn.ops import launch, layout, prepared
+from triton_gn.ops.settings import Settings
+from triton_gn.workloads import FUSED, Workload
+
+_HANDLES = 9  # grid, stream, function, metadata and hooks come before a kernel's own arguments
+Launches = list[tuple[str, tuple[Any, ...]]]
+
+
+@pytest.fixture
+def launches() -> Iterator[Launches]:
+    """The kernel's name, the grid and its arguments, of each launch."""
+    seen: Launches = []
+    prepared.forget()
+    with standin.active(
+        lambda *handed: seen.append((handed[4], (*handed[:3], *handed[_HANDLES:])))
+    ):
+        yield seen
+    prepared.forget()
+
+
+def run(direction: str, workload: Workload, strategy: str, seed: int = 0) -> list[Tensor]:
+    """The tensors of a call, in no order."""
+    operands = workload.operands("cpu", seed)
+    settings = Settings(plan_override=(("strategy", strategy),))
+    x = operands.x
+    stats = launch.statistics(x, workload.n, workload.groups, 3)
+    given = [t for t in operands if t is not None]
+    if direction == "forward":
+        y = torch.empty_like(x)
+        prepared.forward(operands, y, stats, workload.groups, 1e-5, workload.activation, settings)
+        return [*given, y, stats]
+    grads = {name: torch.empty_like(t) for name, t in operands._asdict().items() if t is not None}
+    dy = layout.empty_like(x)
+    prepared.backward(dy, stats, operands, grads, workload.groups, workload.activation, settings)
+    return [*given, dy, stats, *grads.values()]
+
+
+def flat(value: Any) -> list[Any]:
+    return [leaf for one in value for leaf in flat(one)] if isinstance(value, tuple) else [value]
+
+
+@pytest.mark.parametrize("strategy", ["resident", "split"])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("fused", [(), FUSED], ids=["plain", "fused"])
+@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
+def test_a_repeated_call_launches_what_the_first_did(
+    launches: Launches, strategy: str, direction: str, fused: tuple[str, ...], memory_format: str
+) -> None:
+    """The first goes through Triton's own launch, the second past it, on tensors of its own."""
+    workload = Workload("", 2, 24, 3, (8, 8), layout=memory_format, activation="silu", fused=fused)
+    first = run(direction, workload, strategy)
+    count = len(launches)
+    assert count >= (2 if strategy == "split" else 1)
+    second = run(direction, workload, strategy, seed=1)
+    assert len(launches) == 2 * count
+    bound = {
+        id(tensor): place for tensors in (first, second) for place, tensor in enumerate(tensors)
+    }
+    for before, after in zip(launches[:count], launches[count:], strict=True):
+        assert before[0] == after[0]
+        for old, new in zip(flat(before[1]), flat(after[1]), strict=True):
+            if not isinstance(old, Tensor):
+                assert old == new
+                continue
+            assert new is not old, "a tensor of an earlier call is launched again"
+            assert (new.shape, new.dtype) == (old.shape, old.dtype)
+            assert bound.get(id(new)) == bound.get(id(old))
+    places = {
+        bound.get(id(value)) for _, values in launches for value in flat(values)
+        if isinstance(value, Tensor)
+    }  # fmt: skip
+    assert set(range(len(first))) <= places, "a tensor of the call reaches no kernel"
+
+
+def test_the_second_call_is_past_triton(
+    launches: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workload = Workload("", 2, 24, 3, (8, 8))
+    run("forward", workload, "resident")
+    kernel = launch._kernels().resident.group_norm_forward_resident_kernel
+    monkeypatch.setattr(type(kernel), "run", lambda *_, **__: pytest.fail("asked Triton again"))
+    run("forward", workload, "resident")
+    assert len(launches) == 2
+
+
+@pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
+def test_a_profiler_hears_of_each_launch(launches: Launches, hook: str) -> None:
+    """A profiler adds a hook; Triton hands it to the launcher."""
+    from triton import knobs
+
+    workload = Workload("", 2, 24, 3, (8, 8))
+    run("forward", workload, "resident")
+    kernel = launch._kernels().resident.group_norm_forward_resident_kernel
+    handed: list[Any] = []
+    chain = getattr(knobs.runtime, hook)
+    listener = handed.append
+    chain.add(listener)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(type(kernel), "run", lambda *_, **__: handed.append("told"))
+            run("forward", workload, "resident")
+    finally:
+        chain.remove(listener)
+    assert handed == ["told"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: x.narrow(0, 0, 1),
+        lambda x: x.float(),
+        lambda x: torch.randn(x.numel() + 1, dtype=x.dtype)[1:].view(x.shape),
+    ],
+    ids=["shape", "dtype", "alignment"],
+)
+def test_another_signature_is_compiled_anew(launches: Launches, change: Any) -> None:
+    """Triton compiles for the dtype and the alignment of pointers: a handle fits no others."""
+    operands = Workload("", 2, 24, 3, (8, 8)).operands("cpu")
+
+    def call(x: Tensor) -> prepared.Prepared:
+        with prepared.recording() as calls:
+            prepared.forward(
+                operands._replace(x=x), layout.empty_like(x), None, 3, 1e-5, "none", Settings()
+            )
+        return calls[0]
+
+    one = call(operands.x)
+    assert call(operands.x.clone()) is one
+    assert call(change(operands.x)) is not one
+    assert call(operands.x) is one

@@ -1,0 +1,284 @@
+"""Calls that are made again and again: planned, described and compiled once, then bound to tensors.
+
+A call is prepared for its *signature*, which is all that its launches depend on but the addresses:
+shapes, strides, dtypes and alignment of its tensors, its constants and settings. What a repeated
+call costs is this signature, one look-up and one call of Triton's launcher for each launch.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from operator import itemgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from triton_gn.ops import launch, layout
+from triton_gn.ops.launch import Launch
+from triton_gn.ops.settings import Settings
+from triton_gn.plan import Config, Problem, plan
+from triton_gn.reference import Operands
+
+_ALIGNMENT = 16  # bytes that Triton compiles a pointer for
+
+Tensors = Sequence[Tensor | None]
+
+_recorded: list["Prepared"] | None = None
+
+
+@contextmanager
+def recording() -> "Iterator[list[Prepared]]":
+    """The calls that are made, in all threads, while it is the active context."""
+    global _recorded
+    before, _recorded = _recorded, []
+    try:
+        yield _recorded
+    finally:
+        _recorded = before
+
+
+class Prepared:
+    """The launches of a call, made on tensors without memory, to be bound to real ones.
+
+    ``templates``: the tensors of the call that the launches' arguments are made of; what else these
+    hold are workspaces, allocated anew at each call.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        config: Config,
+        launches: list[Launch],
+        templates: Tensors,
+        device: torch.device,
+    ) -> None:
+        self.problem, self.config, self.launches = problem, config, launches
+        self._device = device
+        places = {id(tensor): i for i, tensor in enumerate(templates) if tensor is not None}
+        self._workspaces: list[Tensor] = []
+        for tensor in _tensors_in([one.arguments for one in launches]):
+            if id(tensor) not in places:
+                places[id(tensor)] = len(templates) + len(self._workspaces)
+                self._workspaces.append(tensor)
+        self._steps = [_Step(one, places, device) for one in launches]
+
+    def __call__(self, *tensors: Tensor | None) -> None:
+        """Launch on the current stream of the tensors' device, whichever device is current."""
+        if _recorded is not None:
+            _recorded.append(self)
+        if self._workspaces:
+            tensors += tuple(
+                torch.empty(one.shape, dtype=one.dtype, device=self._device)
+                for one in self._workspaces
+            )
+        if self._device.type != "cuda" or torch.cuda.current_device() == self._device.index:
+            for step in self._steps:
+                step(tensors)
+        else:
+            with torch.cuda.device(self._device):
+                for step in self._steps:
+                    step(tensors)
+
+
+class _Step:
+    """One launch, its arguments in the kernel's order with gaps for the tensors."""
+
+    def __init__(self, one: Launch, places: Mapping[int, int], device: torch.device) -> None:
+        nvidia = device.type == "cuda" and torch.version.hip is None
+        arguments = one.arguments_on(nvidia)
+        self._kernel, self._grid, self._options = one.kernel, one.grid, one.options(nvidia)
+        self._template = [arguments[name] for name in one.kernel.arg_names]
+        self._gaps = [
+            (position, binder)
+            for position, value in enumerate(self._template)
+            if (binder := _binder(value, places)) is not None
+        ]
+        for position, _ in self._gaps:
+            self._template[position] = None
+        self._index = device.index
+        self._launch: Callable[..., None] | None = None
+
+    def __call__(self, tensors: Tensors) -> None:
+        arguments = self._template.copy()
+        for position, binder in self._gaps:
+            arguments[position] = binder(tensors)
+        if self._launch is None or _is_observed():
+            compiled = self._kernel[(self._grid,)](*arguments, **self._options)
+            if compiled is not None:  # the interpreter compiles nothing
+                self._launch = _launcher(compiled, self._grid, self._index)
+        else:
+            self._launch(arguments)
+
+
+def _launcher(compiled: Any, grid: int, index: int) -> Callable[[list[Any]], None]:
+    """What Triton does with a compiled kernel, without asking each time which one it is."""
+    from triton.runtime import driver
+
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    stream_of = driver.active.get_current_stream
+
+    def start(arguments: list[Any]) -> None:
+        run(grid, 1, 1, stream_of(index), function, metadata, None, None, None, *arguments)
+
+    return start
+
+
+@functools.cache
+def _hooks() -> Any:
+    from triton import knobs
+
+    return knobs.runtime
+
+
+def _is_observed() -> bool:
+    """Whether a profiler wants to hear of launches: Triton's own way tells it."""
+    hooks = _hooks()
+    return bool(hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls)
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from _tensors_in(one)
+    elif isinstance(value, dict):
+        yield from _tensors_in(list(value.values()))
+
+
+def _binder(value: Any, places: Mapping[int, int]) -> Callable[[Tensors], Any] | None:
+    """How to make an argument out of a call's tensors; None where it has none of them."""
+    if isinstance(value, Tensor):
+        return itemgetter(places[id(value)])
+    if not isinstance(value, tuple):
+        return None
+    binders = [_binder(one, places) for one in value]
+    if not any(binders):
+        return None
+    gaps = [(position, binder) for position, binder in enumerate(binders) if binder]
+    make = type(value)._make  # type: ignore[attr-defined]  # a NamedTuple
+
+    def bind(tensors: Tensors) -> Any:
+        fields = list(value)
+        for position, binder in gaps:
+            fields[position] = binder(tensors)
+        return make(fields)
+
+    return bind
+
+
+# what tells an operand of two calls apart, for the launches: shape, strides, dtype, is it aligned
+_Traits = tuple[torch.Size, tuple[int, ...], torch.dtype, bool] | None
+
+
+def _traits(tensor: Tensor | None) -> _Traits:
+    if tensor is None:
+        return None
+    aligned = not tensor.data_ptr() % _ALIGNMENT
+    return tensor.shape, tensor.stride(), tensor.dtype, aligned
+
+
+def _template(traits: _Traits) -> Any:
+    if traits is None:
+        return None
+    shape, stride, dtype, _ = traits
+    return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+
+
+def forward(
+    operands: Operands,
+    y: Tensor,
+    stats: Tensor | None,
+    groups: int,
+    eps: float,
+    activation: str,
+    settings: Settings,
+    config: Config | None = None,
+) -> None:
+    """Fill y and, unless None, stats (N, G, 3), by ``config`` or the plan under the settings.
+
+    x and the residual are as ``layout`` has made them native; y has the strides of x.
+    """
+    prepared = _prepare_forward(
+        y.device, tuple(map(_traits, operands)), y.dtype, stats is not None, groups, eps,
+        activation, settings.batch_invariant, settings.plan_override, config,
+    )  # fmt: skip
+    prepared(*operands, y, stats)
+
+
+@functools.lru_cache(maxsize=4096)
+def _prepare_forward(
+    device: torch.device,
+    traits: tuple[_Traits, ...],
+    y_dtype: torch.dtype,
+    with_stats: bool,
+    groups: int,
+    eps: float,
+    activation: str,
+    *plan_settings: Any,
+) -> Prepared:
+    operands = Operands(*map(_template, traits))
+    y = layout.empty_like(operands.x, y_dtype)
+    stats = launch.statistics(y, y.shape[0], groups, 3) if with_stats else None
+    problem = launch.problem_of("forward", operands, groups, activation)
+    config = _config(problem, device, *plan_settings)
+    launches = launch.forward_launches(problem, config, operands, y, stats, eps)
+    return Prepared(problem, config, launches, (*operands, y, stats), device)
+
+
+def backward(
+    dy: Tensor,
+    stats: Tensor,
+    operands: Operands,
+    grads: Mapping[str, Tensor],
+    groups: int,
+    activation: str,
+    settings: Settings,
+    config: Config | None = None,
+) -> None:
+    """Fill ``grads``, named as the operands, by ``config`` or the plan under the settings.
+
+    The residual's gradient may be asked for only with an activation; without one it is dy. x, the
+    residual and dy are as ``layout`` has made them native; so are their gradients.
+    """
+    prepared = _prepare_backward(
+        dy.device, tuple(map(_traits, operands)), _traits(dy), tuple(grads), groups, activation,
+        settings.batch_invariant, settings.plan_override, config,
+    )  # fmt: skip
+    prepared(*operands, dy, stats, *grads.values())
+
+
+@functools.lru_cache(maxsize=4096)
+def _prepare_backward(
+    device: torch.device,
+    traits: tuple[_Traits, ...],
+    dy_traits: _Traits,
+    wanted: tuple[str, ...],
+    groups: int,
+    activation: str,
+    *plan_settings: Any,
+) -> Prepared:
+    operands, dy = Operands(*map(_template, traits)), _template(dy_traits)
+    stats = launch.statistics(operands.x, dy.shape[0], groups, 3)
+    grads = {name: torch.empty_like(getattr(operands, name)) for name in wanted}
+    problem = launch.problem_of("backward", operands, groups, activation)
+    config = _config(problem, device, *plan_settings)
+    launches = launch.backward_launches(problem, config, dy, operands, stats, grads)
+    return Prepared(problem, config, launches, (*operands, dy, stats, *grads.values()), device)
+
+
+def _config(
+    problem: Problem,
+    device: torch.device,
+    batch_invariant: bool,
+    override: tuple[tuple[str, Any], ...],
+    config: Config | None,
+) -> Config:
+    return config or plan(problem, launch.gpu(device), batch_invariant, override)
+
+
+def forget() -> None:
+    """Plan the next calls anew: tables of plans have changed."""
+    _prepare_forward.cache_clear()
+    _prepare_backward.cache_clear()
