@@ -11,7 +11,8 @@ from concurrent.futures import ProcessPoolExecutor
 
 import torch
 
-from tests.compiling import Compiled, compile_launch, launches_of
+from tests.compiling import launches_of
+from triton_gn.compiling import Kernel, compile_launch
 from triton_gn.reference import ACTIVATIONS
 
 _GROUP_CHANNELS = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 30, 40, 60, 64, 96, 127, 129, 384, 1000)
@@ -41,7 +42,7 @@ def draw(count: int, target: str) -> list[Case]:
     return cases
 
 
-def compile_case(case: Case) -> list[Compiled]:
+def compile_case(case: Case) -> list[Kernel]:
     direction, shape, groups, dtype, channels_last, target, activation, fused = case
     launches = launches_of(
         direction,
@@ -69,7 +70,7 @@ def main() -> None:
         for case, compiled in zip(cases, pool.map(compile_case, cases), strict=True):
             kernels += len(compiled)
             for kernel in compiled:
-                if kernel.spills:
+                if kernel.spill_bytes:
                     spilling += 1
                     print(case, kernel, flush=True)
     print(f"{options.target}: {kernels} kernels of {options.count} problems, {spilling} spill")

@@ -82,7 +82,7 @@ def explain(
         reason += "; the kernels would run"
     elif "strategy" in fixed:
         reason = f"plan_override(strategy={fixed['strategy']!r})"
-    elif is_always_resident(problem):
+    elif config.strategy == "resident" and is_always_resident(problem):
         reason = f"groups of {problem.group_elements} elements stay on chip"
     else:
         reason = f"groups of {problem.group_elements} elements; " + ", ".join(

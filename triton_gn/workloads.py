@@ -1,5 +1,6 @@
 """Problems in words: a shape on a command line, a file of the layers of real models."""
 
+import argparse
 import csv
 import math
 from collections.abc import Iterator
@@ -180,3 +181,50 @@ def _from_row(row: dict[str, str], name: str) -> Workload:
         _SCALE_SHIFT[scale_shift] + _RESIDUAL[residual],
         row.get("core") == "yes",
     )
+
+
+def add_arguments(parser: argparse.ArgumentParser, direction: str) -> None:
+    """The flags that name problems; ``direction`` is the default of ``--direction``."""
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--shape", metavar="NxCxHxW", help="one problem, such as 2x320x64x64")
+    which.add_argument(
+        "--workloads", type=Path, metavar="FILE", help="CSV with the columns of perf/workloads.csv"
+    )
+    parser.add_argument("--core", action="store_true", help="of --workloads, only core rows")
+    parser.add_argument("--groups", type=int, help="needed with --shape")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--param-dtype", choices=DTYPES, default="", help="default: the input's")
+    parser.add_argument("--layout", choices=LAYOUTS, default="contiguous")
+    parser.add_argument("--activation", choices=ACTIVATIONS, default="none")
+    parser.add_argument("--fused", default="", metavar="A,B", help=f"some of {','.join(FUSED)}")
+    parser.add_argument("--direction", choices=(*DIRECTIONS, "both"), default=direction)
+
+
+def from_arguments(options: argparse.Namespace) -> list[Workload]:
+    """The problems that the flags of ``add_arguments`` name.
+
+    Raises:
+        OSError: no such file.
+        ValueError: they name none, or no such problem exists.
+    """
+    if options.workloads is not None:
+        found = [one for one in read(options.workloads) if one.core or not options.core]
+        if not found:
+            which = "core rows" if options.core else "rows"
+            raise ValueError(f"{options.workloads} has no {which}.")
+        return found
+    if options.groups is None:
+        raise ValueError("--shape needs --groups, such as --groups 32.")
+    n, channels, *spatial = parse_shape(options.shape)
+    fused = tuple(filter(None, options.fused.split(",")))
+    return [
+        Workload(
+            options.shape, n, channels, options.groups, tuple(spatial), options.dtype,
+            options.param_dtype, options.layout, options.activation, fused,
+        )
+    ]  # fmt: skip
+
+
+def directions_of(options: argparse.Namespace) -> tuple[str, ...]:
+    """The directions that ``--direction`` asks for."""
+    return DIRECTIONS if options.direction == "both" else (options.direction,)

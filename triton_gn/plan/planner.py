@@ -1,4 +1,4 @@
-"""From a problem and a device to a plan: override, then the analytical rule."""
+"""From a problem and a device to a plan: override, measured table, analytical rule."""
 
 import functools
 import math
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from . import tuned
 from .devices import Device
 from .limits import excess_registers, fits, is_always_resident
 from .model import estimate
@@ -20,6 +21,7 @@ from .tiles import (
 )
 
 STRATEGIES = ("resident", "split")
+UNVERIFIED: tuple[str, ...] = ()  # not yet seen right on a GPU: only measured tables choose these
 _ELEMENTS_PER_THREAD = 32
 _FLOAT64_PER_THREAD = 8
 _FEW_SUB_TILES = 8  # up to here small ones are better: their accumulators take fewer registers
@@ -40,13 +42,17 @@ def plan(
     """The plan for a problem.
 
     ``batch_invariant`` plans for a batch of one, whatever the batch. ``override`` fixes the fields
-    that it names (FIELDS).
+    that it names (FIELDS); the others follow the rule, whatever was measured.
 
     Raises:
         ValueError: no plan with these overrides can run.
     """
     if batch_invariant:
         problem = replace(problem, n=1)
+    if not override:
+        found = tuned.lookup(problem, device)
+        if found is not None and found.config is not None:
+            return found.config
     fixed = dict(override)
     strategies = (fixed.pop("strategy"),) if "strategy" in fixed else STRATEGIES
     for name, value in fixed.items():
@@ -55,6 +61,12 @@ def plan(
     groups = fixed.pop("groups", None)
     config = plan_by_rule(problem, device, strategies, groups)
     return _overridden(problem, config, fixed) if fixed else config
+
+
+def forget_plans() -> None:
+    """Read the tables again and plan anew: for whoever has changed a table."""
+    tuned.reload()
+    plan.cache_clear()
 
 
 def plan_by_rule(
@@ -75,9 +87,14 @@ def plan_by_rule(
     ]
     if not best:
         raise ValueError(_no_plan(problem, strategies, groups))
-    if is_always_resident(problem):
+    if is_always_resident(problem) and _is_wide(problem, best[0]):
         return best[0]
     return min(best, key=lambda config: estimate(problem, config, device).us)
+
+
+def _is_wide(problem: Problem, config: Config) -> bool:
+    """Whether its accesses are as wide as those of any plan."""
+    return problem.access_bytes(config.tile.groups) == problem.vec * problem.itemsize
 
 
 def rivals(problem: Problem, device: Device) -> dict[str, float]:

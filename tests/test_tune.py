@@ -1,0 +1,314 @@
+"""The tuner around its measurements: flags, the table on disk, the stopwatch's arithmetic."""
+
+import argparse
+import contextlib
+import os
+import shlex
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from triton_gn import timing, tune
+from triton_gn.plan import Device, Problem, candidates, estimate, plan_by_rule, tuned
+from triton_gn.plan.tuned import Entry
+from triton_gn.trial import problem_of
+from triton_gn.workloads import Workload
+
+H100 = Device()
+PROBLEM = Problem("forward", 2, 320, 32, 4096, "bfloat16", channels_last=False, activation="silu")
+WORKLOAD = """\
+model,layer,n,channels,groups,spatial,dtype,layout,activation,core
+Net,first,2,320,32,64x64,bfloat16,contiguous,silu,yes
+Net,second,2,320,32,,float16,channels_last,none,no
+"""
+
+
+def options(*flags: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    tune.add_arguments(parser)
+    return parser.parse_args(flags)
+
+
+def entry_of(problem: Problem, us: float = 1.0) -> Entry:
+    return Entry(problem, None, us, us, 0.1, us, us, {"driver": "1"})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so_and_what_can_be_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = "--shape", "2x8x6x5", "--groups", "2", "--out", str(tmp_path)
+    assert tune.run(options(*flags)) == 2
+    message = capsys.readouterr().err
+    assert "torch.cuda.is_available() is False" in message
+    assert "python -m perf sweep --target sm_90" in message
+    assert "python -m triton_gn inspect" in message
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--shape", "2x8x6x5"], "--shape needs --groups"),
+        (["--shape", "two", "--groups", "2"], "such as 2x320x64x64; got 'two'"),
+        (["--shape", "2x8x5", "--groups", "3"], "8 channels cannot be split into 3 groups"),
+        (["--shape", "2x8x5", "--groups", "2", "--fused", "bias"], "fused operand .*got 'bias'"),
+        (["--shape", "2x8x5", "--groups", "2", "--candidates", "1"], "at least 2, .*got 1"),
+        (["--workloads", "missing.csv"], "No such file"),
+        (["--model", "no_such_module:make"], "module:factory, .*got 'no_such_module:make'"),
+        (["--model", "json:no_such_name"], "got 'json:no_such_name'"),
+        (["--model", "a b"], "got 'a b'"),
+    ],
+)
+def test_flags_that_name_nothing_are_refused(
+    tmp_path: Path, flags: list[str], message: str
+) -> None:
+    with pytest.raises((OSError, ValueError), match=message):
+        tune.run(options(*flags, "--out", str(tmp_path)), torch.device("cpu"))
+
+
+def test_folder_that_cannot_be_written_is_refused_before_anything_is_timed(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    flags = "--shape", "2x8x6x5", "--groups", "2", "--out", str(tmp_path / "file")
+    with pytest.raises(OSError, match="exists"):
+        tune.run(options(*flags), torch.device("cpu"))
+
+
+def test_file_of_workloads(tmp_path: Path) -> None:
+    path = tmp_path / "workloads.csv"
+    path.write_text(WORKLOAD)
+    jobs = tune._jobs(options("--workloads", str(path)))
+    names = [(workload.name, problem.direction) for problem, workload in jobs.items()]
+    assert names == [(f"Net {n}", d) for n in ("first", "second") for d in ("forward", "backward")]
+    assert next(iter(jobs)) == PROBLEM
+    (job,) = tune._jobs(options("--workloads", str(path), "--core", "--direction", "backward"))
+    assert job == replace(PROBLEM, direction="backward")
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        PROBLEM,
+        replace(PROBLEM, channels_last=True, pre_add=True, residual=True),
+        replace(PROBLEM, dtype="float64", activation="none", residual=True),
+        replace(PROBLEM, pixels=1, channels_last=True, direction="backward"),
+    ],
+)
+def test_command_of_a_warning_tunes_for_that_problem(problem: Problem) -> None:
+    words = shlex.split(tuned.command(problem))
+    assert words[:4] == ["python", "-m", "triton_gn", "tune"]
+    assert problem in tune._jobs(options(*words[4:]))
+
+
+def test_shape_with_everything() -> None:
+    flags = (
+        "--shape 2x8x6x5 --groups 2 --dtype float16 --param-dtype float32 --layout channels_last"
+    )
+    jobs = tune._jobs(
+        options(*flags.split(), "--activation", "silu", "--fused", "scale,shift,pre_add")
+    )
+    (workload,) = set(jobs.values())
+    assert workload == Workload(
+        "2x8x6x5", 2, 8, 2, (6, 5), "float16", "float32", "channels_last", "silu",
+        ("scale", "shift", "pre_add"),
+    )  # fmt: skip
+    assert [problem.direction for problem in jobs] == ["forward", "backward"]
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("pixels", [1, 30])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_workload_of_a_problem_poses_it(channels_last: bool, pixels: int, direction: str) -> None:
+    problem = Problem(
+        direction, 2, 8, 2, pixels, "float16", channels_last or pixels == 1, "relu",
+        pre_add=True, residual=True,
+    )  # fmt: skip
+    assert problem_of(tune._workload_of(problem), direction) == problem
+
+
+@pytest.mark.parametrize("most", [1, 2, 7, 1000])
+def test_shortlist_has_the_rule_first_and_all_strategies(most: int) -> None:
+    found = tune.shortlist(PROBLEM, H100, most)
+    assert found[0] == plan_by_rule(PROBLEM, H100)
+    assert len(found) == len(set(found)) <= most
+    if most > 2:
+        assert {config.strategy for config in found[:3]} == {"resident", "split"}
+    best = min(estimate(PROBLEM, config, H100).us for config in candidates(PROBLEM, H100))
+    assert all(estimate(PROBLEM, config, H100).us <= 3 * best for config in found)
+    assert len(tune.shortlist(PROBLEM, H100, 1000)) < len(candidates(PROBLEM, H100))
+
+
+def test_merge_replaces_older_entries_and_keeps_others(tmp_path: Path) -> None:
+    path = tuned.path_of(tmp_path / "new", H100)
+    other = replace(PROBLEM, n=3)
+    assert tune.merge(path, H100, []) == []
+    tune.merge(path, H100, [entry_of(PROBLEM), entry_of(other)])
+    merged = tune.merge(path, H100, [entry_of(PROBLEM, 2.0)])
+    assert merged == tuned.read(path, H100) == [entry_of(PROBLEM, 2.0), entry_of(other)]
+    assert {file.name for file in path.parent.iterdir()} == {path.name, f"{path.name}.lock"}
+
+
+def test_merge_makes_plans_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_GN_CACHE_DIR", str(tmp_path))
+    path = tuned.path_of(tmp_path, H100)
+    tune.merge(path, H100, [])
+    assert tuned.lookup(PROBLEM, H100) is None
+    tune.merge(path, H100, [entry_of(PROBLEM)])
+    assert tuned.lookup(PROBLEM, H100) == tuned.Found(None, path, exact=True)
+
+
+@pytest.mark.parametrize("make", [lambda p: p.write_text("no table"), Path.mkdir])
+def test_merge_moves_aside_what_is_no_table(tmp_path: Path, make: Callable[[Path], Any]) -> None:
+    path = tuned.path_of(tmp_path, H100)
+    make(path)
+    assert tune.merge(path, H100, [entry_of(PROBLEM)]) == tuned.read(path, H100)
+    assert path.with_name(f"{path.name}.refused").exists()
+
+
+def test_table_never_grows_beyond_what_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tuned.path_of(tmp_path, H100)
+    monkeypatch.setattr(tuned, "MAX_ENTRIES", 2)
+    tune.merge(path, H100, [entry_of(replace(PROBLEM, n=n)) for n in (1, 2)])
+    with pytest.raises(ValueError, match=f"2 entries .*got 3.*Move {path} away"):
+        tune.merge(path, H100, [entry_of(PROBLEM), entry_of(replace(PROBLEM, n=3))])
+    assert len(tuned.read(path, H100)) == 2
+
+
+def test_write_that_breaks_off_leaves_the_old_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tuned.path_of(tmp_path, H100)
+    tune.merge(path, H100, [entry_of(PROBLEM)])
+
+    def break_off(descriptor: int) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "fsync", break_off)
+    with pytest.raises(OSError, match="No space"):
+        tune.merge(path, H100, [entry_of(replace(PROBLEM, n=3))])
+    assert tuned.read(path, H100) == [entry_of(PROBLEM)]
+
+
+def test_two_processes_lose_nothing_and_readers_see_whole_files(tmp_path: Path) -> None:
+    path, each = tuned.path_of(tmp_path, H100), 40
+    tune.merge(path, H100, [])
+    code = textwrap.dedent(
+        f"""
+        import sys
+        from dataclasses import replace
+        from pathlib import Path
+        from tests.test_tune import H100, PROBLEM, entry_of
+        from triton_gn import tune
+        print("ready", flush=True)
+        sys.stdin.read()
+        for i in range({each}):
+            problem = replace(PROBLEM, n=1 + i, pixels=int(sys.argv[2]))
+            tune.merge(Path(sys.argv[1]), H100, [entry_of(problem)])
+        """
+    )
+    root = Path(__file__).parents[1]
+    with contextlib.ExitStack() as processes:
+        writers = [
+            processes.enter_context(
+                subprocess.Popen(
+                    [sys.executable, "-c", code, str(path), pixels],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    cwd=root,
+                )
+            )
+            for pixels in ("1", "2")
+        ]
+        for one in writers:
+            assert one.stdout is not None
+            assert one.stdout.readline() == b"ready\n"
+        for one in writers:
+            assert one.stdin is not None
+            one.stdin.close()  # both start
+        while any(one.poll() is None for one in writers):
+            tuned.read(path, H100)
+    assert [one.returncode for one in writers] == [0, 0]
+    assert len(tuned.read(path, H100)) == 2 * each
+
+
+def test_provenance_says_where_times_come_from() -> None:
+    origin = tune.provenance()
+    assert origin["torch"] == torch.__version__
+    assert origin["protocol"] == timing.protocol(cold=True)
+    assert origin.keys() >= {"driver", "triton", "triton_gn", "commit", "date"}
+    assert tune._output("no-such-command") == ""
+    assert tune._output(sys.executable, "-c", "raise SystemExit(1)") == ""
+
+
+def test_only_a_gpu_is_timed() -> None:
+    with pytest.raises(RuntimeError, match="device must be a GPU; got cpu"):
+        timing.measure([lambda: None], torch.device("cpu"), cold=True)
+
+
+def test_summary_is_in_percentiles() -> None:
+    times = timing.summary([float(ms) for ms in (*range(100, 0, -1), 0)])
+    assert times == timing.Times(p20=20.0, p50=50.0, p80=80.0)
+
+
+class FakeEvent:
+    """Reads a clock that only the calls move."""
+
+    now = 0.0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        self.at = FakeEvent.now
+
+    def elapsed_time(self, end: "FakeEvent") -> float:
+        return end.at - self.at
+
+
+def test_calls_take_turns_and_what_prepares_them_is_not_timed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    log: list[str] = []
+
+    def taking(name: str, ms: float) -> Callable[[], None]:
+        def call() -> None:
+            log.append(name)
+            FakeEvent.now += ms
+
+        return call
+
+    replays = [timing._Replay(taking(name, ms), 1, True) for name, ms in (("a", 1.0), ("b", 2.0))]
+    flush = taking("flush", 10.0)
+    assert timing._rounds(replays, lambda _: flush(), 3) == [[1.0, 2.0]] * 3
+    assert log == ["flush", "a", "flush", "b"] * 3
+
+
+def test_host_time_of_a_call() -> None:
+    calls: list[None] = []
+    assert 0 < timing.host_us(lambda: calls.append(None)) < 1e5
+    assert len(calls) > 100
+
+
+def test_first_calls_load_no_tuner() -> None:
+    code = (
+        "import sys, torch, triton_gn\n"
+        "x = torch.randn(2, 8, 30, requires_grad=True)\n"
+        "with triton_gn.backend('triton'):\n"
+        "    triton_gn.group_norm(x, 2).sum().backward()\n"
+        "tuner = {'triton_gn.tune', 'triton_gn.timing', 'triton_gn.trial', 'rich', 'filelock'}\n"
+        "assert not tuner & sys.modules.keys(), tuner & sys.modules.keys()\n"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env=os.environ | {"TRITON_INTERPRET": "1"}
+    )

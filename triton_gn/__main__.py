@@ -1,0 +1,36 @@
+"""``python -m triton_gn``: look at plans for any GPU, and tune them for this one."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status: 0 well, 1 it found something wrong, 2 it could not
+    run."""
+    try:
+        from triton_gn import inspection, tune
+    except ModuleNotFoundError as error:
+        print(f"{error}. Remedy: pip install 'triton-gn[cli]'", file=sys.stderr)
+        return 2
+
+    parser = argparse.ArgumentParser(prog="python -m triton_gn", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, module, text in (
+        ("inspect", inspection, "compile plans for any GPU, present or not, and report"),
+        ("tune", tune, "search for faster plans on this GPU and keep them in a table"),
+    ):
+        command = commands.add_parser(name, help=text, description=module.__doc__)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    options = parser.parse_args(arguments)
+    try:
+        status: int = options.run(options)
+    except (OSError, ValueError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())
