@@ -20,6 +20,7 @@ class Record:
     """
 
     measured: bool
+    command: str  # "bench" or "sweep": what wrote it
     device: str  # as its driver names it
     workload: str  # what it is called: a model and a layer, or a shape
     shape: str  # "2x320x64x64": n, channels, spatial sizes
@@ -33,7 +34,8 @@ class Record:
     provider: str  # "triton_gn", "triton_gn[split]", "torch_eager", ..., "copy", "add"
     cache: str = "cold"  # or "warm": does L2 hold the operands before the call?
     strategy: str | None = None
-    config: dict[str, Any] | None = None  # the fields of triton_gn.plan.OVERRIDES
+    # the fields of triton_gn.plan.FIELDS; in a sweep, "rule": True marks the rule's own
+    config: dict[str, Any] | None = None
     ms_p20: float | None = None
     ms_p50: float | None = None
     ms_p80: float | None = None
@@ -49,7 +51,7 @@ class Record:
     protocol: str = ""  # how it was timed, in words
     versions: dict[str, str] = field(default_factory=dict)
     commit: str = ""
-    date: str = ""
+    date: str = ""  # ISO 8601, in UTC
 
     @property
     def gb_per_s(self) -> float | None:
@@ -69,12 +71,26 @@ class Record:
 
 
 def read(path: Path) -> Iterator[Record]:
-    """The records of a file, or of all ``*.jsonl`` below a folder, in order of their names."""
+    """The records of a file, or of all ``*.jsonl`` below a folder, in order of their names.
+
+    Raises:
+        ValueError: there is no such path, or a line is not a record.
+    """
+    if not path.exists():
+        raise ValueError(
+            f"a path must be a results file or a folder of them; there is no {path}. "
+            "Name one that `python -m perf bench` wrote."
+        )
     for file in sorted(path.rglob("*.jsonl")) if path.is_dir() else [path]:
-        with file.open() as lines:
-            for line in lines:
+        for number, line in enumerate(file.read_text().splitlines(), 1):
+            try:
                 if line.strip():
                     yield Record.from_json(line)
+            except (AttributeError, TypeError, ValueError) as error:
+                raise ValueError(
+                    f"each line must be a record as JSON; line {number} of {file} is not "
+                    f"({error}): {line[:40]!r}. Delete the line and measure again."
+                ) from error
 
 
 def append(path: Path, record: Record) -> None:

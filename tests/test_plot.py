@@ -17,12 +17,13 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
-from perf import plot
+from perf import figures, plot, sheet
 from perf.records import Record, append
 
 ROOT = Path(__file__).parents[1]
 CALL = Record(
     measured=True,
+    command="bench",
     device="Test GPU",
     workload="small",
     shape="2x64x8x8",
@@ -54,7 +55,13 @@ def candidate(ms: float | None, warps: int, *, chunks: int = 1, **changes: Any) 
     """One of a sweep."""
     config = {"rows": 4, "cols": 64, "num_warps": warps, "chunks": chunks}
     config |= {name: changes.pop(name) for name in ("rows", "rule") if name in changes}
-    values = {"provider": "triton_gn[split]", "strategy": "split", "config": config, "ms_p50": ms}
+    values = {
+        "command": "sweep",
+        "provider": "triton_gn[split]",
+        "strategy": "split",
+        "config": config,
+        "ms_p50": ms,
+    }
     return record(**values | changes)
 
 
@@ -68,7 +75,7 @@ BENCH = [
 
 def drawn(name: str, records: list[Record]) -> Figure:
     """The figure whose name begins so, as a light page shows it."""
-    with matplotlib.rc_context(plot.THEMES["light"]):
+    with matplotlib.rc_context(sheet.THEMES["light"]):
         (found,) = (draw() for title, _, draw in plot.plots(records) if title.startswith(name))
     assert found is not None
     return found
@@ -121,9 +128,9 @@ def test_a_figure_is_four_files(tmp_path: Path) -> None:
             id="warm sweep",
         ),
         pytest.param(
-            [candidate(1, n, share_of_copy=0.5, commit=f"{n}") for n in (4, 8)],
+            [candidate(1, n, share_of_copy=0.5, command="bench") for n in (4, 8)],
             {"copy-share"},
-            id="one candidate per commit",
+            id="forced strategies are no sweep",
         ),
     ],
 )
@@ -147,7 +154,7 @@ def test_says_which_command_gives_data(tmp_path: Path, capsys: pytest.CaptureFix
 def test_predictions_and_devices_stay_apart(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plot, "THEMES", {"light": plot.THEMES["light"]})  # half the time
+    monkeypatch.setattr(plot, "THEMES", {"light": sheet.THEMES["light"]})  # half the time
     records = [
         record(workload="here", share_of_copy=0.5),
         record(workload="modelled", share_of_copy=0.5, measured=False, bound="l2"),
@@ -175,7 +182,7 @@ def test_says_where_it_is_from() -> None:
 
 
 def test_svg_depends_on_the_data_alone(tmp_path: Path) -> None:
-    bounds = [record(measured=False, bound=bound, workload=bound) for bound in plot.BOUNDS]
+    bounds = [record(measured=False, bound=bound, workload=bound) for bound in figures.BOUNDS]
     for one in bounds:
         append(tmp_path / "records.jsonl", one)
     code = (
@@ -215,7 +222,7 @@ def test_speedups_and_their_geometric_mean() -> None:
 def test_skipped_records_are_counted() -> None:
     records = [
         record(share_of_copy=0.5),
-        *(record(provider="liger", skipped="wrong", direction=one) for one in plot.REFERENCES),
+        *(record(provider="liger", skipped="wrong", direction=one) for one in sheet.REFERENCES),
         record(provider="flag_gems", skipped="absent"),
         record(provider="liger", skipped="wrong", cache="warm"),
     ]
@@ -224,7 +231,7 @@ def test_skipped_records_are_counted() -> None:
     assert "liger" not in said
 
 
-@pytest.mark.parametrize("count", [plot.MAX_ROWS, plot.MAX_ROWS + 1])
+@pytest.mark.parametrize("count", [figures.MAX_ROWS, figures.MAX_ROWS + 1])
 def test_many_workloads_become_a_curve(count: int) -> None:
     shares = [(7 * row % count + 1) / count for row in range(count)]
     records = [
@@ -232,7 +239,7 @@ def test_many_workloads_become_a_curve(count: int) -> None:
     ]
     figure = drawn("copy", list(reversed(records)))
     named = [text for text in texts(figure) if text.startswith("small, ")]
-    if count > plot.MAX_ROWS:
+    if count > figures.MAX_ROWS:
         assert [share for _, share in points(figure, linestyle="-")] == sorted(shares)
         assert not named
     else:  # a row each, by size

@@ -60,7 +60,7 @@ def test_without_a_gpu_it_says_so_and_what_can_be_done(
         (["--shape", "two", "--groups", "2"], "such as 2x320x64x64; got 'two'"),
         (["--shape", "2x8x5", "--groups", "3"], "8 channels cannot be split into 3 groups"),
         (["--shape", "2x8x5", "--groups", "2", "--fused", "bias"], "fused operand .*got 'bias'"),
-        (["--shape", "2x8x5", "--groups", "2", "--candidates", "1"], "at least 2, .*got 1"),
+        (["--shape", "2x8x5", "--groups", "2", "--candidates", "1"], "at least 2; got 1"),
         (["--workloads", "missing.csv"], "No such file"),
         (["--model", "no_such_module:make"], "module:factory, .*got 'no_such_module:make'"),
         (["--model", "json:no_such_name"], "got 'json:no_such_name'"),

@@ -1,0 +1,236 @@
+"""What all figures share: themes, titles and panels, and how workloads and providers are shown."""
+
+import itertools
+import math
+import re
+import textwrap
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from operator import attrgetter
+from typing import Any
+
+import matplotlib
+from cycler import cycler
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
+from matplotlib.typing import RcKeyType
+
+from perf.records import Record
+
+OURS = "triton_gn"
+PYTORCH = ("torch_compile", "torch_eager")
+PROVIDERS = (OURS, *PYTORCH, "liger", "flag_gems", f"{OURS}[resident]", f"{OURS}[split]")
+MARKERS = "oD^Pv<>X"  # in the order of PROVIDERS; the last is any other's
+REFERENCES = {"forward": "copy", "backward": "add"}  # they move as many bytes and do no more
+DIRECTIONS = (*REFERENCES, "both")
+WIDTH = 8.0  # inches: about 800 pixels in a README
+LINE = 0.17  # inches from one line of text to the next
+MARGIN = 0.1  # inches
+
+WORKLOAD = ("workload", "shape", "groups", "dtype", "param_dtype", "layout", "activation", "fused")
+workload = attrgetter(*WORKLOAD)  # all that the calls of different providers have in common
+case = attrgetter(*WORKLOAD, "direction", "cache")  # what two times must share to be compared
+
+
+def theme(paper: str, ink: str, line: str, grid: str, colors: str) -> dict[RcKeyType, Any]:
+    """Return matplotlib's settings for a page."""
+    return {
+        "axes.axisbelow": True,
+        "axes.edgecolor": line,
+        "axes.facecolor": paper,
+        "axes.grid": True,
+        "axes.labelcolor": ink,
+        "axes.prop_cycle": cycler(color=colors.split()),
+        "axes.spines.right": False,
+        "axes.spines.top": False,
+        "axes.titlelocation": "left",
+        "axes.titlesize": "medium",
+        "axes.titleweight": "bold",
+        "figure.facecolor": paper,
+        "font.size": 8.5,
+        "grid.color": grid,
+        "grid.linewidth": 0.6,
+        "legend.borderaxespad": 0,
+        "legend.borderpad": 0,
+        "legend.frameon": False,
+        "legend.handletextpad": 0.4,
+        "lines.solid_capstyle": "butt",
+        "savefig.dpi": 150,
+        "svg.fonttype": "none",  # text stays text
+        "svg.hashsalt": OURS,  # the same ids for the same data
+        "text.color": ink,
+        "xtick.labelcolor": ink,
+        "xtick.major.size": 0,
+        "ytick.labelcolor": ink,
+        "ytick.major.size": 0,
+    }
+
+
+# Okabe and Ito's colours, which the colour-blind can tell apart, in the order of PROVIDERS; on
+# GitHub's dark paper they are lighter. The two strategies differ in lightness as well: in the
+# roofline their markers say something else.
+LIGHT = "#d55e00 #56b4e9 #59636e #009e73 #cc79a7 #e69f00 #0072b2 #000000"
+DARK = "#ff7f2a #a5dcff #b7bdc8 #1fc79a #e79ac4 #f2c14e #3f97dc #ffffff"
+THEMES = {
+    "light": theme("#ffffff", "#1f2328", "#818b98", "#d9dfe5", LIGHT),
+    "dark": theme("#0d1117", "#f0f6fc", "#656c76", "#2a3038", DARK),
+}
+
+
+def sheet(
+    title: str,
+    records: list[Record],
+    height: float,
+    *,
+    about: str = "",
+    handles: Sequence[Line2D] = (),
+    notes: Sequence[str] = (),
+) -> Figure:
+    """Return a figure with its texts and legend, and room between them, of a height in inches.
+
+    The texts say what it shows, where that comes from, and how many records are not drawn.
+    """
+    titles = textwrap.wrap(title, 72)
+    if not all(one.measured for one in records):
+        titles.append("predicted, not measured")
+    skipped = Counter(one.provider for one in records if one.skipped)
+    missing = ", ".join(f"{name} {skipped[name]}" for name in providers(records) if skipped[name])
+    footnotes = [*notes, f"not drawn: {missing}"] if missing else notes
+    origins = textwrap.wrap(" · ".join(origin(records, about)), 116)
+    footers = textwrap.wrap(" · ".join(footnotes), 116)
+
+    at_origin = MARGIN + 0.25 * len(titles)  # inches from the top
+    at_legend = at_origin + LINE * len(origins) + MARGIN
+    top = at_legend + 1.15 * LINE * math.ceil(len(handles) / 4)
+    bottom = LINE * len(footers) + MARGIN
+    total = top + height + bottom
+    left, quiet = MARGIN / WIDTH, 0.8
+    layout = ConstrainedLayoutEngine(rect=(0, bottom / total, 1, height / total))
+    figure = Figure(figsize=(WIDTH, total), layout=layout)
+    bold: dict[str, Any] = {"fontsize": "x-large", "weight": "bold"}
+    figure.text(left, 1 - MARGIN / total, "\n".join(titles), va="top", **bold)
+    figure.text(left, 1 - at_origin / total, "\n".join(origins), va="top", alpha=quiet)
+    figure.text(left, MARGIN / total, "\n".join(footers), va="bottom", alpha=quiet)
+    corner = (left, 1 - at_legend / total)
+    figure.legend(handles=handles, loc="upper left", bbox_to_anchor=corner, ncols=4)
+    return figure
+
+
+def origin(records: list[Record], about: str) -> list[str]:
+    """Return where records come from: devices, dates, protocols, versions."""
+    dates = sorted({one.date[:10] for one in records})
+    caches = " and ".join(sorted({one.cache for one in records}))
+    versions = {
+        f"{name} {one.versions[name]}"
+        for one in records
+        for name in ("torch", "triton")
+        if name in one.versions
+    }
+    said = [
+        about,
+        records[0].device,
+        " to ".join(sorted({dates[0], dates[-1]})),
+        f"{caches} L2",
+        *sorted({one.protocol for one in records}),
+        ", ".join(sorted(versions)),
+    ]
+    return [words for words in said if words]
+
+
+def panels(
+    figure: Figure, records: list[Record], pad: float = 6
+) -> Iterator[tuple[Axes, list[Record]]]:
+    """Return the panels and their records: directions side by side, caches below each other."""
+    across, down = directions(records), sorted({one.cache for one in records})
+    grid = figure.subplots(len(down), len(across), sharex=True, sharey=True, squeeze=False)
+    for row, cache in zip(grid, down, strict=True):
+        for axes, direction in zip(row, across, strict=True):
+            axes.set_title(f"{direction}, {cache} L2", pad=pad)
+            yield axes, [one for one in records if (one.direction, one.cache) == (direction, cache)]
+
+
+def cold(records: list[Record], *among: str) -> list[Record]:
+    wanted = among or REFERENCES
+    return [one for one in records if one.cache == "cold" and one.direction in wanted]
+
+
+def directions(records: list[Record]) -> list[str]:
+    return [name for name in DIRECTIONS if any(one.direction == name for one in records)]
+
+
+def providers(records: list[Record]) -> list[str]:
+    found = {one.provider for one in records}
+    return [name for name in PROVIDERS if name in found] + sorted(found - set(PROVIDERS))
+
+
+def labels(records: Iterable[Record]) -> dict[Any, str]:
+    """Return the workloads by size, each with its name and what tells it from its namesakes."""
+    said = {workload(one): words(one) for one in sorted(records, key=tensor_bytes)}
+    names = {}
+    for key, mine in said.items():
+        namesakes = [theirs for theirs in said.values() if theirs[0] == mine[0]]
+        columns = zip(*namesakes, strict=True)
+        different = [len(set(column)) > 1 for column in columns]
+        names[key] = ", ".join([mine[0], *itertools.compress(mine, different)])
+    return names
+
+
+def words(record: Record) -> list[str]:
+    """Return the fields of a workload, said so that they need no heading."""
+    fused = " ".join(["fused", *record.fused]) if record.fused else "nothing fused"
+    sizes = [record.shape, f"{record.groups} groups"]
+    types = [record.dtype, f"{record.param_dtype} parameters", record.layout]
+    return [record.workload, *sizes, *types, f"activation {record.activation}", fused]
+
+
+def tensor_bytes(record: Record) -> int:
+    bits = re.findall(r"\d+", record.dtype)[0]
+    return math.prod(map(int, record.shape.split("x"))) * int(bits) // 8
+
+
+def slug(text: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
+
+
+def look(provider: str) -> dict[str, Any]:
+    """Return how a provider is drawn: ours is the largest, a strategy of ours hollow."""
+    index = PROVIDERS.index(provider) if provider in PROVIDERS else len(PROVIDERS)
+    return {
+        "color": f"C{index}",
+        "fillstyle": "none" if "[" in provider else "full",
+        "linestyle": "none",
+        "marker": MARKERS[index],
+        "markersize": 8 if provider == OURS else 5.5,
+    }
+
+
+def reference() -> dict[str, Any]:
+    """Return how a line to compare with is drawn."""
+    return {"color": matplotlib.rcParams["text.color"], "linestyle": "--", "linewidth": 1}
+
+
+def name_rows(axes: Axes, names: Iterable[str]) -> None:
+    """Name the rows 0, 1, ... from the top."""
+    rows = list(names)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+
+
+def log_axes(
+    axes: Axes, records: list[Record], label: str, base: float, steps: Sequence[float]
+) -> None:
+    """Make both axes logarithmic: bytes, across two powers of ten or more, and the label's."""
+    least, most = (pick(max(1, one.bytes_minimum) for one in records) for pick in (min, max))
+    space = max(1.5, math.sqrt(100 * least / most))
+    axes.set(xscale="log", xlim=(least / space, most * space))
+    axes.xaxis.set_major_formatter(EngFormatter("B"))
+    axes.set_yscale("log", base=base)
+    axes.yaxis.set_major_locator(LogLocator(base, subs=steps))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.set(xlabel="bytes, each tensor touched once", ylabel=label)
+    axes.label_outer()
