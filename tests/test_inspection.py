@@ -14,6 +14,8 @@ from triton_gn.inspection import Failure, Totals, inspect
 from triton_gn.plan import STRATEGIES, TARGETS, fields_of, plan_by_rule
 from triton_gn.workloads import DIRECTIONS, FUSED, Workload
 
+ROOT = Path(__file__).parents[1]
+CORE = [one for one in workloads.read(ROOT / "perf/workloads.csv") if one.core]
 SMALL = Workload("small", 2, 320, 32, (8, 8), layout="channels_last", activation="silu")
 LARGE = Workload("large", 1, 128, 32, (512, 512), "float16", param_dtype="float32")
 FLAGS = ("--shape", "2x320x8x8", "--groups", "32", "--layout", "channels_last")
@@ -28,6 +30,19 @@ def test_every_target_compiles(target: str) -> None:
             assert one.access_bytes == one.widest_access_bytes == 16
             assert one.device is TARGETS[target]
             assert all(kernel.registers for kernel in one.kernels)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("workload", CORE, ids=lambda one: f"{one.shape_text}-{one.dtype}")
+def test_layers_of_real_models_compile_well(workload: Workload, direction: str) -> None:
+    """As ``make compile-all`` finds it for all of perf/workloads.csv."""
+    one = inspect(workload, direction, "sm_90")
+    assert one.spill_bytes == 0
+    if one.config.strategy == "split" or one.problem.vec * one.problem.itemsize < 16:
+        assert one.access_bytes == one.widest_access_bytes
+    if one.config.strategy == "resident":
+        # parameters and their gradients' parts are small beside the tensors, but for few pixels
+        assert one.bytes_moved <= 1.05 * one.bytes_minimum + 16 * one.problem.n * workload.channels
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

@@ -2,12 +2,13 @@
 
 import argparse
 import contextlib
+import json
 import os
 import shlex
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -145,6 +146,14 @@ def test_shortlist_has_the_rule_first_and_all_strategies(most: int) -> None:
     assert len(tune.shortlist(PROBLEM, H100, 1000)) < len(candidates(PROBLEM, H100))
 
 
+def test_shortlist_begins_with_the_rule_also_where_the_model_prefers_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    *_, slow = candidates(PROBLEM, H100)
+    monkeypatch.setattr(tune, "plan_by_rule", lambda *_: slow)
+    assert tune.shortlist(PROBLEM, H100, 3) == [slow, *tune.shortlist(PROBLEM, H100, 1000)[1:3]]
+
+
 def test_merge_replaces_older_entries_and_keeps_others(tmp_path: Path) -> None:
     path = tuned.path_of(tmp_path / "new", H100)
     other = replace(PROBLEM, n=3)
@@ -259,39 +268,147 @@ def test_summary_is_in_percentiles() -> None:
     assert times == timing.Times(p20=20.0, p50=50.0, p80=80.0)
 
 
-class FakeEvent:
-    """Reads a clock that only the calls move."""
+class FakeGPU:
+    """A clock in milliseconds, moved by the calls that run; graphs that replay captured ones."""
 
-    now = 0.0
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.log: list[str] = []
+        self.graph: list[Callable[[], None]] | None = None  # that is being captured
+        self.current = "main"
 
-    def __init__(self, enable_timing: bool) -> None:
-        assert enable_timing
+    def taking(self, name: str, ms: float, can_be_captured: bool = True) -> Callable[[], None]:
+        def run() -> None:
+            self.now += ms
+            self.log.append(name)
 
-    def record(self) -> None:
-        self.at = FakeEvent.now
-
-    def elapsed_time(self, end: "FakeEvent") -> float:
-        return end.at - self.at
-
-
-def test_calls_take_turns_and_what_prepares_them_is_not_timed(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    log: list[str] = []
-
-    def taking(name: str, ms: float) -> Callable[[], None]:
         def call() -> None:
-            log.append(name)
-            FakeEvent.now += ms
+            if self.graph is None:
+                run()
+            elif can_be_captured:
+                self.graph.append(run)
+            else:
+                raise RuntimeError("operation not permitted when stream is capturing")
 
         return call
 
-    replays = [timing._Replay(taking(name, ms), 1, True) for name, ms in (("a", 1.0), ("b", 2.0))]
-    flush = taking("flush", 10.0)
-    assert timing._rounds(replays, lambda _: flush(), 3) == [[1.0, 2.0]] * 3
-    assert log == ["flush", "a", "flush", "b"] * 3
+    @contextlib.contextmanager
+    def capture(self, graph: "FakeGraph", stream: object) -> Iterator[None]:
+        self.graph, self.current = graph.calls, "capturing"
+        try:
+            yield
+            self.current = "main"  # torch.cuda.graph does not come so far when a capture fails
+        finally:
+            self.graph = None
+
+
+class FakeGraph:
+    def __init__(self) -> None:
+        self.calls: list[Callable[[], None]] = []
+
+    def replay(self) -> None:
+        for call in self.calls:
+            call()
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> FakeGPU:
+    fake = FakeGPU()
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            self.at = fake.now
+
+        def elapsed_time(self, end: Any) -> float:
+            return float(end.at - self.at)
+
+    class Stream:
+        def wait_stream(self, other: object) -> None:
+            pass
+
+    def set_stream(stream: object) -> None:
+        fake.current = "main"
+
+    for name, value in {
+        "CUDAGraph": FakeGraph,
+        "Event": Event,
+        "Stream": Stream,
+        "current_stream": Stream,
+        "device": contextlib.nullcontext,
+        "graph": fake.capture,
+        "set_stream": set_stream,
+        "stream": contextlib.nullcontext,
+        "synchronize": lambda: None,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    flush = fake.taking("flush", 10.0)
+    monkeypatch.setattr(timing, "_flush", lambda device: lambda _: flush())
+    return fake
+
+
+CUDA = torch.device("cuda", 0)
+
+
+def test_cold_calls_take_turns_and_the_flush_before_each_is_not_timed(gpu: FakeGPU) -> None:
+    calls = [gpu.taking("a", 1.0), gpu.taking("b", 2.0)]
+    times = timing.measure(calls, CUDA, cold=True, min_rounds=5, max_rounds=5)
+    assert times == [timing.Times(1.0, 1.0, 1.0), timing.Times(2.0, 2.0, 2.0)]
+    assert gpu.log[-20:] == ["flush", "a", "flush", "b"] * 5
+
+
+@pytest.mark.parametrize(("budget_ms", "rounds"), [(1.0, 5), (20.0, 10), (1e6, 30)])
+def test_rounds_are_as_many_as_the_budget_allows(
+    gpu: FakeGPU, budget_ms: float, rounds: int
+) -> None:
+    calls = [gpu.taking("a", 1.0), gpu.taking("b", 3.0)]
+    timing.measure(calls, CUDA, cold=True, min_rounds=5, max_rounds=30, budget_ms=budget_ms)
+    warm_ups, trial = 3, 2
+    assert gpu.log.count("a") == warm_ups + trial + rounds
+
+
+def test_short_warm_calls_are_timed_together(gpu: FakeGPU) -> None:
+    calls = [gpu.taking("short", 0.01), gpu.taking("long", 1.0)]
+    short, long = timing.measure(calls, CUDA, cold=False, min_rounds=2, max_rounds=2)
+    assert (short.p50, long.p50) == pytest.approx((0.01, 1.0))
+    # a round: each replay follows one that is not timed
+    assert gpu.log[-102:] == ["short"] * 100 + ["long"] * 2
+
+
+@pytest.mark.parametrize("cold", [True, False])
+def test_call_that_cannot_be_captured_is_timed_as_it_is(gpu: FakeGPU, cold: bool) -> None:
+    calls = [gpu.taking("a", 1.0), gpu.taking("b", 2.0, can_be_captured=False)]
+    graphed, plain = timing.measure(calls, CUDA, cold=cold)
+    assert (graphed.p50, graphed.graphed) == (1.0, True)
+    assert (plain.p50, plain.graphed) == (2.0, False)
+    assert gpu.current == "main"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_copy_takes_as_long_as_its_bytes() -> None:
+    device = torch.device("cuda", 0)
+    x = torch.empty(2**28, dtype=torch.uint8, device=device)
+    y = torch.empty_like(x)
+    small = [lambda: y[:4096].copy_(x[:4096])]
+    for cold in (True, False):
+        (times,) = timing.measure([lambda: y.copy_(x)], device, cold=cold)
+        assert times.graphed
+        assert 2 * x.nbytes / 20e9 < times.p20 <= times.p50 <= times.p80 < 2 * x.nbytes / 50e6
+        (short,) = timing.measure(small, device, cold=cold)
+        assert short.p50 < times.p50 / 4
+    assert timing.peak_bytes(lambda: torch.empty(2**20, device=device), device) >= 2**22
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_tunes_on_a_gpu(tmp_path: Path) -> None:
+    flags = "--shape", "2x320x32x32", "--groups", "32", "--candidates", "4", "--out", str(tmp_path)
+    assert tune.run(options(*flags)) == 0
+    (path,) = tmp_path.glob("*.json")
+    assert len(json.loads(path.read_text())["entries"]) == 2
 
 
 def test_host_time_of_a_call() -> None:

@@ -190,6 +190,12 @@ def test_the_nearest_entry_whose_plan_can_run_is_taken(folder: Path) -> None:
     assert fits(problem, found.config) is None
 
 
+def test_the_nearest_of_several_is_taken(folder: Path) -> None:
+    far, near = replace(PROBLEM, n=4), replace(PROBLEM, n=3)
+    path = write(folder, entry_of(far, TUNED), entry_of(near, None))
+    assert tuned.lookup(PROBLEM, H100) == tuned.Found(None, path, exact=False)
+
+
 def test_plans_that_read_otherwise_are_not_taken_over(folder: Path) -> None:
     """49 pixels a row and 64 are near, but the former's rows span eight channels."""
     problem = Problem("forward", 2, 512, 32, 64, "bfloat16", channels_last=False)
@@ -257,7 +263,7 @@ def test_table_says_what_was_written(tmp_path: Path) -> None:
     assert tuned.read(write(tmp_path, *entries), H100) == entries
 
 
-@settings(max_examples=20, deadline=None, derandomize=True)
+@settings(max_examples=50, deadline=None, derandomize=True)
 @given(problem=problems())
 @example(problem=PROBLEM)
 def test_every_plan_of_a_search_can_be_kept(problem: Problem) -> None:
@@ -337,6 +343,7 @@ IN_CONFIG = ("entries", 0, "config")
         (changed(True, "entries", 0, "best_us"), "best_us: must be a finite time; got True"),
         (changed(12345, *IN_PROBLEM, "n").replace(b"12345", b"9" * 100_000), "got 100000"),
         (changed(12345, *IN_PROBLEM, "n").replace(b"12345", b"1e999"), "n: must be .*got inf"),
+        (changed(123, "entries", 0, "rule_us").replace(b"123", b"1e999"), "finite time; got inf"),
         (changed(2**31 + 1, *IN_PROBLEM, "n"), "problem: n: must be an integer from 1 to 2147483"),
         (changed(0, *IN_PROBLEM, "groups"), "groups: must be an integer from 1"),
         (changed(2.0, *IN_PROBLEM, "n"), r"n: must be an integer .*got 2\.0"),
@@ -442,10 +449,11 @@ def test_entries_whose_plans_cannot_run_are_skipped(folder: Path, fields: dict[s
 
 
 def test_groups_side_by_side_are_bounded(folder: Path) -> None:
-    """They are summed up by selection: 1024 of them are no plan."""
+    """They are summed up by selection, and split has no room for a partial of each of 2048."""
     problem = Problem("forward", 1, 2048, 2048, 64, "float32", channels_last=True)
-    fields = {"strategy": "resident", "groups": 1024, "rows": 1, "cols": 1024, "num_warps": 8}
-    write(folder, replace(ENTRY, problem=problem, config=fields))
+    fields = {"groups": 2048, "rows": 1, "cols": 2048, "num_warps": 8}
+    fields |= {"pixel_tiles": 1, "chunks": 2}
+    write(folder, replace(ENTRY, problem=problem, config={"strategy": "split"} | fields))
     with pytest.warns(UserWarning, match="cannot run"):
         assert plan(problem, H100) == plan_by_rule(problem, H100)
 

@@ -1,12 +1,13 @@
 """Which plan a call takes, and why."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from triton_gn.functional import check
 from triton_gn.ops import dispatch, launch, layout, settings
-from triton_gn.plan import Config, Problem, is_always_resident, plan, rivals
+from triton_gn.ops.settings import Settings
+from triton_gn.plan import Config, Device, Problem, is_always_resident, plan, rivals, tuned
 from triton_gn.reference import Operands
 
 
@@ -76,17 +77,27 @@ def explain(
     device = launch.gpu(x.device)
     config = plan(problem, device, current.batch_invariant, current.plan_override)
     path = "triton" if dispatch.uses_kernels(input, current.backend) else "torch"
-    fixed = dict(current.plan_override)
     if path == "torch":
         reason = dispatch.why_not_kernels(input) or 'the backend is "torch"'
         reason += "; the kernels would run"
-    elif "strategy" in fixed:
-        reason = f"plan_override(strategy={fixed['strategy']!r})"
-    elif config.strategy == "resident" and is_always_resident(problem):
-        reason = f"groups of {problem.group_elements} elements stay on chip"
     else:
-        reason = f"groups of {problem.group_elements} elements; " + ", ".join(
-            f"{strategy} is estimated at {us:.1f} us"
-            for strategy, us in rivals(problem, device).items()
-        )
+        reason = _reason(problem, device, config, current)
     return Explanation(path, problem, device.name, config, reason)
+
+
+def _reason(problem: Problem, device: Device, config: Config, current: Settings) -> str:
+    """Where a plan comes from."""
+    fixed = dict(current.plan_override)
+    if fixed:
+        return f"plan_override({', '.join(f'{name}={value!r}' for name, value in fixed.items())})"
+    measured = replace(problem, n=1) if current.batch_invariant else problem
+    if (found := tuned.lookup(measured, device)) is not None and found.config is not None:
+        return f"measured {'' if found.exact else 'for a similar problem '}in {found.path}"
+    size = f"groups of {problem.group_elements} elements"
+    if config.strategy == "resident" and is_always_resident(problem):
+        return f"{size} stay on chip"
+    estimates = (
+        f"{strategy} is estimated at {us:.1f} us"
+        for strategy, us in rivals(problem, device).items()
+    )
+    return f"{size}; {', '.join(estimates)}"

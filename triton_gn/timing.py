@@ -75,8 +75,8 @@ def measure(
     with torch.cuda.device(device):
         replays = [_captured(call, 1) if cold else _repeated(call) for call in calls]
         prepare = _flush(device) if cold else _Replay.start
-        _, trial = _rounds(replays, prepare, 2)  # the first pays for much that comes but once
-        rounds = int(budget_ms * len(calls) / sum(trial))
+        _, sample = _rounds(replays, prepare, 2)  # the first pays for much that comes but once
+        rounds = int(budget_ms * len(calls) / sum(sample))
         times = _rounds(replays, prepare, max(min_rounds, min(max_rounds, rounds)))
     return [
         summary([ms / replay.calls for ms in of_one], replay.graphed)

@@ -91,7 +91,7 @@ class Workload:
             self.groups,
             math.prod(self.spatial),
             self.dtype,
-            self.layout == "channels_last",
+            self.layout == "channels_last" or math.prod(self.spatial) == 1,  # adjacent either way
             self.activation,
             pre_add="pre_add" in self.fused,
             residual=residual,

@@ -8,6 +8,11 @@ import torch
 import triton_gn
 from tests.kernels.memory import GuardedMemory
 from tests.kernels.oracle import make_case
+from triton_gn import inspection
+from triton_gn.ops import autograd, launch, layout, prepared
+from triton_gn.ops.settings import Settings
+from triton_gn.plan import Device, plan
+from triton_gn.workloads import DIRECTIONS, FUSED, LAYOUTS, Workload
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("counts in Triton's interpreter", allow_module_level=True)
@@ -147,3 +152,33 @@ def test_what_is_per_channel_moves_little(memory: GuardedMemory, device: str) ->
     size = case.x.nbytes
     assert traffic.loaded["other"] < 0.1 * size
     assert 3 * size <= traffic.stored["other"] < 3.1 * size  # y, dx, dresidual
+
+
+@pytest.mark.parametrize("strategy", ["resident", "split"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("layout_name", LAYOUTS)
+@pytest.mark.parametrize(("activation", "fused"), [("none", ()), ("silu", FUSED)], ids=["", "all"])
+def test_inspect_states_the_bytes_that_are_moved(
+    activation: str, fused: tuple[str, ...], layout_name: str, direction: str, strategy: str
+) -> None:
+    workload = Workload(
+        "", 2, 24, 3, (12, 16), "float32", layout=layout_name, activation=activation, fused=fused
+    )
+    problem = workload.problem(direction)
+    config = plan(problem, Device(), override=(("strategy", strategy),))
+    operands = workload.operands("cpu")
+    if not problem.residual:
+        operands = operands._replace(residual=None)
+    stats = launch.statistics(operands.x, 2, 3, 3).zero_()
+    with Traffic() as counted:
+        if direction == "forward":
+            y = layout.empty_like(operands.x)
+            prepared.forward(operands, y, stats, 3, 1e-5, activation, Settings(), config)
+        else:
+            grads = autograd.empty_gradients(operands, [t is not None for t in operands])
+            dy = layout.empty_like(operands.x).zero_()
+            prepared.backward(dy, stats, operands, grads, 3, activation, Settings(), config)
+    moved = counted.loaded["other"] + counted.stored["other"]
+    _, launches = inspection._launches(workload, problem, config)
+    stated = sum(inspection._bytes_moved(one, problem, config) for one in launches)
+    assert moved == pytest.approx(stated, rel=0.02)

@@ -127,11 +127,12 @@ def reload() -> None:
 def _nearest(
     problem: Problem, tables: Iterable[tuple[Path, Mapping[Problem, Entry]]]
 ) -> Found | None:
+    kind = _kind(problem)
     near = [
         (distance, path, entry)
         for path, table in tables
         for entry in table.values()
-        if _kind(entry.problem) == _kind(problem)
+        if _kind(entry.problem) == kind
         and (distance := _distance(entry.problem, problem)) <= MAX_DISTANCE
     ]
     for _, path, entry in sorted(near, key=lambda one: one[0]):  # stable: of equals, the first
@@ -160,16 +161,16 @@ def _access(problem: Problem, config: Config) -> tuple[int, int]:
     return problem.access_bytes(config.tile.groups), problem.span
 
 
-def _config(problem: Problem, fields: Mapping[str, Any]) -> Config | None:
+def _config(problem: Problem, chosen: Mapping[str, Any]) -> Config | None:
     """The plan of these fields for a problem; None if it cannot run."""
-    groups = fields["groups"]
+    groups = chosen["groups"]
     if (
-        fields["rows"] * fields["cols"] > _MAX_ELEMENTS_PER_WARP * fields["num_warps"]
+        chosen["rows"] * chosen["cols"] > _MAX_ELEMENTS_PER_WARP * chosen["num_warps"]
         or (groups > 1 and groups * problem.group_channels > _MAX_BLOCK_CHANNELS)
-        or (not problem.channels_last and fields["cols"] < problem.vec)
+        or (not problem.channels_last and chosen["cols"] < problem.vec)
     ):
         return None
-    config = config_of(problem, **fields)
+    config = config_of(problem, **chosen)
     return config if fits(problem, config) is None else None
 
 

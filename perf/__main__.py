@@ -1,0 +1,39 @@
+"""``python -m perf``: time triton_gn and its peers, compare and draw the results."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit status: 0 well, 1 it found something wrong, 2 it could not
+    run."""
+    try:
+        from perf import bench, compare, host, plot, sweep
+    except ModuleNotFoundError as error:
+        print(f"{error}. Remedy: pip install -e '.[cli,perf]'", file=sys.stderr)
+        return 2
+
+    parser = argparse.ArgumentParser(prog="python -m perf", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, module, text in (
+        ("bench", bench, "time all providers of GroupNorm on this GPU"),
+        ("sweep", sweep, "time the plans of a problem, or compile them for other GPUs"),
+        ("compare", compare, "compare two results, or two git revisions on this GPU"),
+        ("plot", plot, "draw results as figures"),
+        ("host", host, "what a call costs the host, with or without a GPU"),
+    ):
+        command = commands.add_parser(name, help=text, description=module.__doc__)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    options = parser.parse_args(arguments)
+    try:
+        status: int = options.run(options)
+    except (OSError, ValueError) as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 2
+    return status
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,386 @@
+"""Time GroupNorm by every provider, beside floors that move as many bytes and do nothing else.
+
+An answer is checked against float64 before it is timed, and each time is on disk before the next
+workload's is taken. Without a GPU, --predict writes what the model of triton_gn.plan expects.
+"""
+
+import argparse
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import geometric_mean
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from rich.text import Text
+
+from perf import records
+from perf.providers import OURS, PARTS, PROVIDERS, answers_of, bytes_minimum, checked, floor
+from perf.records import PREDICTED, RESULTS, Record
+from perf.sheet import DIRECTIONS, REFERENCES, case
+from triton_gn import timing, tune, workloads
+from triton_gn.ops import launch
+from triton_gn.plan import (
+    STRATEGIES,
+    TARGETS,
+    Device,
+    estimate,
+    fields_of,
+    model,
+    plan_by_rule,
+    tuned,
+)
+from triton_gn.timing import Call, Times
+from triton_gn.trial import Trial
+from triton_gn.workloads import Workload
+
+WORKLOADS = Path(__file__).with_name("workloads.csv")
+CACHES = ("cold", "warm")
+_NO_GPU = """\
+bench: kernels are timed on a GPU, but torch.cuda.is_available() is False here.
+What the model expects of a GPU takes none, and is marked as predicted:
+  python -m perf bench --predict sm_90
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of the command."""
+    file = "CSV with the columns of perf/workloads.csv (default: that file)"
+    parser.add_argument("--workloads", type=Path, default=WORKLOADS, metavar="FILE", help=file)
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--core", action="store_true", help="rows for every regime (default)")
+    which.add_argument("--all", action="store_true", help="all rows: it takes hours")
+    parser.add_argument("--match", default="", metavar="TEXT", help="in a name or in a shape")
+    for flag, allowed in (
+        ("providers", [one.name for one in PROVIDERS]),
+        ("directions", DIRECTIONS),
+        ("cache", CACHES),
+    ):
+        names = ",".join(allowed)
+        parser.add_argument(f"--{flag}", default=names, metavar="A,B", help=f"default: {names}")
+    parser.add_argument(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="skip what the day's file has of this commit (default)",
+    )
+    parser.add_argument("--predict", choices=TARGETS, help="no times but the model's estimates")
+    add_out(parser)
+
+
+def add_out(parser: argparse.ArgumentParser) -> None:
+    """The flag for the folder of the results."""
+    text = f"default: {RESULTS}/<GPU>; of predictions {PREDICTED}/<GPU>"
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help=text)
+
+
+def run(options: argparse.Namespace, device: torch.device | None = None) -> int:
+    """Bench as the flags say, on the current GPU unless given another device.
+
+    Returns:
+        The exit status: 0 well, 1 if triton_gn itself was wrong or failed, 2 if nothing can be
+        timed here, 130 after Ctrl-C.
+    """
+    chosen = _chosen(options)
+    if options.predict:
+        return _predict(options, chosen, TARGETS[options.predict])
+    if device is None:
+        if not torch.cuda.is_available():
+            print(_NO_GPU, end="", file=sys.stderr)
+            return 2
+        device = torch.device("cuda", torch.cuda.current_device())
+    return Bench(options, device).run(chosen)
+
+
+def _chosen(options: argparse.Namespace) -> list[Workload]:
+    rows = workloads.read(options.workloads)
+    chosen = [w for w in rows if (w.core or options.all) and matches(w, options.match)]
+    if not chosen:
+        which = "row" if options.all else "core row"
+        raise ValueError(
+            f"{options.workloads} has no {which} with {options.match!r}. "
+            "Remedy: another --match, or --all."
+        )
+    return chosen
+
+
+def matches(workload: Workload, text: str) -> bool:
+    """Whether its name or its shape has a text."""
+    return text.lower() in f"{workload.name} {workload.shape_text}".lower()
+
+
+def listed(text: str, allowed: Iterable[str]) -> list[str]:
+    """The names of "a,b", in the order of those that there are."""
+    names, wanted = list(allowed), text.split(",")
+    if unknown := sorted(set(wanted) - set(names)):
+        raise ValueError(f"names must be of {', '.join(names)}; got {', '.join(unknown)}.")
+    return [name for name in names if name in wanted]
+
+
+class Bench:
+    """A run on a device."""
+
+    def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
+        gpu = launch.gpu(device)
+        self.device, self.base = device, origin("bench", gpu, measured=True)
+        self.directions = listed(options.directions, DIRECTIONS)
+        self.caches = listed(options.cache, CACHES)
+        names = listed(options.providers, [one.name for one in PROVIDERS])
+        wanted = {one: one.absent(device) for one in PROVIDERS if one.name in names}
+        self.absent = {one.name: reason for one, reason in wanted.items() if reason}
+        self.providers = [one for one, reason in wanted.items() if not reason]
+        if not self.providers:
+            raise ValueError(f"there must be a provider that can run here; got {self.absent}.")
+        self.path = folder_of(options.out, gpu, measured=True) / f"{now()[:10]}.jsonl"
+        before = records.read(self.path) if options.resume and self.path.exists() else ()
+        self.done = {_key(one) for one in before}
+
+    def run(self, chosen: list[Workload]) -> int:
+        """Measure what is missing, print it, and return the exit status."""
+        console = Console(stderr=True, highlight=False, markup=False)
+        for name, reason in self.absent.items():
+            console.print(f"without {name}: {reason}")
+        cases = [(workload, direction) for workload in chosen for direction in self.directions]
+        found: list[Record] = []
+        interrupted = False
+        try:
+            for one_case in track(cases, "timing", console=console, transient=True):
+                for record in self.records_of(*one_case):
+                    save(self.path, [record])
+                    found.append(record)
+        except KeyboardInterrupt:
+            interrupted = True
+            console.print("Interrupted: the same command goes on from here.")
+        report(found, self.path)
+        return 130 if interrupted else int(any(r.skipped and r.provider == OURS for r in found))
+
+    def records_of(self, workload: Workload, direction: str) -> Iterator[Record]:
+        """Of a workload, unless the file has all of them; those of one run can be compared."""
+        base = self.base | fields_of_workload(workload) | {"direction": direction}
+        base |= {"bytes_minimum": bytes_minimum(workload, direction)}
+        each = [(one.name, cache) for one in self.providers for cache in self.caches]
+        if all(_key(Record(**base, provider=n, cache=c)) in self.done for n, c in each):
+            return
+        try:
+            yield from self._timed(base, workload, direction)
+        except torch.OutOfMemoryError:
+            base |= {"skipped": "the GPU has no room for it beside its answer in float64"}
+            for name, cache in each:
+                yield Record(**base, provider=name, cache=cache, date=now())
+
+    def _timed(self, base: dict[str, Any], workload: Workload, direction: str) -> Iterator[Record]:
+        trial = Trial(workload, self.device)
+        answers = answers_of(trial, direction)
+        said: dict[str, dict[str, Any]] = {}
+        calls: dict[str, Call] = {}
+        for one in self.providers:
+            call, said[one.name] = checked(one, trial, direction, answers)
+            if call is not None:
+                calls[one.name] = call
+                said[one.name]["peak_bytes"] = timing.peak_bytes(call, self.device)
+                if not one.is_strategy:  # to fix a part of the plan costs the host as well
+                    said[one.name]["host_us"] = timing.host_us(call)
+        floors = {REFERENCES[part]: part for part in PARTS[direction]}
+        for name, part in floors.items():
+            said[name] = {"bytes_minimum": bytes_minimum(workload, part)}
+            calls[name] = floor(part, said[name]["bytes_minimum"], self.device)
+        for cache in self.caches:
+            is_cold = cache == "cold"
+            times = timing.measure(list(calls.values()), self.device, cold=is_cold)
+            of_each = dict(zip(calls, times, strict=True))
+            floor_ms = sum(of_each[name].p50 for name in floors)
+            for name, fields in said.items():
+                timed = fields_of_times(of_each[name], is_cold) if name in of_each else {}
+                if timed and name not in floors:
+                    timed["share_of_copy"] = floor_ms / of_each[name].p50
+                yield Record(**base | fields | timed, provider=name, cache=cache, date=now())
+
+
+def _key(record: Record) -> tuple[Any, ...]:
+    return case(record), record.provider, record.commit
+
+
+def fields_of_workload(workload: Workload) -> dict[str, Any]:
+    """As a record has them."""
+    names = "groups", "dtype", "param_dtype", "layout", "activation", "fused"
+    same = {name: getattr(workload, name) for name in names}
+    return {"workload": workload.name, "shape": workload.shape_text} | same
+
+
+def fields_of_times(times: Times, cold: bool) -> dict[str, Any]:
+    """As a record has them."""
+    protocol = timing.protocol(cold)
+    if not times.graphed:
+        protocol += "; this call without a graph, so that the host's time may be in it"
+    return {"ms_p20": times.p20, "ms_p50": times.p50, "ms_p80": times.p80, "protocol": protocol}
+
+
+def origin(command: str, device: Device, measured: bool) -> dict[str, Any]:
+    """What all records of a run have in common."""
+    known = tune.provenance()
+    names = ("driver", "runtime", "torch", "triton", "triton_gn")
+    versions = {name: known[name] for name in names if known[name]}
+    return {
+        "command": command,
+        "measured": measured,
+        "device": device.name,
+        "versions": {"python": platform.python_version()} | versions,
+        "commit": _commit(),
+    }
+
+
+def now() -> str:
+    """Date and time, in UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _commit() -> str:
+    """Of this checkout, "-dirty" where its files have changed; nothing if it is none."""
+    command = "git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"
+    here = Path(__file__).parent
+    try:
+        done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.strip()
+
+
+def folder_of(out: Path | None, device: Device, measured: bool) -> Path:
+    """Where results go unless told: below a folder of their device."""
+    return out or tuned.path_of(RESULTS if measured else PREDICTED, device).with_suffix("")
+
+
+def save(path: Path, found: list[Record], anew: bool = False) -> None:
+    """Append records to a file, or write it anew: then whoever reads it sees all of it or none.
+
+    Raises:
+        ValueError: predictions would lie among measurements, or the other way round.
+    """
+    among_predictions = PREDICTED.name in path.parts
+    if any(one.measured is among_predictions for one in found):
+        kind = "measured ones" if among_predictions else "predicted ones elsewhere"
+        raise ValueError(
+            f"predicted records, and no others, lie below a folder {PREDICTED.name!r}; got {kind}: "
+            f"{path}. Remedy: another --out."
+        )
+    target = path.with_suffix(".new") if anew else path
+    if anew:
+        target.unlink(missing_ok=True)
+    for one in found:
+        records.append(target, one)
+    if anew:
+        target.replace(path)
+
+
+def _predict(options: argparse.Namespace, chosen: list[Workload], gpu: Device) -> int:
+    base = origin("bench", gpu, measured=False)
+    found = [
+        record
+        for workload in chosen
+        for direction in listed(options.directions, DIRECTIONS)
+        for record in predictions(base, workload, direction, gpu)
+    ]
+    path = folder_of(options.out, gpu, measured=False) / "bench.jsonl"
+    save(path, found, anew=True)
+    report(found, path)
+    return 0
+
+
+def predictions(
+    base: dict[str, Any], workload: Workload, direction: str, gpu: Device
+) -> Iterator[Record]:
+    """What the model expects of triton_gn, of each strategy that can run, and of the floors."""
+    base = base | fields_of_workload(workload) | {"direction": direction, "date": now()}
+    base |= {"protocol": "estimates of triton_gn.plan, not measured"}
+    floor_us = 0.0
+    for part in PARTS[direction]:
+        count = bytes_minimum(workload, part)
+        dram_us = count / (gpu.dram_gb_per_s * 1e3 * model._DRAM_SHARE)
+        floor_us += (us := model._LAUNCH_US + dram_us)
+        yield Record(
+            **base,
+            provider=REFERENCES[part],
+            ms_p50=us / 1e3,
+            bytes_minimum=count,
+            bound="dram" if dram_us > model._LAUNCH_US else "launch",
+        )
+    base |= {"bytes_minimum": bytes_minimum(workload, direction)}
+    problems = [workload.problem(part) for part in PARTS[direction]]
+    for strategies in (STRATEGIES, *((one,) for one in STRATEGIES)):
+        try:
+            configs = [plan_by_rule(problem, gpu, strategies) for problem in problems]
+        except ValueError:
+            continue  # the strategy cannot run
+        times = [estimate(p, config, gpu) for p, config in zip(problems, configs, strict=True)]
+        us = sum(one.us for one in times)
+        yield Record(
+            **base,
+            provider=OURS if strategies == STRATEGIES else f"{OURS}[{strategies[0]}]",
+            strategy=" + ".join(dict.fromkeys(config.strategy for config in configs)),
+            config=fields_of(configs[0]) if len(configs) == 1 else None,
+            ms_p50=us / 1e3,
+            share_of_copy=floor_us / us,
+            bound=max(times, key=lambda one: one.us).bound,
+        )
+
+
+def report(found: list[Record], path: Path) -> None:
+    """Print the times of the first provider, and those of the others over them."""
+    if not found:
+        print(f"{path} has all of it already; --no-resume times it again.")
+        return
+    there = [one for one in PROVIDERS if any(record.provider == one.name for record in found)]
+    peers = [one.name for one in there[1:] if not one.is_strategy]
+    first, others = there[0].name, peers or [one.name for one in there[1:]]
+    table = Table(
+        title=found[0].device + ", predicted, not measured" * (not found[0].measured),
+        caption=f"floor: of a copy (forward), an addition (backward) the time over {first}'s\n"
+        f"right of it: of the others the time over {first}'s",
+        box=SIMPLE_HEAD,
+        expand=True,
+        pad_edge=False,
+    )
+    table.add_column("workload", no_wrap=True, ratio=1)
+    table.add_column("call, L2")
+    for title in (f"{first}\nus", "floor", *(name.removeprefix(OURS) for name in others)):
+        table.add_column(Text(title.replace("torch_", "torch\n")), justify="right")
+    cases: dict[Any, dict[str, Record]] = {}
+    for one in found:
+        cases.setdefault(case(one), {})[one.provider] = one
+    columns: list[list[float]] = [[] for _ in ("floor", *others)]
+    for row in cases.values():
+        one = row[first]
+        ratios = [one.share_of_copy, *(_ratio(row.get(name), one) for name in others)]
+        for column, ratio in zip(columns, ratios, strict=True):
+            column += [ratio] if ratio else []
+        words = ["", *(_word(row.get(name)) for name in others)]
+        table.add_row(
+            f"{one.shape} {one.workload}",
+            f"{one.direction}, {one.cache}",
+            f"{1e3 * one.ms_p50:.1f}" if one.ms_p50 else _word(one),
+            *(f"{r:.2f}" if r else word for r, word in zip(ratios, words, strict=True)),
+        )
+    table.add_section()
+    means = (f"{geometric_mean(column):.2f}" if column else "" for column in columns)
+    table.add_row("geometric mean", "", "", *means)
+    Console().print(table)
+    print(f"{len(found)} records in {path}")
+
+
+def _ratio(record: Record | None, first: Record) -> float | None:
+    if record is None or not record.ms_p50 or not first.ms_p50:
+        return None
+    return record.ms_p50 / first.ms_p50
+
+
+def _word(record: Record | None) -> str:
+    """Why there is no time: it was wrong, it failed, or it cannot be tried."""
+    reason, colon, _ = (record.skipped or "" if record else "").partition(":")
+    return reason if colon else "-"

@@ -1,0 +1,195 @@
+"""Compare the times of two results files or folders, or of two git revisions on this GPU.
+
+A difference counts where the two ranges of the middle 60 % of the rounds do not overlap.
+"""
+
+import argparse
+import math
+import shlex
+import subprocess
+import sys
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import geometric_mean, median
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from perf import records
+from perf.records import Record
+from perf.sheet import case
+
+_TURNS = 1  # of two benches of each revision
+_NO_GPU = """\
+compare: --revisions times both on a GPU, but torch.cuda.is_available() is False here.
+Results that are there already can be compared anywhere:
+  python -m perf compare OLD NEW
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of the command."""
+    parser.add_argument("old", nargs="?", type=Path, metavar="OLD", help="results file or folder")
+    parser.add_argument("new", nargs="?", type=Path, metavar="NEW", help="the other")
+    parser.add_argument(
+        "--revisions", nargs=2, metavar=("OLD", "NEW"), help="of git, to be timed in turn"
+    )
+    flags = "of `python -m perf bench`, for --revisions: --bench='--match LTX --cache cold'"
+    parser.add_argument("--bench", default="", metavar="FLAGS", help=flags)
+    parser.add_argument(
+        "--fail-over", type=float, default=math.inf, metavar="RATIO",
+        help="exit with 1 if a slower call takes more than so many times as long",
+    )  # fmt: skip
+
+
+def run(options: argparse.Namespace) -> int:
+    """Compare as the flags say.
+
+    Returns:
+        The exit status: 0 well, 1 if a call has become slower by more than --fail-over, 2 if there
+        is nothing to compare.
+    """
+    if options.revisions:
+        if not torch.cuda.is_available():
+            print(_NO_GPU, end="", file=sys.stderr)
+            return 2
+        with tempfile.TemporaryDirectory() as folder:
+            flags = shlex.split(options.bench)
+            pairs = paired(*time_revisions(options.revisions, flags, Path(folder)))
+    elif options.new is None:
+        raise ValueError("there must be two results, OLD and NEW, or --revisions OLD NEW.")
+    else:
+        pairs = paired(records.read(options.old), records.read(options.new))
+    if not pairs:
+        raise ValueError("the two have no call in common: nothing can be compared.")
+    report(pairs)
+    return int(any(one.verdict == "slower" and one.ratio > options.fail_over for one in pairs))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The times of one call, old and new."""
+
+    old: Record
+    new: Record
+
+    @property
+    def ratio(self) -> float:
+        """The new time over the old."""
+        return (self.new.ms_p50 or 0) / (self.old.ms_p50 or 0)
+
+    @property
+    def verdict(self) -> str:
+        """Whether it is faster or slower, by more than the noise."""
+        (old_low, old_high), (new_low, new_high) = spread(self.old), spread(self.new)
+        if new_low > old_high:
+            return "slower"
+        return "faster" if new_high < old_low else ""
+
+
+def spread(record: Record) -> tuple[float, float]:
+    """Between which times the middle 60 % of the rounds lie; predictions have no spread."""
+    middle = record.ms_p50 or 0
+    return record.ms_p20 or middle, record.ms_p80 or middle
+
+
+def paired(old: Iterable[Record], new: Iterable[Record]) -> list[Pair]:
+    """The calls that both have; of several times of a call the newest."""
+    before, after = newest(old), newest(new)
+    return [Pair(record, after[key]) for key, record in before.items() if key in after]
+
+
+def newest(found: Iterable[Record]) -> dict[Any, Record]:
+    """By call, the last of the times that a bench took or predicted."""
+    timed = [one for one in found if one.command == "bench" and one.ms_p50]
+    return {_key(one): one for one in sorted(timed, key=lambda one: one.date)}
+
+
+def _key(record: Record) -> tuple[Any, ...]:
+    return case(record), record.provider, record.measured
+
+
+def time_revisions(
+    revisions: Sequence[str], flags: Sequence[str], folder: Path
+) -> tuple[list[Record], list[Record]]:
+    """The records of benches of two git revisions, taking turns."""
+    rounds: dict[str, list[Record]] = {"old": [], "new": []}
+    with worktree(revisions[0], folder / "old"), worktree(revisions[1], folder / "new"):
+        for name in ["old", "new", "new", "old"] * _TURNS:
+            out = folder / f"{len(rounds['old'])}-{len(rounds['new'])}-{name}"
+            command = [sys.executable, "-m", "perf", "bench", *flags, "--out", str(out)]
+            _run(command, folder / name)
+            rounds[name] += records.read(out)
+    return merged(rounds["old"]), merged(rounds["new"])
+
+
+@contextmanager
+def worktree(revision: str, folder: Path) -> Iterator[None]:
+    """A checkout of a revision, while it is the active context."""
+    here = Path(__file__).parent
+    _run(["git", "worktree", "add", "--quiet", "--detach", str(folder), revision], here)
+    try:
+        yield
+    finally:
+        _run(["git", "worktree", "remove", "--force", str(folder)], here)
+
+
+def _run(command: Sequence[str], folder: Path) -> None:
+    status = subprocess.run(command, cwd=folder).returncode
+    if status > 1:  # 1: triton_gn was wrong somewhere, which the records say
+        raise ValueError(f"`{shlex.join(command)}` failed with exit status {status} in {folder}.")
+
+
+def merged(found: Iterable[Record]) -> list[Record]:
+    """One record for each call of several benches: the median of medians, the widest spread."""
+    calls: dict[Any, list[Record]] = defaultdict(list)
+    for one in found:
+        if one.ms_p50:
+            calls[_key(one)].append(one)
+    return [
+        replace(
+            same[-1],
+            ms_p20=min(spread(one)[0] for one in same),
+            ms_p50=median(one.ms_p50 or 0 for one in same),
+            ms_p80=max(spread(one)[1] for one in same),
+        )
+        for same in calls.values()
+    ]
+
+
+def report(pairs: Sequence[Pair]) -> None:
+    """Print each call, and the providers' geometric means."""
+    origins = (" ".join((r.device, r.commit[:12])) for r in (pairs[0].old, pairs[0].new))
+    table = Table(title=" → ".join(origins), box=SIMPLE_HEAD, expand=True, padding=0)
+    table.add_column("workload", no_wrap=True, ratio=1)
+    for title in ("call, L2", "provider"):
+        table.add_column(title)
+    for title in ("old ms", "new ms", "ratio"):
+        table.add_column(title, justify="right")
+    table.add_column("")
+    ratios = defaultdict(list)
+    for one in pairs:
+        old, new = one.old, one.new
+        ratios[old.provider].append(one.ratio)
+        table.add_row(
+            f"{old.shape} {old.workload}",
+            f"{old.direction}, {old.cache}",
+            Text(old.provider),
+            f"{old.ms_p50:.4g}",
+            f"{new.ms_p50:.4g}",
+            f"{one.ratio:.3f}",
+            one.verdict,
+        )
+    table.add_section()
+    for provider, of_one in ratios.items():
+        mean = f"{geometric_mean(of_one):.3f}"
+        table.add_row("geometric mean", f"{len(of_one)} calls", Text(provider), "", "", mean, "")
+    Console().print(table)

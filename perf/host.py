@@ -1,0 +1,178 @@
+"""What a call costs the host, as ratios within one run: calls take turns, medians count.
+
+Launches go to the GPU, or without one to a stand-in for its driver that launches nothing. Calls on
+a small CPU tensor are compared with PyTorch's.
+"""
+
+import argparse
+import contextlib
+import timeit
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from statistics import median
+from typing import Any
+from unittest import mock
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import triton_gn
+from perf import standin
+from perf.providers import floor
+from triton_gn.ops import autograd, launch, layout, prepared
+from triton_gn.ops.launch import Launch
+from triton_gn.ops.settings import Settings
+from triton_gn.timing import Call
+from triton_gn.trial import EPS
+from triton_gn.workloads import Workload
+
+WORKLOAD = Workload("", 2, 320, 32, (64, 64), activation="silu")
+LOOK_UP, READY = "its look-up", "the ready call"
+OWN, COPY = "kernel[grid] of its kernels", "kernel[grid] of a copy"
+
+Calls = Mapping[str, Call]
+Costs = dict[str, list[float]]  # microseconds of a call in each round
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of the command."""
+    parser.add_argument("--calls", type=int, default=2000, metavar="N", help="in each round")
+    parser.add_argument("--rounds", type=int, default=9, metavar="N")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print what launches cost, then what calls on the CPU cost; return the exit status."""
+    torch.set_num_threads(1)
+    costs = partial(cost, number=options.calls, rounds=options.rounds)
+    has_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if has_gpu else torch.device("cpu")
+    where = torch.cuda.get_device_name() if has_gpu else "a stand-in for a GPU's driver"
+    prepared.forget()
+    with contextlib.nullcontext() if has_gpu else standin.active():
+        for direction in ("forward", "backward"):
+            title = f"{direction}, {WORKLOAD.shape_text}, {WORKLOAD.dtype}, silu\non {where}"
+            report_launching(title, costs(launching(WORKLOAD, direction, device)))
+    prepared.forget()
+    report_on_cpu(costs)
+    return 0
+
+
+def cost(calls: Calls, number: int, rounds: int) -> Costs:
+    """Microseconds of each call, in rounds of so many calls of each in turn."""
+    costs: Costs = {name: [] for name in calls}
+    for call in calls.values():
+        call()
+    for _ in range(rounds):
+        for name, call in calls.items():
+            costs[name].append(timeit.timeit(call, number=number) / number * 1e6)
+    return costs
+
+
+def launching(workload: Workload, direction: str, device: torch.device) -> Calls:
+    """A repeated call and its parts; and Triton's own way to launch, of the same and of less."""
+    operands, settings = workload.operands(device), Settings()
+    x, groups, activation = operands.x, workload.groups, workload.activation
+    stats = launch.statistics(x, workload.n, groups, 3).zero_()
+    y = dy = layout.empty_like(x).zero_()
+    grads = autograd.empty_gradients(operands, [t is not None for t in operands])
+    describe: Callable[..., list[Launch]]
+    given: dict[str, Any]
+    tensors: tuple[Tensor | None, ...]
+    if direction == "forward":
+        ready = partial(prepared.forward, operands, y, None, groups, EPS, activation, settings)
+        tensors = (*operands, y, None)
+        describe, given = launch.forward_launches, {"y": y, "stats": None, "eps": EPS}
+    else:
+        ready = partial(prepared.backward, dy, stats, operands, grads, groups, activation, settings)
+        tensors = (*operands, dy, stats, *grads.values())
+        describe, given = launch.backward_launches, {"dy": dy, "stats": stats, "grads": grads}
+    look_up = f"_prepare_{direction}"
+    find = getattr(prepared, look_up)
+    ready()  # the cache keeps this call's key; the next one has its own, as all that follow
+    with prepared.recording() as calls, mock.patch.object(prepared, look_up, wraps=find) as asked:
+        ready()
+    (call,) = calls
+    own = describe(call.problem, call.config, operands=operands, **given)
+    return {
+        LOOK_UP: partial(find, *asked.call_args.args),
+        "its binding and launches": partial(call, *tensors),
+        READY: ready,
+        OWN: by_triton(own, device),
+        COPY: floor("forward", x.nbytes, device),
+    }
+
+
+def by_triton(launches: Sequence[Launch], device: torch.device) -> Callable[[], None]:
+    """A call of ``kernel[grid]`` for each launch."""
+    nvidia = device.type == "cuda" and torch.version.hip is None
+    calls = []
+    for one in launches:
+        arguments = one.arguments_on(nvidia)
+        values = [arguments[name] for name in one.kernel.arg_names]
+        calls.append(partial(one.kernel[(one.grid,)], *values, **one.options(nvidia)))
+
+    def run_all() -> None:
+        for call in calls:
+            call()
+
+    return run_all
+
+
+def report_launching(title: str, costs: Costs) -> None:
+    """Print the costs, and over those of Triton's own ways to launch."""
+    table = Table(title=title, box=SIMPLE_HEAD, show_edge=False)
+    table.add_column("")
+    for name in ("us", f"over {OWN}", f"over {COPY}"):
+        table.add_column(Text(name), justify="right", max_width=16)
+    for name, of_rounds in costs.items():
+        table.add_row(
+            Text(name),
+            f"{median(of_rounds):.2f}",
+            *(f"{_ratio(of_rounds, costs[other]):.3f}" for other in (OWN, COPY)),
+        )
+    Console().print(table)
+    share = _ratio(costs[LOOK_UP], costs[COPY])
+    print(f"The look-up takes {share:.3f} of {COPY}; at most 0.2 is asked for.\n")
+
+
+def on_cpu() -> dict[str, tuple[Call, Call]]:
+    """Calls of PyTorch and of triton_gn on a tensor so small that the host's part is all."""
+    weight, bias = torch.ones(6), torch.zeros(6)
+    mine, torchs = triton_gn.GroupNorm(2, 6), nn.GroupNorm(2, 6)
+    fused = triton_gn.GroupNorm(2, 6, activation="silu")
+    unfused = nn.Sequential(torchs, nn.SiLU())
+    found: dict[str, tuple[Call, Call]] = {}
+    for kind in ("no gradient", "recording"):
+        x = torch.randn(2, 6, 2, 2, requires_grad=kind == "recording")
+        arguments = x, 2, weight, bias
+        found |= {
+            f"group_norm, {kind}": (
+                partial(F.group_norm, *arguments),
+                partial(triton_gn.group_norm, *arguments),
+            ),
+            f"GroupNorm, {kind}": (partial(torchs, x), partial(mine, x)),
+            f"GroupNorm and SiLU, {kind}": (partial(unfused, x), partial(fused, x)),
+        }
+    return found
+
+
+def report_on_cpu(costs: Callable[[Calls], Costs]) -> None:
+    """Print what triton_gn's calls on the CPU cost, over PyTorch's."""
+    table = Table(title="on the CPU, 2x6x2x2, float32", box=SIMPLE_HEAD, show_edge=False)
+    table.add_column("")
+    for name in ("PyTorch us", "triton_gn us", "over PyTorch"):
+        table.add_column(name, justify="right")
+    for name, (theirs, ours) in on_cpu().items():
+        found = costs({"theirs": theirs, "ours": ours})
+        medians = (f"{median(of_rounds):.2f}" for of_rounds in found.values())
+        table.add_row(name, *medians, f"{_ratio(found['ours'], found['theirs']):.3f}")
+    Console().print(table)
+
+
+def _ratio(a: Sequence[float], b: Sequence[float]) -> float:
+    return median(x / y for x, y in zip(a, b, strict=True))
