@@ -1,5 +1,6 @@
 PYTHON ?= python3
 TRITON_VERSIONS := 3.6 3.9
+TARGET := sm_90
 # Triton 3.6's interpreter makes scalars of one-element arrays, which NumPy 2.4 refuses.
 REQUIRES_3.6 := 'numpy<2.4'
 
@@ -51,10 +52,10 @@ esac
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format matrix $(MATRIX) wheel clean
+.PHONY: help demo test lint format compile-all matrix $(MATRIX) wheel clean
 
 help: ## List these targets
-	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' Makefile | expand -t 12
+	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 12
 
 demo: .venv/.installed ## Train one network with PyTorch's GroupNorm and with triton_gn's
 	@env -u TRITON_INTERPRET $(BIN)/python examples/digits.py
@@ -70,6 +71,10 @@ lint: .venv/.installed ## Check style, format and types
 format: .venv/.installed ## Format the code and repair what ruff can
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
+
+compile-all: .venv/.installed ## Compile the plans of all perf/workloads.csv for an H100; TARGET=sm_80 for another
+	$(BIN)/python -m triton_gn inspect --workloads perf/workloads.csv --direction both \
+	  --target $(TARGET)
 
 matrix: $(MATRIX) ## Run the kernel tests on the oldest and the newest Triton
 

@@ -99,8 +99,7 @@ class Result:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of ``python -m triton_gn tune``."""
-    workloads.add_arguments(parser, direction="both")
-    (which,) = parser._mutually_exclusive_groups
+    which = workloads.add_arguments(parser, direction="both")
     which.add_argument(
         "--model",
         metavar="MODULE:FACTORY",

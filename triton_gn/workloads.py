@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -183,8 +184,11 @@ def _from_row(row: dict[str, str], name: str) -> Workload:
     )
 
 
-def add_arguments(parser: argparse.ArgumentParser, direction: str) -> None:
-    """The flags that name problems; ``direction`` is the default of ``--direction``."""
+def add_arguments(parser: argparse.ArgumentParser, direction: str) -> Any:
+    """The flags that name problems, and the group of those of which one is needed.
+
+    ``direction`` is the default of ``--direction``.
+    """
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--shape", metavar="NxCxHxW", help="one problem, such as 2x320x64x64")
     which.add_argument(
@@ -198,6 +202,7 @@ def add_arguments(parser: argparse.ArgumentParser, direction: str) -> None:
     parser.add_argument("--activation", choices=ACTIVATIONS, default="none")
     parser.add_argument("--fused", default="", metavar="A,B", help=f"some of {','.join(FUSED)}")
     parser.add_argument("--direction", choices=(*DIRECTIONS, "both"), default=direction)
+    return which
 
 
 def from_arguments(options: argparse.Namespace) -> list[Workload]:
