@@ -41,8 +41,10 @@ def test_layers_of_real_models_compile_well(workload: Workload, direction: str) 
     if one.config.strategy == "split" or one.problem.vec * one.problem.itemsize < 16:
         assert one.access_bytes == one.widest_access_bytes
     if one.config.strategy == "resident":
-        # parameters and their gradients' parts are small beside the tensors, but for few pixels
-        assert one.bytes_moved <= 1.05 * one.bytes_minimum + 16 * one.problem.n * workload.channels
+        # besides, for each sample: weight and bias read, parts of their gradients written and read
+        per_channel = 2 * 4 + 2 * (4 + 4)
+        besides = per_channel * one.problem.n * workload.channels
+        assert one.bytes_moved <= 1.01 * one.bytes_minimum + besides
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
