@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status: 0 well, 1 it found something wrong, 2 it could not
-    run."""
+    run, 130 after Ctrl-C."""
     try:
         from perf import bench, compare, host, plot, sweep
     except ModuleNotFoundError as error:
@@ -32,6 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return status
 
 

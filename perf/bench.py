@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import geometric_mean
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from rich.box import SIMPLE_HEAD
@@ -43,6 +43,7 @@ from triton_gn.workloads import Workload
 
 WORKLOADS = Path(__file__).with_name("workloads.csv")
 CACHES = ("cold", "warm")
+_T = TypeVar("_T")
 _NO_GPU = """\
 bench: kernels are timed on a GPU, but torch.cuda.is_available() is False here.
 What the model expects of a GPU takes none, and is marked as predicted:
@@ -124,6 +125,13 @@ def listed(text: str, allowed: Iterable[str]) -> list[str]:
     return [name for name in names if name in wanted]
 
 
+def tracked(work: Iterable[_T], count: int, what: str) -> Iterable[_T]:
+    """The same, with a bar and the time left on a terminal."""
+    console = Console(stderr=True)
+    hidden = not console.is_terminal
+    return track(work, what, total=count, console=console, transient=True, disable=hidden)
+
+
 class Bench:
     """A run on a device."""
 
@@ -144,20 +152,19 @@ class Bench:
 
     def run(self, chosen: list[Workload]) -> int:
         """Measure what is missing, print it, and return the exit status."""
-        console = Console(stderr=True, highlight=False, markup=False)
         for name, reason in self.absent.items():
-            console.print(f"without {name}: {reason}")
+            print(f"without {name}: {reason}", file=sys.stderr)
         cases = [(workload, direction) for workload in chosen for direction in self.directions]
         found: list[Record] = []
         interrupted = False
         try:
-            for one_case in track(cases, "timing", console=console, transient=True):
+            for one_case in tracked(cases, len(cases), "timing"):
                 for record in self.records_of(*one_case):
                     save(self.path, [record])
                     found.append(record)
         except KeyboardInterrupt:
             interrupted = True
-            console.print("Interrupted: the same command goes on from here.")
+            print("Interrupted: the same command goes on from here.", file=sys.stderr)
         report(found, self.path)
         return 130 if interrupted else int(any(r.skipped and r.provider == OURS for r in found))
 
@@ -270,13 +277,14 @@ def save(path: Path, found: list[Record], anew: bool = False) -> None:
             f"predicted records, and no others, lie below a folder {PREDICTED.name!r}; got {kind}: "
             f"{path}. Remedy: another --out."
         )
-    target = path.with_suffix(".new") if anew else path
     if anew:
-        target.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        whole = path.with_suffix(".new")
+        whole.write_text("".join(f"{one.to_json()}\n" for one in found))
+        whole.replace(path)
+        return
     for one in found:
-        records.append(target, one)
-    if anew:
-        target.replace(path)
+        records.append(path, one)
 
 
 def _predict(options: argparse.Namespace, chosen: list[Workload], gpu: Device) -> int:

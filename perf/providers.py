@@ -200,7 +200,8 @@ class Call:
         return (self._compute(self._operands),)
 
     def _backward(self) -> tuple[Tensor, ...]:
-        # autograd runs a backward on its forward's stream, which a capture must not leave
+        # autograd runs a backward on its forward's stream, which a capture must not leave; what an
+        # earlier capture has used may go, as it is not replayed any more
         stream = torch.cuda.current_stream() if self._dy.is_cuda else None
         if self._kept is None or self._kept[0] != stream:
             self._kept = stream, self._compute(self._recording)

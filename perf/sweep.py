@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from perf import bench
@@ -87,16 +86,16 @@ class Sweep:
 
     def __str__(self) -> str:
         one = self.workload
-        words = one.shape_text, one.groups, one.dtype, one.param_dtype, one.layout, one.activation
-        return "-".join(map(str, ("sweep", self.target, *words, *one.fused, self.direction)))
+        words = one.shape_text, f"g{one.groups}", one.dtype, one.param_dtype, one.layout
+        return " ".join(("sweep", self.target, *words, one.activation, *one.fused, self.direction))
 
 
 def run(options: argparse.Namespace, device: torch.device | None = None) -> int:
     """Sweep as the flags say, on the current GPU unless given another device.
 
     Returns:
-        The exit status: 0 well, 1 if the rule's own plan is wrong or fails, 2 if nothing can be
-        timed here.
+        The exit status: 0 well, 1 if the rule's own plan is wrong or fails or a problem is too
+        large, 2 if nothing can be timed here.
     """
     if options.candidates is not None and options.candidates < 1:
         raise ValueError(f"--candidates must be at least 1; got {options.candidates}.")
@@ -125,7 +124,13 @@ def _sweep(
 ) -> int:
     status = 0
     for sweep in sweeps:
-        found = sweep.records(look(sweep, sweep.plans(options.candidates)))
+        try:
+            said = look(sweep, sweep.plans(options.candidates))
+        except torch.OutOfMemoryError:
+            print(f"{sweep}: the GPU has no room for it beside its answer in float64\n")
+            status = 1
+            continue
+        found = sweep.records(said)
         folder = bench.folder_of(options.out, sweep.gpu, measured=not sweep.target)
         path = folder / f"{slug(str(sweep))}.jsonl"
         bench.save(path, found, anew=True)
@@ -153,10 +158,9 @@ def compilers() -> ProcessPoolExecutor:
 
 def compile_all(pool: Executor, sweep: Sweep, plans: Sequence[Config]) -> Said:
     """What compiling says of plans."""
-    said = pool.map(partial(_compiled, sweep), plans)
-    return dict(
-        zip(plans, _tracked(said, len(plans), f"compiling for {sweep.target}"), strict=True)
-    )
+    compiled = pool.map(partial(_compiled, sweep), plans)
+    said = bench.tracked(compiled, len(plans), f"compiling for {sweep.target}")
+    return dict(zip(plans, said, strict=True))
 
 
 def _compiled(sweep: Sweep, plan: Config) -> dict[str, Any]:
@@ -177,7 +181,7 @@ def time_all(device: torch.device, sweep: Sweep, plans: Sequence[Config]) -> Sai
     """What running says of plans: the right ones are timed in turn."""
     trial = Trial(sweep.workload, device)
     checked = (_checked(trial, sweep.direction, plan) for plan in plans)
-    said = dict(zip(plans, _tracked(checked, len(plans), "checking"), strict=True))
+    said = dict(zip(plans, bench.tracked(checked, len(plans), "checking"), strict=True))
     right = [plan for plan in plans if "skipped" not in said[plan]]
     calls = [partial(trial.run, sweep.direction, plan) for plan in right]
     times = timing.measure(calls, device, cold=True) if calls else []
@@ -196,10 +200,6 @@ def _checked(trial: Trial, direction: str, plan: Config) -> dict[str, Any]:
         return {"skipped": f"wrong: {fault}"}
     error_of_plan = error_of(trial.outputs(direction), trial.expected(direction))
     return {"error": error_of_plan, "spill_bytes": spilled}
-
-
-def _tracked(said: Iterable[dict[str, Any]], count: int, what: str) -> Iterable[dict[str, Any]]:
-    return track(said, what, total=count, console=Console(stderr=True), transient=True)
 
 
 def _is_rule(record: Record) -> bool:

@@ -38,8 +38,7 @@ def test_layers_of_real_models_compile_well(workload: Workload, direction: str) 
     """As ``make compile-all`` finds it for all of perf/workloads.csv."""
     one = inspect(workload, direction, "sm_90")
     assert one.spill_bytes == 0
-    if one.config.strategy == "split" or one.problem.vec * one.problem.itemsize < 16:
-        assert one.access_bytes == one.widest_access_bytes
+    assert one.access_bytes == one.widest_access_bytes
     if one.config.strategy == "resident":
         # besides, for each sample: weight and bias read, parts of their gradients written and read
         per_channel = 2 * 4 + 2 * (4 + 4)

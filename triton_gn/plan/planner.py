@@ -87,7 +87,8 @@ def plan_by_rule(
     ]
     if not best:
         raise ValueError(_no_plan(problem, strategies, groups))
-    if is_always_resident(problem) and _is_wide(problem, best[0]):
+    best = [config for config in best if _is_wide(problem, config)] or best
+    if is_always_resident(problem):
         return best[0]
     return min(best, key=lambda config: estimate(problem, config, device).us)
 
