@@ -4,6 +4,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from triton_gn.__main__ import run_command
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status: 0 well, 1 it found something wrong, 2 it could not
@@ -15,26 +17,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
     parser = argparse.ArgumentParser(prog="python -m perf", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, module, text in (
+    return run_command(
+        parser,
+        arguments,
         ("bench", bench, "time all providers of GroupNorm on this GPU"),
         ("sweep", sweep, "time the plans of a problem, or compile them for other GPUs"),
         ("compare", compare, "compare two results, or two git revisions on this GPU"),
         ("plot", plot, "draw results as figures"),
         ("host", host, "what a call costs the host, with or without a GPU"),
-    ):
-        command = commands.add_parser(name, help=text, description=module.__doc__)
-        module.add_arguments(command)
-        command.set_defaults(run=module.run)
-    options = parser.parse_args(arguments)
-    try:
-        status: int = options.run(options)
-    except (OSError, ValueError) as error:
-        print(f"{parser.prog}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return status
+    )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ import torch
 from triton_gn import timing, tune
 from triton_gn.plan import Device, Problem, candidates, estimate, plan_by_rule, tuned
 from triton_gn.plan.tuned import Entry
-from triton_gn.trial import problem_of
 from triton_gn.workloads import Workload
 
 H100 = Device()
@@ -131,7 +130,7 @@ def test_workload_of_a_problem_poses_it(channels_last: bool, pixels: int, direct
         direction, 2, 8, 2, pixels, "float16", channels_last or pixels == 1, "relu",
         pre_add=True, residual=True,
     )  # fmt: skip
-    assert problem_of(tune._workload_of(problem), direction) == problem
+    assert tune._workload_of(problem).problem(direction) == problem
 
 
 @pytest.mark.parametrize("most", [1, 2, 7, 1000])

@@ -3,11 +3,12 @@
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status: 0 well, 1 it found something wrong, 2 it could not
-    run."""
+    run, 130 after Ctrl-C."""
     try:
         from triton_gn import inspection, tune
     except ModuleNotFoundError as error:
@@ -15,11 +16,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
     parser = argparse.ArgumentParser(prog="python -m triton_gn", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, module, text in (
+    return run_command(
+        parser,
+        arguments,
         ("inspect", inspection, "compile plans for any GPU, present or not, and report"),
         ("tune", tune, "search for faster plans on this GPU and keep them in a table"),
-    ):
+    )
+
+
+def run_command(
+    parser: argparse.ArgumentParser,
+    arguments: Sequence[str] | None,
+    *named: tuple[str, Any, str],
+) -> int:
+    """Run the command that the arguments name, of modules with ``add_arguments`` and ``run``, each
+    given with its name and what it does; return its exit status."""
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, module, text in named:
         command = commands.add_parser(name, help=text, description=module.__doc__)
         module.add_arguments(command)
         command.set_defaults(run=module.run)
@@ -29,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return status
 
 

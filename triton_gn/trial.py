@@ -12,19 +12,13 @@ from torch import Tensor
 
 from triton_gn import reference
 from triton_gn.ops import autograd, launch, layout, prepared, settings
-from triton_gn.plan import Config, Problem
+from triton_gn.plan import Config
 from triton_gn.reference import Operands, compute_dtype
 from triton_gn.workloads import Workload
 
 EPS = 1e-5
 # what sums of many terms may lose in float32 and in float64; tests/kernels asks for ten times less
 _ARITHMETIC = {torch.float32: 1e-5, torch.float64: 1e-12}
-
-
-def problem_of(workload: Workload, direction: str) -> Problem:
-    """The problem that a call with the workload's operands poses: of one pixel, channels-last."""
-    operands = _given(workload.operands("meta"), direction, workload.activation)
-    return launch.problem_of(direction, operands, workload.groups, workload.activation)
 
 
 def _given(operands: Operands, direction: str, activation: str) -> Operands:

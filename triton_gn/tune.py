@@ -43,7 +43,7 @@ from triton_gn.plan import (
 from triton_gn.plan.planner import forget_plans
 from triton_gn.plan.tuned import Entry
 from triton_gn.timing import Times
-from triton_gn.trial import Trial, problem_of
+from triton_gn.trial import Trial
 from triton_gn.workloads import DIRECTIONS, Workload
 
 Stopwatch = Callable[..., Sequence[Times]]  # ``timing.measure``, or one with its signature
@@ -213,7 +213,7 @@ def tune(
         TuneError: the rule's own plan does not run or gives a wrong answer.
         torch.OutOfMemoryError: the operands, or their answer in float64, do not fit.
     """
-    problem, trial = problem_of(workload, direction), Trial(workload, device)
+    problem, trial = workload.problem(direction), Trial(workload, device)
     rule, *others = shortlist(problem, launch.gpu(device), most)
     fault = _fault(trial, direction, rule, may_spill=True)
     if fault is not None:
@@ -339,7 +339,7 @@ def _jobs(options: argparse.Namespace) -> dict[Problem, Workload]:
     else:
         pairs = [(_workload_of(problem), problem.direction) for problem in met_by(options.model)]
     wanted = workloads.directions_of(options)
-    return {problem_of(one, direction): one for one, direction in pairs if direction in wanted}
+    return {one.problem(direction): one for one, direction in pairs if direction in wanted}
 
 
 def _workload_of(problem: Problem) -> Workload:

@@ -2,7 +2,6 @@
 
 import argparse
 import csv
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from triton_gn.ops import launch
 from triton_gn.plan import Problem
 from triton_gn.reference import ACTIVATIONS, Operands
 
@@ -82,21 +82,10 @@ class Workload:
 
     def problem(self, direction: str) -> Problem:
         """What its forward or backward launches have to solve."""
-        residual = "residual" in self.fused
+        operands = self.operands("meta")
         if direction == "backward" and self.activation == "none":
-            residual = False  # its gradient is dy itself
-        return Problem(
-            direction,
-            self.n,
-            self.channels,
-            self.groups,
-            math.prod(self.spatial),
-            self.dtype,
-            self.layout == "channels_last" or math.prod(self.spatial) == 1,  # adjacent either way
-            self.activation,
-            pre_add="pre_add" in self.fused,
-            residual=residual,
-        )
+            operands = operands._replace(residual=None)  # its gradient is dy itself
+        return launch.problem_of(direction, operands, self.groups, self.activation)
 
     def operands(self, device: str | torch.device, seed: int = 0) -> Operands:
         """Random operands on a device, or on "meta" their shapes alone: x and what is per sample

@@ -16,13 +16,13 @@ from triton_gn import timing, tune
 from triton_gn.ops import launch, prepared
 from triton_gn.plan import Config, Problem, fields_of, plan, plan_by_rule, planner, tuned
 from triton_gn.timing import Times
-from triton_gn.trial import Trial, error_of, problem_of
+from triton_gn.trial import Trial, error_of
 from triton_gn.workloads import Workload
 
 FLAGS = "--shape 1x4x6x5 --groups 2 --dtype float32 --activation silu --candidates 4"
 SHAPE = tuple(FLAGS.split(" "))
 WORKLOAD = Workload("1x4x6x5", 1, 4, 2, (6, 5), "float32", activation="silu")
-FORWARD, BACKWARD = (problem_of(WORKLOAD, direction) for direction in ("forward", "backward"))
+FORWARD, BACKWARD = (WORKLOAD.problem(direction) for direction in ("forward", "backward"))
 
 
 class Stopwatch:

@@ -134,7 +134,9 @@ def _hooks() -> Any:
 def _is_observed() -> bool:
     """Whether a profiler wants to hear of launches: Triton's own way tells it."""
     hooks = _hooks()
-    return bool(hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls)
+    enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
+    # chains of hooks, unless somebody has put one hook or None in their place
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
 
 
 def _tensors_in(value: Any) -> Iterator[Tensor]:
