@@ -20,7 +20,11 @@ class StandIn:
 
     def __init__(self, launched: Launched) -> None:
         self.utils = self
-        self.launcher_cls = lambda source, metadata: launched
+        self.launched = launched
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Launched:
+        """Triton keeps a kernel and its launcher for longer than a driver is active."""
+        return lambda *arguments: driver.active.launched(*arguments)
 
     def load_binary(self, name: str, *_: Any) -> tuple[None, str, int, int, int]:
         """Module, function, registers, spills and the most threads of a program."""

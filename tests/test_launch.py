@@ -114,6 +114,19 @@ def test_a_profiler_hears_of_each_launch(launches: Launches, hook: str) -> None:
     assert handed == ["told"]
 
 
+@pytest.mark.parametrize("hook", [None, lambda _: None])
+def test_a_plain_hook_or_none_is_borne(
+    launches: Launches, hook: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In place of Triton's chain of them."""
+    from triton import knobs
+
+    monkeypatch.setattr(knobs.runtime, "launch_enter_hook", hook)
+    for _ in range(2):
+        run("forward", Workload("", 2, 24, 3, (8, 8)), "resident")
+    assert len(launches) == 2
+
+
 @pytest.mark.parametrize(
     "change",
     [
