@@ -54,6 +54,7 @@ def problems(draw: st.DrawFn) -> Problem:
         activation=draw(st.sampled_from(list(ACTIVATIONS))),
         pre_add=draw(st.booleans()),
         residual=draw(st.booleans()),
+        per_sample=pixels == 1 and draw(st.booleans()),
     )
 
 
@@ -98,6 +99,10 @@ def test_sub_tiles_and_chunks_cover_the_block_and_none_is_empty(problem: Problem
     config = plan(problem, H100)
     tile = config.tile
     rows, cols = block_extent(problem, tile.groups)
+    parts_of_batch = problem.n
+    if tile.stacked:
+        rows = tile.rows  # each of a stack is one sample
+        parts_of_batch = math.ceil(problem.n / tile.rows)
     if problem.channels_last:
         channels, per_channel_tile, pixels, per_pixel_tile = cols, tile.cols, rows, tile.rows
     else:
@@ -118,7 +123,19 @@ def test_sub_tiles_and_chunks_cover_the_block_and_none_is_empty(problem: Problem
         assert at_a_time.bit_count() == 1
         assert at_a_time * tile.group_slots <= MAX_SLOTS
     blocks = math.ceil(problem.groups / tile.groups)
-    assert config.programs(problem) == problem.n * blocks * config.slots
+    assert config.programs(problem) == parts_of_batch * blocks * config.slots
+
+
+def test_samples_of_one_pixel_are_stacked() -> None:
+    """A program of each would be tiny, and leave a part of the gradients larger than itself."""
+    for direction in ("forward", "backward"):
+        problem = Problem(direction, 4096, 1024, 16, 1, "bfloat16", channels_last=True)
+        config = plan(problem, H100)
+        assert config.tile.stacked
+        assert config.tile.rows >= 8
+        per_sample = replace(problem, per_sample=True)
+        assert not plan(per_sample, H100).tile.stacked
+        assert not plan(replace(problem, pixels=2), H100).tile.stacked
 
 
 @for_any_problem
@@ -126,7 +143,7 @@ def test_sub_tiles_and_chunks_cover_the_block_and_none_is_empty(problem: Problem
 def test_masks_are_left_out_only_where_the_sub_tiles_end_with_the_tensor(problem: Problem) -> None:
     config = plan(problem, H100)
     tile = config.tile
-    rows, cols = block_extent(problem, tile.groups)
+    rows, cols = block_extent(problem, tile.groups, tile.stacked)
     row_tiles, col_tiles = tile.channel_tiles, tile.pixel_tiles
     if problem.channels_last:
         row_tiles, col_tiles = col_tiles, row_tiles

@@ -128,7 +128,7 @@ def test_shape_with_everything() -> None:
 def test_workload_of_a_problem_poses_it(channels_last: bool, pixels: int, direction: str) -> None:
     problem = Problem(
         direction, 2, 8, 2, pixels, "float16", channels_last or pixels == 1, "relu",
-        pre_add=True, residual=True,
+        pre_add=True, residual=True, per_sample=pixels == 1,
     )  # fmt: skip
     assert tune._workload_of(problem).problem(direction) == problem
 

@@ -51,6 +51,7 @@ def explain(
     activation: str | None = None,
     pre_add: bool = False,
     residual: bool = False,
+    per_sample: bool = False,
 ) -> Explanation:
     """Say which plan ``group_norm(input, num_groups)`` takes under this thread's settings, and why.
 
@@ -61,6 +62,8 @@ def explain(
         activation: as for group_norm.
         pre_add: whether there is one.
         residual: whether there is one.
+        per_sample: whether scale, shift or pre_add have values of their own for each sample; it
+            matters to samples of one pixel.
 
     Raises:
         TypeError, ValueError: as group_norm; an empty input or another direction.
@@ -72,7 +75,12 @@ def explain(
         raise ValueError(f"explain: an empty input runs no kernel; got shape {tuple(input.shape)}.")
     current = settings.current()
     x, _ = layout.native(input)
-    operands = Operands(x, pre_add=x if pre_add else None, residual=x if residual else None)
+    operands = Operands(
+        x,
+        scale=x if per_sample else None,
+        pre_add=x[:1] if pre_add else None,
+        residual=x if residual else None,
+    )
     problem = launch.problem_of(direction, operands, num_groups, activation or "none")
     device = launch.gpu(x.device)
     config = plan(problem, device, current.batch_invariant, current.plan_override)

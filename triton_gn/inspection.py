@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
+_PER_CHANNEL = set(Operands._fields) - {"x", "residual"}
 _ACTIVATIONS = {f"{name}_ptr" for name in ("x", "y", "dy", "dx", "residual", "dresidual")}
 
 
@@ -183,22 +184,19 @@ def _at_a_time(kernel: Kernel, device: Device) -> int:
 
 def _bytes_moved(one: Launch, problem: Problem, config: Config) -> int:
     """What a launch asks memory for. What a program asks for again in a loop, L1 serves."""
+    rows = config.parts(problem) * config.chunks  # that have programs of their own
     by_all = {"stats_ptr"} if problem.direction == "backward" else set()
     if "apply" in one.kernel.__name__:
         by_all.add("partials_ptr")
     total = 0
     for name, tensor in pointers_of(one):
         times = 1
-        if name.removesuffix("_ptr") in Operands._fields and tensor.numel() <= _per_sample(problem):
-            times = config.chunks * _per_sample(problem) // tensor.numel()
+        if name.removesuffix("_ptr") in _PER_CHANNEL:
+            times = rows * problem.channels // tensor.numel()
         elif name in by_all:  # the programs of a group
             times = config.slots
         total += times * tensor.nbytes
     return total
-
-
-def _per_sample(problem: Problem) -> int:
-    return problem.n * problem.channels
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -344,12 +344,11 @@ def _jobs(options: argparse.Namespace) -> dict[Problem, Workload]:
 
 def _workload_of(problem: Problem) -> Workload:
     """One with a single spatial size, which is the same to the kernels."""
-    fused = tuple(name for name in ("pre_add", "residual") if getattr(problem, name))
     layout = "channels_last" if problem.channels_last else "contiguous"
     return Workload(
         f"{problem.n}x{problem.channels}x{problem.pixels}", problem.n, problem.channels,
         problem.groups, (problem.pixels,), problem.dtype, layout=layout,
-        activation=problem.activation, fused=fused,
+        activation=problem.activation, fused=problem.fused,
     )  # fmt: skip
 
 

@@ -98,6 +98,8 @@ def load_dzs(
                 x = xs[c * TILE.pixel_tiles + p]
                 z = load_z(x, residual_ptr, gain, offset, pre_add, stats, window, c, p, TILE)
                 dz = activation_gradient(dz, z, ACTIVATION, NVIDIA)
+                if TILE.stacked:  # a sample that is not there has no statistics
+                    dz = zero_outside(dz, window, c, p, TILE)
             if dresidual_ptr is not None:
                 store_tile(dresidual_ptr, dz, window, c, p, TILE)
             dzs = dzs + (dz,)

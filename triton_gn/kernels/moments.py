@@ -46,7 +46,8 @@ def window_count(window, groups, TILE: tl.constexpr, dtype: tl.constexpr):
     else:
         per_group = tl.full([1], TILE.group_channels, dtype)
     _, mask = groups_of(window, groups, TILE)
-    return tl.where(mask, window.rows.to(dtype) * per_group, 0.0)
+    rows = 1 if TILE.stacked else window.rows
+    return tl.where(mask, rows * per_group, 0.0)
 
 
 @triton.jit

@@ -52,6 +52,8 @@ def store_param_grads(
     if grads.bias is not None:
         store_channels(grads.bias, dbias, window, c, groups, chunks, TILE)
     gain = load_gain(coeffs, window, c, TILE, dtype)
+    if TILE.stacked:  # of each row its own, which only the accumulators still tell apart
+        dz_sum, dz_x_hat_sum = sums
     return group_sums(dz_sum * gain, TILE), group_sums(dz_x_hat_sum * gain, TILE)
 
 

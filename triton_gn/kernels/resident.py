@@ -22,7 +22,7 @@ def group_norm_forward_resident_kernel(
     x_ptr, residual_ptr, coeffs, y_ptr, stats_ptr, groups, pixels, row_vecs, eps: tl.float64,
     TILE: tl.constexpr, ACTIVATION: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    """One program per ``TILE.groups`` groups of a sample.
+    """One program per ``TILE.groups`` groups of a sample, or per group of a stack of ``pixels``.
 
     Reads x once, residual once unless None, and ``coeffs``; writes y once, and stats (N, G, 3)
     unless None.
@@ -43,10 +43,10 @@ def group_norm_backward_resident_kernel(
     dy_ptr, x_ptr, residual_ptr, coeffs, stats_ptr, dx_ptr, dresidual_ptr, grads, groups, pixels,
     row_vecs, TILE: tl.constexpr, ACTIVATION: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    """One program per ``TILE.groups`` groups of a sample.
+    """One program per ``TILE.groups`` groups of a sample, or per group of a stack of ``pixels``.
 
     Reads dy, x and, unless None, residual once, ``coeffs``, stats (N, G, 3). Writes dx and
-    dresidual once, and the sample's row of each of ``grads`` (N, C); each unless None.
+    dresidual once, and its sample's or stack's row of each of ``grads``; each unless None.
     """
     dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     window = whole_window(tl.program_id(0), groups, pixels, row_vecs, TILE)

@@ -15,6 +15,9 @@ channel tiles, pixel tiles, channel sums and group sums.
 
 ``span`` is above 1 only where H*W is no multiple of the vector, as for 7x7: that many channels
 together are, so a row of them starts on a vector again.
+
+With one pixel per sample a program takes a *stack* of samples: they are to it the pixels of one
+sample, down the rows, and each row has a group of its own instead of a part of the same one.
 """
 
 from typing import NamedTuple
@@ -129,9 +132,13 @@ def window_of(pid, groups, pixels, row_vecs, chunks, chunk_vecs, TILE: tl.conste
 
 @triton.jit
 def whole_window(pid, groups, pixels, row_vecs, TILE: tl.constexpr):
-    """Window of a resident program: whole groups, all their pixels."""
-    extent = pixels if TILE.channels_last else row_vecs
-    return window_of(pid, groups, pixels, row_vecs, 1, extent, TILE)
+    """Window of a resident program: whole groups, all their pixels; or a stack of ``pixels``."""
+    if TILE.stacked:
+        stacks = tl.cdiv(pixels, TILE.rows)
+        return window_of(pid, groups, pixels, row_vecs, stacks, TILE.rows, TILE)
+    else:
+        extent = pixels if TILE.channels_last else row_vecs
+        return window_of(pid, groups, pixels, row_vecs, 1, extent, TILE)
 
 
 @triton.jit
@@ -334,7 +341,9 @@ def group_sums(values, TILE: tl.constexpr):
     Groups are told apart by selection, never by multiplying with zero, so that a NaN in one group
     stays there.
     """
-    if TILE.groups == 1:
+    if TILE.stacked:
+        return tl.sum(values, axis=1)
+    elif TILE.groups == 1:
         return tl.sum(values) + tl.zeros([1], values.dtype)
     else:
         of_channel = tl.sum(values, axis=0, keep_dims=True)
@@ -344,7 +353,9 @@ def group_sums(values, TILE: tl.constexpr):
 @triton.jit
 def over_groups(values, TILE: tl.constexpr):
     """Per-group values ``[group_slots]``, made to broadcast against a sub-tile."""
-    if TILE.groups == 1:
+    if TILE.stacked:
+        return values[:, None]
+    elif TILE.groups == 1:
         return values[None, :]
     else:
         return tl.sum(tl.where(_group_columns(TILE), values[:, None], 0.0), axis=0, keep_dims=True)
@@ -353,12 +364,17 @@ def over_groups(values, TILE: tl.constexpr):
 @triton.jit
 def group_count(pixels, TILE: tl.constexpr, dtype: tl.constexpr):
     """Elements of a group: ``[group_slots]``."""
-    return tl.full([TILE.group_slots], pixels, dtype) * TILE.group_channels
+    of_group = 1 if TILE.stacked else pixels
+    return tl.full([TILE.group_slots], of_group, dtype) * TILE.group_channels
 
 
 @triton.jit
 def groups_of(window, groups, TILE: tl.constexpr):
     """Groups of the window, counted over the whole batch, and which exist: ``[group_slots]``."""
     slots = tl.arange(0, TILE.group_slots)
-    mask = (slots < TILE.groups) & (window.group + slots < groups)
-    return window.sample.to(tl.int64) * groups + window.group + slots, mask
+    if TILE.stacked:
+        sample = (window.chunk * TILE.rows + slots).to(tl.int64)
+        return sample * groups + window.group, slots < window.rows
+    else:
+        mask = (slots < TILE.groups) & (window.group + slots < groups)
+        return window.sample.to(tl.int64) * groups + window.group + slots, mask

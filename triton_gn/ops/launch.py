@@ -79,17 +79,23 @@ def problem_of(direction: str, operands: Operands, groups: int, activation: str)
     channels_last = layout.is_channels_last(x)
     assert channels_last is not None
     n, channels = x.shape[:2]
+    pixels = x.numel() // (n * channels)
     return Problem(
         direction,
         n,
         channels,
         groups,
-        x.numel() // (n * channels),
+        pixels,
         str(x.dtype).removeprefix("torch."),
         channels_last,
         activation,
         pre_add=operands.pre_add is not None,
         residual=operands.residual is not None,
+        per_sample=pixels == 1
+        and any(
+            values is not None and values.numel() > channels
+            for values in (operands.scale, operands.shift, operands.pre_add)
+        ),
     )
 
 
@@ -101,7 +107,7 @@ def statistics(x: Tensor, *shape: int) -> Tensor:
 def _sizes(problem: Problem, config: Config) -> dict[str, Any]:
     sizes: dict[str, Any] = {
         "groups": problem.groups,
-        "pixels": problem.pixels,
+        "pixels": problem.n if config.tile.stacked else problem.pixels,
         "row_vecs": problem.row_vecs,
         "TILE": _device_tile(config.tile),
     }
@@ -168,6 +174,11 @@ def forward_launches(
     ]
 
 
+def _parts(problem: Problem, config: Config) -> int:
+    """Rows of the partial gradients per channel."""
+    return config.parts(problem) * config.chunks
+
+
 def _param_parts(
     problem: Problem, config: Config, x: Tensor, grads: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -175,7 +186,7 @@ def _param_parts(
 
     A part that is all there is, of one sample in one chunk, is written where the sum belongs.
     """
-    rows = problem.n * config.chunks
+    rows = _parts(problem, config)
     parts, reductions = {}, {}
     for name in _kernels().tile.Params._fields:
         if name not in grads:
@@ -200,7 +211,7 @@ def _reduce(
     problem: Problem, config: Config, reductions: dict[str, Any]
 ) -> tuple[int, dict[str, Any]]:
     """How many programs do the reductions, and their arguments."""
-    rows = problem.n * config.chunks
+    rows = _parts(problem, config)
     totals = [reduction.total_rows for reduction in reductions.values()]
     arguments = {
         "reductions": _all_params(reductions),
@@ -213,7 +224,7 @@ def _reduce(
 def _param_launches(problem: Problem, config: Config, reductions: dict[str, Any]) -> list[Launch]:
     """A launch that does the reductions, if there are any."""
     programs, arguments = _reduce(problem, config, reductions)
-    arguments |= {"rows": problem.n * config.chunks, "channels": problem.channels}
+    arguments |= {"rows": _parts(problem, config), "channels": problem.channels}
     kernel = _kernels().params.group_norm_params_kernel
     return [Launch(kernel, programs, arguments, _PARAM_WARPS)] if reductions else []
 

@@ -74,7 +74,7 @@ def fits(problem: Problem, config: Config) -> str | None:
         return f"groups must be between 1 and {problem.groups}; got {tile.groups}"
     if tile.groups > 1 and not problem.channels_last:
         return f"a contiguous program owns one group; got groups={tile.groups}"
-    rows, cols = block_extent(problem, tile.groups)
+    rows, cols = block_extent(problem, tile.groups, tile.stacked)
     if tile.groups > 1 and tile.cols < cols:
         return f"cols must hold the {cols} channels of {tile.groups} groups; got {tile.cols}"
     if tile.channel_tiles * tile.pixel_tiles > MAX_SUB_TILES:

@@ -49,7 +49,7 @@ def launches(problem: Problem, config: Config) -> int:
     """How many launches a plan takes when all gradients are asked for."""
     backward = problem.direction == "backward"
     if config.strategy == "resident":
-        return 2 if backward and problem.n > 1 else 1
+        return 2 if backward and config.parts(problem) > 1 else 1
     return 3 if backward and problem.pre_add else 2
 
 
@@ -114,6 +114,7 @@ def _sector_waste(problem: Problem, config: Config) -> float:
 def _padding(problem: Problem, config: Config) -> float:
     """Elements of a program's tile over those of the tensor in it."""
     tile = config.tile
-    block = tile.groups * problem.group_elements / config.slots
+    samples = problem.n / config.parts(problem)
+    block = samples * tile.groups * problem.group_elements / config.slots
     held = block if config.strategy == "resident" else min(block, tile.elements)
     return tile.elements / held

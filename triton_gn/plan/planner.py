@@ -141,6 +141,7 @@ def _best(strategy: str, problem: Problem, device: Device, groups: int | None) -
         key=lambda config: (
             excess_registers(problem, config),
             round(estimate(problem, config, device).us, 1),
+            config.parts(problem),  # each reads weight and bias, and leaves parts of gradients
             max(_FEW_SUB_TILES, config.tile.channel_tiles * config.tile.pixel_tiles),
             config.tile.elements,
             config.tile.rows * config.tile.cols,

@@ -13,6 +13,8 @@ class Problem:
 
     ``pixels`` is the product of the spatial sizes, ``dtype`` the input's. ``channels_last`` means
     channels innermost in memory, in any rank. ``pre_add`` and ``residual``: is there one to read?
+    ``per_sample``: do samples of one pixel, of which a program could take many, have values per
+    channel of their own?
     """
 
     direction: str  # "forward" or "backward"
@@ -25,6 +27,13 @@ class Problem:
     activation: str = "none"
     pre_add: bool = False
     residual: bool = False
+    per_sample: bool = False
+
+    @property
+    def fused(self) -> tuple[str, ...]:
+        """Operands that pose this problem where a workload fuses them."""
+        names = [name for name in ("pre_add", "residual") if getattr(self, name)]
+        return tuple(["scale"] * (self.per_sample and not self.pre_add) + names)
 
     @property
     def itemsize(self) -> int:
@@ -77,13 +86,14 @@ class Tile:
     span: int
     group_channels: int
     groups: int  # whole groups side by side; above 1 only channels-last
-    group_slots: int  # the next power of two
+    group_slots: int  # the next power of two; of a stack the rows, as each is another group
     rows: int  # one sub-tile is [rows, cols], both powers of two
     cols: int
     channel_tiles: int  # how many sub-tiles
     pixel_tiles: int
     mask_rows: bool  # do the sub-tiles stick out of the tensor?
     mask_cols: bool
+    stacked: bool  # are the rows samples of one pixel each?
 
     @property
     def elements(self) -> int:
@@ -111,5 +121,9 @@ class Config:
             channels, per_program = tile.group_channels // tile.span, tile.rows
         return self.chunks * -(-channels // (per_program * tile.channel_tiles))
 
+    def parts(self, problem: Problem) -> int:
+        """Samples or stacks of them, which have programs and partial gradients of their own."""
+        return -(-problem.n // self.tile.rows) if self.tile.stacked else problem.n
+
     def programs(self, problem: Problem) -> int:
-        return problem.n * -(-problem.groups // self.tile.groups) * self.slots
+        return self.parts(problem) * -(-problem.groups // self.tile.groups) * self.slots

@@ -23,27 +23,40 @@ def next_power_of_2(n: int) -> int:
 
 
 def make_tile(
-    problem: Problem, groups: int, rows: int, cols: int, channel_tiles: int, pixel_tiles: int
+    problem: Problem,
+    groups: int,
+    rows: int,
+    cols: int,
+    channel_tiles: int,
+    pixel_tiles: int,
+    stacked: bool = False,
 ) -> Tile:
     """A tile with its derived fields; ``pixel_tiles`` sub-tiles are what one step covers."""
     vec, span = problem.vec, problem.span
     if problem.channels_last:
         block = groups * problem.group_channels
-        mask_rows = problem.pixels % (rows * pixel_tiles) != 0
+        mask_rows = (problem.n if stacked else problem.pixels) % (rows * pixel_tiles) != 0
         mask_cols = block % (cols * channel_tiles) != 0 or problem.channels % block != 0
     else:
         mask_rows = problem.group_channels // span % (rows * channel_tiles) != 0
         mask_cols = problem.row_vecs * vec % (cols * pixel_tiles) != 0
     return Tile(
-        problem.channels_last, vec, span, problem.group_channels, groups, next_power_of_2(groups),
-        rows, cols, channel_tiles, pixel_tiles, mask_rows, mask_cols,
+        problem.channels_last, vec, span, problem.group_channels, groups,
+        rows if stacked else next_power_of_2(groups), rows, cols, channel_tiles, pixel_tiles,
+        mask_rows, mask_cols, stacked,
     )  # fmt: skip
 
 
-def block_extent(problem: Problem, groups: int) -> tuple[int, int]:
-    """Memory rows and columns of a block of whole groups of one sample."""
+def can_stack(problem: Problem, groups: int) -> bool:
+    """Whether a block of one group may be that of many samples, one in each row."""
+    one_pixel = problem.channels_last and problem.pixels == 1
+    return one_pixel and groups == 1 and not problem.per_sample
+
+
+def block_extent(problem: Problem, groups: int, stacked: bool = False) -> tuple[int, int]:
+    """Memory rows and columns of a block of whole groups of one sample, or of all if stacked."""
     if problem.channels_last:
-        return problem.pixels, groups * problem.group_channels
+        return problem.n if stacked else problem.pixels, groups * problem.group_channels
     return problem.group_channels // problem.span, problem.row_vecs * problem.vec
 
 
@@ -68,16 +81,20 @@ def group_counts(problem: Problem) -> list[int]:
     return sorted(counts)
 
 
-def sub_tiles(problem: Problem, groups: int, threads: int) -> Iterator[tuple[int, int]]:
+def sub_tiles(
+    problem: Problem, groups: int, threads: int, stacked: bool = False
+) -> Iterator[tuple[int, int]]:
     """Shapes [rows, cols] of sub-tiles that read whole sectors, and whole vectors a thread.
 
     A small block is padded up to one vector a thread: idle lanes cost less than narrow accesses.
     """
-    block_rows, block_cols = block_extent(problem, groups)
+    block_rows, block_cols = block_extent(problem, groups, stacked)
     widest = next_power_of_2(block_cols)
     narrowest = min(widest, _SECTOR_BYTES // problem.itemsize)
     if groups > 1:
         narrowest = widest  # one sub-tile must see all channels to sum groups up
+    elif stacked:
+        narrowest = min(widest, threads * problem.vec)  # rows lie far apart
     for per_thread in _PER_THREAD:
         if per_thread < problem.vec:
             continue
@@ -93,7 +110,8 @@ def resident_configs(
 ) -> Iterator[Config]:
     """Every way to hold a block of whole groups in ``num_warps`` warps."""
     for groups in group_counts:
-        for rows, cols in sub_tiles(problem, groups, num_warps * warp_size):
+        stacked = can_stack(problem, groups)
+        for rows, cols in sub_tiles(problem, groups, num_warps * warp_size, stacked):
             yield config_of(
                 problem, strategy="resident", groups=groups, rows=rows, cols=cols,
                 num_warps=num_warps,
@@ -174,12 +192,13 @@ def config_of(
     chunks: int = 1,
 ) -> Config:
     """The plan of these fields for a problem, as near as its size allows; ``fits`` judges it."""
+    stacked = strategy == "resident" and can_stack(problem, groups)
     block_rows, block_cols = block_extent(problem, groups)
     row_tiles, col_tiles = math.ceil(block_rows / rows), math.ceil(block_cols / cols)
     tiles = (col_tiles, row_tiles) if problem.channels_last else (row_tiles, col_tiles)
     if strategy == "split":
         tile = make_tile(problem, groups, rows, cols, 1, min(pixel_tiles, tiles[1]))
         return make_split(problem, tile, num_warps, chunks)
-    tile = make_tile(problem, groups, rows, cols, *tiles)
+    tile = make_tile(problem, groups, rows, cols, *tiles, stacked)
     extent = problem.pixels if problem.channels_last else problem.row_vecs
     return Config(strategy, tile, num_warps, 1, extent)

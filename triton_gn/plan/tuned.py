@@ -90,12 +90,12 @@ def path_of(folder: Path, device: Device) -> Path:
 
 def command(problem: Problem) -> str:
     """What to run to tune for exactly this problem."""
-    fused = [name for name in ("pre_add", "residual") if getattr(problem, name)]
     return (
         f"python -m triton_gn tune --shape {problem.n}x{problem.channels}x{problem.pixels} "
         f"--groups {problem.groups} --dtype {problem.dtype} "
         f"--layout {'channels_last' if problem.channels_last else 'contiguous'} "
-        f"--activation {problem.activation}" + (f" --fused {','.join(fused)}" if fused else "")
+        f"--activation {problem.activation}"
+        + (f" --fused {','.join(problem.fused)}" if problem.fused else "")
     )
 
 
