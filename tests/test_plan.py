@@ -254,6 +254,13 @@ def test_more_chunks_than_there_are_stretches_are_not_made() -> None:
         (CONTIGUOUS, {"strategy": "resident", "chunks": 2}, "add strategy='split'"),
         (CONTIGUOUS, {"groups": 2}, "2 whole groups"),
         (CHANNELS_LAST, {"groups": 33}, "33 whole groups"),
+        # a chunk would end within a stretch, which has no mask there
+        (
+            CONTIGUOUS,
+            {"strategy": "split", "cols": 4, "pixel_tiles": 3},
+            "of the vector, 8; got 12",
+        ),
+        (CONTIGUOUS, {"strategy": "split", "cols": 2, "pixel_tiles": 1}, "of the vector, 8; got 2"),
         (CHANNELS_LAST, {"groups": 4, "cols": 16}, "cols must hold the 40 channels .*got 16"),
         (
             replace(LARGE, channels_last=True),
@@ -295,6 +302,9 @@ NOT_SMALL = Problem("forward", 2, 320, 32, 4096, "bfloat16", channels_last=False
             {"rows": 64, "pixel_tiles": 5},
             r"20480 elements in 4 warps take 224 registers a thread; at most \d+ are free",
         ),
+        (CONTIGUOUS, {}, {"cols": 4}, "multiple of the vector, 8; got 4"),
+        (CONTIGUOUS, {}, {"rows": 256}, "2048 elements a warp; 256 rows of 64 in 4 warps"),
+        (CHANNELS_LAST, {}, {"groups": 32, "cols": 512}, "256 channels in all; 32 have 320"),
         (WIDE, {}, {"rows": 16}, r"within 2\*\*31 elements; 16 rows do not"),
     ],
 )

@@ -1,7 +1,7 @@
 """What can run at all: the bounds that every plan is checked against, from whatever source."""
 
 from .problem import Config, Problem
-from .tiles import MAX_SUB_TILES, block_extent
+from .tiles import MAX_BLOCK_CHANNELS, MAX_SUB_TILES, block_extent
 
 ALWAYS_RESIDENT = 8192  # elements of a group: a second launch costs more than idle multiprocessors
 # registers a thread that sub-tiles and accumulators may take, by direction and channels-last: with
@@ -14,6 +14,7 @@ _REGISTERS = {
 }
 _FEWER_REGISTERS = 112  # where each element has an address, or each of a row's channels a mask
 _FLOAT64_REGISTERS = {False: 96, True: 48}  # with an activation: its functions are calls
+_MAX_ELEMENTS_PER_WARP = 2048  # of a sub-tile, even where spills are borne
 _CROWDED = 0.75  # of the limit, where there is one more value per channel or per element
 
 
@@ -77,6 +78,19 @@ def fits(problem: Problem, config: Config) -> str | None:
     rows, cols = block_extent(problem, tile.groups, tile.stacked)
     if tile.groups > 1 and tile.cols < cols:
         return f"cols must hold the {cols} channels of {tile.groups} groups; got {tile.cols}"
+    if tile.groups > 1 and cols > MAX_BLOCK_CHANNELS:
+        return (
+            f"groups side by side may have {MAX_BLOCK_CHANNELS} channels in all; "
+            f"{tile.groups} have {cols}"
+        )
+    stretch = tile.cols * tile.pixel_tiles
+    if config.strategy == "split" and not problem.channels_last and stretch % tile.vec:
+        return f"cols * pixel_tiles must be a multiple of the vector, {tile.vec}; got {stretch}"
+    if tile.rows * tile.cols > _MAX_ELEMENTS_PER_WARP * config.num_warps:
+        return (
+            f"a sub-tile may have {_MAX_ELEMENTS_PER_WARP} elements a warp; {tile.rows} rows of "
+            f"{tile.cols} in {config.num_warps} warps have more"
+        )
     if tile.channel_tiles * tile.pixel_tiles > MAX_SUB_TILES:
         return (
             f"a program holds at most {MAX_SUB_TILES} sub-tiles; "

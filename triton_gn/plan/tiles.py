@@ -11,7 +11,7 @@ FIELDS = ("strategy", "groups", "rows", "cols", "num_warps", "pixel_tiles", "chu
 SPLIT_FIELDS = ("pixel_tiles", "chunks")
 MAX_SUB_TILES = 16  # unrolled in the kernel: more is slow to compile
 MAX_SLOTS = 1024  # partials, of all groups of a program, that split merges at a time
-_MAX_BLOCK_CHANNELS = 256  # of several groups side by side: they are summed up by selection
+MAX_BLOCK_CHANNELS = 256  # of several groups side by side: they are summed up by selection
 _SECTOR_BYTES = 32  # a sub-tile that is narrower reads what it does not use
 _PER_THREAD = (4, 8, 16, 32)  # elements of a sub-tile
 _STRETCH_BYTES = {"forward": 32768, "backward": 16384}  # that a program of split holds in float32
@@ -69,7 +69,7 @@ def group_counts(problem: Problem) -> list[int]:
     """
     counts = {1}
     width = next_power_of_2(problem.group_channels)
-    while problem.channels_last and width <= _MAX_BLOCK_CHANNELS:
+    while problem.channels_last and width <= MAX_BLOCK_CHANNELS:
         most = min(width // problem.group_channels, problem.groups)
         aligned = (
             groups
@@ -160,7 +160,7 @@ def make_split(problem: Problem, tile: Tile, num_warps: int, chunks: int) -> Con
     if problem.channels_last:
         length, step = problem.pixels, tile.rows * tile.pixel_tiles
     else:
-        length, step = problem.row_vecs, tile.cols * tile.pixel_tiles // tile.vec
+        length, step = problem.row_vecs, max(1, tile.cols * tile.pixel_tiles // tile.vec)
     chunk_vecs = math.ceil(math.ceil(length / step) / chunks) * step
     return Config("split", tile, num_warps, math.ceil(length / chunk_vecs), chunk_vecs)
 

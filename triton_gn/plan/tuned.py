@@ -33,9 +33,6 @@ SHIPPED = Path(__file__).parent / "tables"
 
 _MAX_INT = 2**31
 _MAX_DIGITS = 20  # longer numbers are not even read
-# what a plan must hold to besides ``fits``; no search comes near
-_MAX_ELEMENTS_PER_WARP = 2048  # of a sub-tile
-_MAX_BLOCK_CHANNELS = 256  # of several groups side by side
 # what a problem's strings may be; tests/test_tuned.py holds them equal to PyTorch's side
 _STRINGS = {
     "direction": ("forward", "backward"),
@@ -163,13 +160,6 @@ def _access(problem: Problem, config: Config) -> tuple[int, int]:
 
 def _config(problem: Problem, chosen: Mapping[str, Any]) -> Config | None:
     """The plan of these fields for a problem; None if it cannot run."""
-    groups = chosen["groups"]
-    if (
-        chosen["rows"] * chosen["cols"] > _MAX_ELEMENTS_PER_WARP * chosen["num_warps"]
-        or (groups > 1 and groups * problem.group_channels > _MAX_BLOCK_CHANNELS)
-        or (not problem.channels_last and chosen["cols"] < problem.vec)
-    ):
-        return None
     config = config_of(problem, **chosen)
     return config if fits(problem, config) is None else None
 
