@@ -10,6 +10,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from triton_gn.plan import (
+    TARGETS,
     Config,
     Device,
     Problem,
@@ -74,11 +75,13 @@ def overridden(problem: Problem, **fields: Any) -> Config:
 @example(problem=ODD)
 @example(problem=replace(ODD, channels_last=True))
 @example(problem=replace(ODD, direction="backward", dtype="float64"))
+@example(problem=replace(ODD, direction="backward", dtype="float64", activation="gelu"))
 def test_every_problem_has_a_plan_that_fits(problem: Problem) -> None:
-    config = plan(problem, H100)
-    assert fits(problem, config) is None
+    for device in (H100, TARGETS["gfx942"]):
+        config = plan(problem, device)
+        assert fits(problem, config, device) is None
     if problem.group_elements > REGISTERS:
-        assert config.strategy == "split"
+        assert plan(problem, H100).strategy == "split"
         assert "resident" not in rivals(problem, H100)
 
 
@@ -313,7 +316,7 @@ def test_every_bound_can_fail(
 ) -> None:
     """One change to a plan that fits."""
     good = Config("split", make_tile(problem, 1, 8, 64, 1, 1), 4, 1, 256)
-    assert fits(problem, good) is None
-    reason = fits(problem, replace(good, tile=replace(good.tile, **tile), **config))
+    assert fits(problem, good, H100) is None
+    reason = fits(problem, replace(good, tile=replace(good.tile, **tile), **config), H100)
     assert reason is not None
     assert re.search(message, reason), reason

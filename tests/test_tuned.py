@@ -187,7 +187,7 @@ def test_the_nearest_entry_whose_plan_can_run_is_taken(folder: Path) -> None:
     assert found is not None
     assert found.config is not None
     assert found.config.tile.groups == 4
-    assert fits(problem, found.config) is None
+    assert fits(problem, found.config, H100) is None
 
 
 def test_the_nearest_of_several_is_taken(folder: Path) -> None:
@@ -268,7 +268,7 @@ def test_table_says_what_was_written(tmp_path: Path) -> None:
 @example(problem=PROBLEM)
 def test_every_plan_of_a_search_can_be_kept(problem: Problem) -> None:
     for config in candidates(problem, H100):
-        assert entry_of(problem, config).plan_for(problem) == config
+        assert entry_of(problem, config).plan_for(problem, H100) == config
 
 
 def test_strings_of_a_problem_are_those_of_the_package() -> None:
@@ -501,4 +501,4 @@ def test_random_files_do_no_harm(folder: Path, content: bytes) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for problem in NEAR:
-            assert fits(problem, plan(problem, H100)) is None
+            assert fits(problem, plan(problem, H100), H100) is None

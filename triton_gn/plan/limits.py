@@ -1,5 +1,6 @@
 """What can run at all: the bounds that every plan is checked against, from whatever source."""
 
+from .devices import Device
 from .problem import Config, Problem
 from .tiles import MAX_BLOCK_CHANNELS, MAX_SUB_TILES, block_extent
 
@@ -18,17 +19,17 @@ _MAX_ELEMENTS_PER_WARP = 2048  # of a sub-tile, even where spills are borne
 _CROWDED = 0.75  # of the limit, where there is one more value per channel or per element
 
 
-def registers(problem: Problem, config: Config) -> int:
+def registers(problem: Problem, config: Config, device: Device) -> int:
     """What the sub-tiles and accumulators of a program take of each thread's 255 registers."""
     tensors = 1 if problem.direction == "forward" else 2
     sub_tile = config.tile.rows * config.tile.cols
-    words = max(problem.itemsize, 4) // 4
-    return words * (tensors * config.tile.elements + 2 * sub_tile) // (32 * config.num_warps)
+    words = max(problem.itemsize, 4) // 4 * (tensors * config.tile.elements + 2 * sub_tile)
+    return words // (device.warp_size * config.num_warps)
 
 
-def excess_registers(problem: Problem, config: Config) -> int:
+def excess_registers(problem: Problem, config: Config, device: Device) -> int:
     """By how many registers a thread the plan is over the limit."""
-    return max(0, registers(problem, config) - register_limit(problem, config))
+    return max(0, registers(problem, config, device) - register_limit(problem, config))
 
 
 def register_limit(problem: Problem, config: Config) -> int:
@@ -60,7 +61,7 @@ def is_always_resident(problem: Problem) -> bool:
     return problem.group_elements <= ALWAYS_RESIDENT and not many_spills
 
 
-def fits(problem: Problem, config: Config) -> str | None:
+def fits(problem: Problem, config: Config, device: Device) -> str | None:
     """Why the plan cannot run, as a sentence; None if it can."""
     tile = config.tile
     if config.strategy not in ("resident", "split"):
@@ -97,10 +98,10 @@ def fits(problem: Problem, config: Config) -> str | None:
             f"got {tile.channel_tiles * tile.pixel_tiles}"
         )
     exempt = tile.groups == 1 and is_always_resident(problem)
-    if excess_registers(problem, config) and not exempt:
+    if excess_registers(problem, config, device) and not exempt:
         return (
             f"{tile.elements} elements in {config.num_warps} warps take "
-            f"{registers(problem, config)} registers a thread; at most "
+            f"{registers(problem, config, device)} registers a thread; at most "
             f"{register_limit(problem, config)} are free"
         )
     if min(tile.rows, rows) * problem.row_vecs * tile.vec >= 2**31 and tile.rows > 1:

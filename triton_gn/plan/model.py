@@ -74,7 +74,7 @@ def estimate(
 ) -> Estimate:
     """What a plan should take; compiling it tells how many programs run ``at_a_time``."""
     if at_a_time is None:
-        guess = registers(problem, config) + _OTHER_REGISTERS
+        guess = registers(problem, config, device) + _OTHER_REGISTERS
         at_a_time = programs_at_a_time(device, config.num_warps, guess)
     tensor = problem.n * problem.channels * problem.pixels * problem.itemsize
     again = second_passes(problem, config) * tensor

@@ -60,7 +60,7 @@ def plan(
             raise ValueError(f"plan_override: {name} must be an int of at least 1; got {value!r}.")
     groups = fixed.pop("groups", None)
     config = plan_by_rule(problem, device, strategies, groups)
-    return _overridden(problem, config, fixed) if fixed else config
+    return _overridden(problem, config, device, fixed) if fixed else config
 
 
 def forget_plans() -> None:
@@ -120,7 +120,7 @@ def candidates(problem: Problem, device: Device) -> list[Config]:
                 split_configs(problem, counts, num_warps, device.warp_size, programs)
             )
     return sorted(
-        (config for config in found if fits(problem, config) is None),
+        (config for config in found if fits(problem, config, device) is None),
         key=lambda config: estimate(problem, config, device).us,
     )
 
@@ -131,7 +131,7 @@ def _best(strategy: str, problem: Problem, device: Device, groups: int | None) -
     candidates = [
         config
         for config in _candidates(strategy, problem, device, groups)
-        if fits(problem, config) is None
+        if fits(problem, config, device) is None
     ]
     if not candidates:
         return None
@@ -139,7 +139,7 @@ def _best(strategy: str, problem: Problem, device: Device, groups: int | None) -
     return min(
         (config for config in candidates if problem.access_bytes(config.tile.groups) == widest),
         key=lambda config: (
-            excess_registers(problem, config),
+            excess_registers(problem, config, device),
             round(estimate(problem, config, device).us, 1),
             config.parts(problem),  # each reads weight and bias, and leaves parts of gradients
             max(_FEW_SUB_TILES, config.tile.channel_tiles * config.tile.pixel_tiles),
@@ -176,7 +176,7 @@ def _resident_warps(problem: Problem, elements: int, warp_size: int) -> int:
     return min(_MAX_WARPS, 1 << max(warps - 1, 0).bit_length())
 
 
-def _overridden(problem: Problem, config: Config, fixed: dict[str, Any]) -> Config:
+def _overridden(problem: Problem, config: Config, device: Device, fixed: dict[str, Any]) -> Config:
     """The plan with the fields of ``fixed``, everything that depends on them worked out again."""
     tile = config.tile
     fields = fields_of(config) | fixed
@@ -188,7 +188,7 @@ def _overridden(problem: Problem, config: Config, fixed: dict[str, Any]) -> Conf
     if config.strategy == "split" and "pixel_tiles" not in fixed:
         fields["pixel_tiles"] = max(1, tile.elements // (fields["rows"] * fields["cols"]))
     config = config_of(problem, **fields)
-    reason = fits(problem, config)
+    reason = fits(problem, config, device)
     if reason is not None:
         raise ValueError(f"plan_override: {reason}.")
     return config

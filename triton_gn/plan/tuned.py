@@ -59,9 +59,12 @@ class Entry:
     warm_best_us: float
     provenance: Mapping[str, str]  # driver, versions, commit, date, protocol
 
-    def plan_for(self, problem: Problem) -> Config | None:
+    def plan_for(self, problem: Problem, device: Device) -> Config | None:
         """Its plan made for a problem, its own or another; None if that cannot run."""
-        return None if self.config is None else _config(problem, self.config)
+        if self.config is None:
+            return None
+        config = config_of(problem, **self.config)
+        return config if fits(problem, config, device) is None else None
 
 
 @dataclass(frozen=True)
@@ -105,8 +108,8 @@ def lookup(problem: Problem, device: Device) -> Found | None:
     tables = [(path, table) for path in paths if (table := _table(path, device))]
     for path, table in tables:
         if problem in table:
-            return Found(table[problem].plan_for(problem), path, exact=True)
-    found = _nearest(problem, tables)
+            return Found(table[problem].plan_for(problem, device), path, exact=True)
+    found = _nearest(problem, device, tables)
     if found is not None and found.config is not None:
         _warn_once(
             "a near match",
@@ -122,7 +125,7 @@ def reload() -> None:
 
 
 def _nearest(
-    problem: Problem, tables: Iterable[tuple[Path, Mapping[Problem, Entry]]]
+    problem: Problem, device: Device, tables: Iterable[tuple[Path, Mapping[Problem, Entry]]]
 ) -> Found | None:
     kind = _kind(problem)
     near = [
@@ -135,7 +138,7 @@ def _nearest(
     for _, path, entry in sorted(near, key=lambda one: one[0]):  # stable: of equals, the first
         if entry.config is None:
             return Found(None, path, exact=False)
-        config = entry.plan_for(problem)
+        config = entry.plan_for(problem, device)
         if config is not None and _access(problem, config) == _access(entry.problem, config):
             return Found(config, path, exact=False)
     return None
@@ -158,12 +161,6 @@ def _access(problem: Problem, config: Config) -> tuple[int, int]:
     return problem.access_bytes(config.tile.groups), problem.span
 
 
-def _config(problem: Problem, chosen: Mapping[str, Any]) -> Config | None:
-    """The plan of these fields for a problem; None if it cannot run."""
-    config = config_of(problem, **chosen)
-    return config if fits(problem, config) is None else None
-
-
 @functools.cache
 def _table(path: Path, device: Device) -> dict[Problem, Entry]:
     """What can be used of a file, by problem; nothing if there is no such file."""
@@ -174,7 +171,7 @@ def _table(path: Path, device: Device) -> dict[Problem, Entry]:
     except (OSError, ValueError) as error:
         _warn_of(path, f"its table {path}: {error}")
         return {}
-    good = [e for e in entries if e.config is None or e.plan_for(e.problem) is not None]
+    good = [e for e in entries if e.config is None or e.plan_for(e.problem, device) is not None]
     if len(good) < len(entries):
         what = f"{len(entries) - len(good)} of the {len(entries)} entries of its table {path}"
         _warn_of(path, f"{what}: their plans cannot run")
