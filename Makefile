@@ -52,13 +52,15 @@ esac
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format compile-all matrix $(MATRIX) wheel clean
+.PHONY: help demo test lint format compile-all figures matrix $(MATRIX) wheel clean
 
 help: ## List these targets
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 12
 
-demo: .venv/.installed ## Train one network with PyTorch's GroupNorm and with triton_gn's
+demo: .venv/.installed ## Train with PyTorch's GroupNorm and with triton_gn's, then draw a sweep of plans
 	@env -u TRITON_INTERPRET $(BIN)/python examples/digits.py
+	@echo
+	@env -u TRITON_INTERPRET $(BIN)/python -m perf demo
 
 test: .venv/.installed ## Run all tests; ARGS="-k name" selects some
 	$(call run_tests,$(BIN)/python,tests --ignore=tests/kernels)
@@ -76,6 +78,12 @@ compile-all: .venv/.installed ## Compile the plans of all perf/workloads.csv for
 	$(BIN)/python -m triton_gn inspect --workloads perf/workloads.csv --direction both \
 	  --target $(TARGET)
 
+figures: .venv/.installed ## Predict for an H100, draw what the README shows; TARGET=sm_80 for another
+	$(BIN)/python -m perf bench --predict $(TARGET) --directions forward,backward
+	$(BIN)/python -m perf sweep --target $(TARGET) --shape 2x320x64x64 --groups 32 \
+	  --activation silu --direction forward
+	$(BIN)/python -m perf plot perf/results/predicted
+
 matrix: $(MATRIX) ## Run the kernel tests on the oldest and the newest Triton
 
 $(MATRIX): matrix-%: .venv-triton-%/.installed
@@ -90,7 +98,7 @@ wheel: .venv/.installed ## Build the wheel and use it in an empty environment
 	  -W "ignore:Failed to initialize NumPy" -c "$$CHECK_WHEEL"
 
 clean: ## Remove everything that these targets made
-	rm -rf .venv .venv-* dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf .venv .venv-* demo dist .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/.installed: pyproject.toml constraints.txt

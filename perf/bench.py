@@ -6,7 +6,6 @@ workload's is taken. Without a GPU, --predict writes what the model of triton_gn
 
 import argparse
 import platform
-import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from datetime import UTC, datetime
@@ -22,33 +21,19 @@ from rich.table import Table
 from rich.text import Text
 
 from perf import records
-from perf.providers import OURS, PARTS, PROVIDERS, answers_of, bytes_minimum, checked, floor
-from perf.records import PREDICTED, RESULTS, Record
-from perf.sheet import DIRECTIONS, REFERENCES, case
+from perf.providers import PARTS, PROVIDERS, answers_of, bytes_minimum, checked, floor
+from perf.records import DIRECTIONS, FIGURES, OURS, PREDICTED, REFERENCES, RESULTS, Record, case
 from triton_gn import timing, tune, workloads
 from triton_gn.ops import launch
-from triton_gn.plan import (
-    STRATEGIES,
-    TARGETS,
-    Device,
-    estimate,
-    fields_of,
-    model,
-    plan_by_rule,
-    tuned,
-)
+from triton_gn.plan import STRATEGIES, TARGETS, Device, estimate, fields_of, model, plan_by_rule
 from triton_gn.timing import Call, Times
 from triton_gn.trial import Trial
 from triton_gn.workloads import Workload
 
 WORKLOADS = Path(__file__).with_name("workloads.csv")
+_ROOT = Path(__file__).parents[1]
 CACHES = ("cold", "warm")
 _T = TypeVar("_T")
-_NO_GPU = """\
-bench: kernels are timed on a GPU, but torch.cuda.is_available() is False here.
-What the model expects of a GPU takes none, and is marked as predicted:
-  python -m perf bench --predict sm_90
-"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -86,18 +71,30 @@ def run(options: argparse.Namespace, device: torch.device | None = None) -> int:
     """Bench as the flags say, on the current GPU unless given another device.
 
     Returns:
-        The exit status: 0 well, 1 if triton_gn itself was wrong or failed, 2 if nothing can be
-        timed here, 130 after Ctrl-C.
+        The exit status: 0 well, 1 if triton_gn itself was wrong or failed, 130 after Ctrl-C.
+
+    Raises:
+        ValueError: the flags name nothing, or nothing can be timed here.
     """
     chosen = _chosen(options)
     if options.predict:
         return _predict(options, chosen, TARGETS[options.predict])
-    if device is None:
-        if not torch.cuda.is_available():
-            print(_NO_GPU, end="", file=sys.stderr)
-            return 2
-        device = torch.device("cuda", torch.cuda.current_device())
+    device = device or current_gpu("python -m perf bench --predict sm_90")
     return Bench(options, device).run(chosen)
+
+
+def current_gpu(remedy: str) -> torch.device:
+    """The one to time on.
+
+    Raises:
+        ValueError: there is none, with a command that needs none.
+    """
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "kernels are timed on a GPU, but torch.cuda.is_available() is False here. "
+            f"Without one, there is `{remedy}`."
+        )
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _chosen(options: argparse.Namespace) -> list[Workload]:
@@ -146,7 +143,7 @@ class Bench:
         self.providers = [one for one, reason in wanted.items() if not reason]
         if not self.providers:
             raise ValueError(f"there must be a provider that can run here; got {self.absent}.")
-        self.path = folder_of(options.out, gpu, measured=True) / f"{now()[:10]}.jsonl"
+        self.path = (options.out or records.folder_of(gpu.name, True)) / f"{now()[:10]}.jsonl"
         before = records.read(self.path) if options.resume and self.path.exists() else ()
         self.done = {_key(one) for one in before}
 
@@ -160,7 +157,7 @@ class Bench:
         try:
             for one_case in tracked(cases, len(cases), "timing"):
                 for record in self.records_of(*one_case):
-                    save(self.path, [record])
+                    records.save(self.path, [record])
                     found.append(record)
         except KeyboardInterrupt:
             interrupted = True
@@ -239,7 +236,7 @@ def origin(command: str, device: Device, measured: bool) -> dict[str, Any]:
         "measured": measured,
         "device": device.name,
         "versions": {"python": platform.python_version()} | versions,
-        "commit": _commit(),
+        "commit": _commit(known["commit"]),
     }
 
 
@@ -248,43 +245,11 @@ def now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _commit() -> str:
-    """Of this checkout, "-dirty" where its files have changed; nothing if it is none."""
-    command = "git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"
-    here = Path(__file__).parent
-    try:
-        done = subprocess.run(command, cwd=here, capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return done.stdout.strip()
-
-
-def folder_of(out: Path | None, device: Device, measured: bool) -> Path:
-    """Where results go unless told: below a folder of their device."""
-    return out or tuned.path_of(RESULTS if measured else PREDICTED, device).with_suffix("")
-
-
-def save(path: Path, found: list[Record], anew: bool = False) -> None:
-    """Append records to a file, or write it anew: then whoever reads it sees all of it or none.
-
-    Raises:
-        ValueError: predictions would lie among measurements, or the other way round.
-    """
-    among_predictions = PREDICTED.name in path.parts
-    if any(one.measured is among_predictions for one in found):
-        kind = "measured ones" if among_predictions else "predicted ones elsewhere"
-        raise ValueError(
-            f"predicted records, and no others, lie below a folder {PREDICTED.name!r}; got {kind}: "
-            f"{path}. Remedy: another --out."
-        )
-    if anew:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        whole = path.with_suffix(".new")
-        whole.write_text("".join(f"{one.to_json()}\n" for one in found))
-        whole.replace(path)
-        return
-    for one in found:
-        records.append(path, one)
+def _commit(commit: str) -> str:
+    """With "-dirty" where files of its checkout have changed, other than results and figures."""
+    status = "git", "-C", str(_ROOT), "status", "--porcelain", "--untracked-files=no", "--"
+    changed = commit and tune._output(*status, ".", f":!{RESULTS}", f":!{FIGURES}")
+    return f"{commit}-dirty" if changed else commit
 
 
 def _predict(options: argparse.Namespace, chosen: list[Workload], gpu: Device) -> int:
@@ -295,8 +260,8 @@ def _predict(options: argparse.Namespace, chosen: list[Workload], gpu: Device) -
         for direction in listed(options.directions, DIRECTIONS)
         for record in predictions(base, workload, direction, gpu)
     ]
-    path = folder_of(options.out, gpu, measured=False) / "bench.jsonl"
-    save(path, found, anew=True)
+    path = (options.out or records.folder_of(gpu.name, False)) / "bench.jsonl"
+    records.save(path, found, anew=True)
     report(found, path)
     return 0
 
@@ -306,7 +271,7 @@ def predictions(
 ) -> Iterator[Record]:
     """What the model expects of triton_gn, of each strategy that can run, and of the floors."""
     base = base | fields_of_workload(workload) | {"direction": direction, "date": now()}
-    base |= {"protocol": "estimates of triton_gn.plan, not measured"}
+    base |= {"protocol": "predicted by triton_gn.plan"}
     floor_us = 0.0
     for part in PARTS[direction]:
         count = bytes_minimum(workload, part)

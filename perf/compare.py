@@ -17,22 +17,14 @@ from pathlib import Path
 from statistics import geometric_mean, median
 from typing import Any
 
-import torch
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from perf import records
-from perf.records import Record
-from perf.sheet import case
-
-_TURNS = 1  # of two benches of each revision
-_NO_GPU = """\
-compare: --revisions times both on a GPU, but torch.cuda.is_available() is False here.
-Results that are there already can be compared anywhere:
-  python -m perf compare OLD NEW
-"""
+from perf.bench import current_gpu
+from perf.records import Record, case
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,13 +46,13 @@ def run(options: argparse.Namespace) -> int:
     """Compare as the flags say.
 
     Returns:
-        The exit status: 0 well, 1 if a call has become slower by more than --fail-over, 2 if there
-        is nothing to compare.
+        The exit status: 0 well, 1 if a call has become slower by more than --fail-over.
+
+    Raises:
+        ValueError: there is nothing to compare.
     """
     if options.revisions:
-        if not torch.cuda.is_available():
-            print(_NO_GPU, end="", file=sys.stderr)
-            return 2
+        current_gpu("python -m perf compare OLD NEW")
         with tempfile.TemporaryDirectory() as folder:
             flags = shlex.split(options.bench)
             pairs = paired(*time_revisions(options.revisions, flags, Path(folder)))
@@ -123,7 +115,7 @@ def time_revisions(
     """The records of benches of two git revisions, taking turns."""
     rounds: dict[str, list[Record]] = {"old": [], "new": []}
     with worktree(revisions[0], folder / "old"), worktree(revisions[1], folder / "new"):
-        for name in ["old", "new", "new", "old"] * _TURNS:
+        for name in ("old", "new", "new", "old"):
             out = folder / f"{len(rounds['old'])}-{len(rounds['new'])}-{name}"
             command = [sys.executable, "-m", "perf", "bench", *flags, "--out", str(out)]
             _run(command, folder / name)
@@ -178,7 +170,7 @@ def report(pairs: Sequence[Pair]) -> None:
     ratios = defaultdict(list)
     for one in pairs:
         old, new = one.old, one.new
-        ratios[old.provider].append(one.ratio)
+        ratios[old.provider, old.measured].append(one.ratio)
         table.add_row(
             f"{old.shape} {old.workload}",
             f"{old.direction}, {old.cache}",
@@ -186,10 +178,10 @@ def report(pairs: Sequence[Pair]) -> None:
             f"{old.ms_p50:.4g}",
             f"{new.ms_p50:.4g}",
             f"{one.ratio:.3f}",
-            one.verdict,
+            one.verdict if old.measured else "predicted",
         )
     table.add_section()
-    for provider, of_one in ratios.items():
-        mean = f"{geometric_mean(of_one):.3f}"
-        table.add_row("geometric mean", f"{len(of_one)} calls", Text(provider), "", "", mean, "")
+    for (provider, measured), of_one in ratios.items():
+        mean, word = f"{geometric_mean(of_one):.3f}", "" if measured else "predicted"
+        table.add_row("geometric mean", f"{len(of_one)} calls", Text(provider), "", "", mean, word)
     Console().print(table)

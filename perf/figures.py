@@ -12,12 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
 
-from perf.records import Record
+from perf.records import OURS, REFERENCES, Record, case, workload
 from perf.sheet import (
-    OURS,
     PYTORCH,
-    REFERENCES,
-    case,
     cold,
     directions,
     labels,
@@ -30,7 +27,6 @@ from perf.sheet import (
     sheet,
     tensor_bytes,
     words,
-    workload,
 )
 
 LAYOUTS = {"contiguous": "o", "channels_last": "s"}
@@ -151,9 +147,9 @@ def roofline_key(records: list[Record]) -> list[Line2D]:
     roof = " or ".join(REFERENCES[name] for name in directions(records))
     looks = {
         **{str(one.strategy): point_look(one) | swatch for one in by_strategy},
+        roof: reference(),
         **{layout: plain | {"marker": LAYOUTS[layout]} for layout in layouts},
         **{f"bound: {bound}": plain | {"fillstyle": BOUNDS[bound]} for bound in bounds},
-        roof: reference(),
     }
     return [Line2D([], [], label=label, **style) for label, style in looks.items()]
 
@@ -195,23 +191,23 @@ def sweep(records: list[Record], name: str) -> Figure | None:
         cells[block(one), setting(one, "num_warps")].append(one)
     blocks, warps = (sorted(set(values)) for values in zip(*cells, strict=True))
     best = timed[0]
-    config = ", ".join(
-        f"{key} {value}" for key, value in (best.config or {}).items() if key != "rule"
-    )
+    settings = (best.config or {}).items()
+    config = ", ".join(f"{k} {v}" for k, v in settings if k not in ("rule", "strategy"))
     figure = sheet(
         f"Sweep of {name}, {best.direction}: time over the best",
         records,
         0.6 + 0.36 * len(blocks),
         about=", ".join(words(best)[1:]),
         notes=[
-            f"best: {milliseconds(best):.4g} ms, {best.strategy}, {config}",
+            f"best: {1e3 * milliseconds(best):.4g} us, {best.strategy}, {config}",
+            "each cell: its fastest plan",
             "rule: what triton_gn chooses by itself",
             "hatched: spills registers",
         ],
     )
     axes = figure.add_subplot()
     for (row, column), found in cells.items():
-        draw_cell(axes, warps.index(column), blocks.index(row), found, milliseconds(best))
+        draw_cell(axes, warps.index(column), blocks.index(row), found, best)
     axes.grid(visible=False)
     axes.set(xlim=(-0.5, len(warps) - 0.5), xlabel="num_warps")
     axes.set_xticks(range(len(warps)), map(str, warps))
@@ -219,25 +215,21 @@ def sweep(records: list[Record], name: str) -> Figure | None:
     return figure
 
 
-def draw_cell(axes: Axes, x: int, y: int, records: list[Record], best: float) -> None:
+def draw_cell(axes: Axes, x: int, y: int, records: list[Record], best: Record) -> None:
     """Draw the fastest of a cell over the best of all, and mark the best and the rule's choice."""
-    slowdown = milliseconds(records[0]) / best
+    slowdown = milliseconds(records[0]) / milliseconds(best)
     color = matplotlib.colormaps["viridis_r"](LogNorm(1, MAX_SLOWDOWN, clip=True)(slowdown))
     ink = "#000000" if color[1] > 0.55 else "#ffffff"  # of viridis, green goes with lightness
-    marks = ["best"] * (slowdown == 1)
-    marks += [f"rule {milliseconds(one) / best:.2f}" for one in records if setting(one, "rule")]
-    text = "\n".join((f"{slowdown:.2f}", *filter(None, [" = ".join(marks)])))
+    rules = [milliseconds(one) / milliseconds(best) for one in records if setting(one, "rule")]
+    marks = ", ".join(["best"] * (records[0] is best) + [f"rule {rule:.2f}" for rule in rules])
     box = {"facecolor": color, "linewidth": 0, "pad": 1}  # no hatches behind the text
-    spills = bool(records[0].spill_bytes)
-    cell: dict[str, Any] = {
-        "facecolor": color,
-        "edgecolor": axes.get_facecolor(),
-        "hatch": "////" * spills,
-    }
-    axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, **cell))
+    hatch = "////" if records[0].spill_bytes else ""
+    paper = axes.get_facecolor()
+    axes.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, fc=color, ec=paper, hatch=hatch))
     if marks:
-        frame: dict[str, Any] = {"fill": False, "edgecolor": ink, "linewidth": 1.5, "zorder": 4}
-        axes.add_patch(Rectangle((x - 0.47, y - 0.46), 0.94, 0.92, **frame))
+        frame = Rectangle((x - 0.47, y - 0.46), 0.94, 0.92, fill=False, ec=ink, lw=1.5, zorder=4)
+        axes.add_patch(frame)
+    text = f"{slowdown:.2f}\n{marks}".strip()
     axes.text(x, y, text, color=ink, bbox=box, ha="center", va="center")
 
 

@@ -5,7 +5,6 @@ Only records are read, so a figure can be drawn again anywhere, without a GPU.
 
 import argparse
 import json
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -14,13 +13,12 @@ from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
+from PIL import Image
 
 from perf import records
 from perf.figures import copy_share, memory, roofline, speedup, sweep
-from perf.records import RESULTS, Record
-from perf.sheet import THEMES, case, labels, slug, workload
-
-FIGURES = Path("perf/figures")
+from perf.records import FIGURES, RESULTS, Record, case, slug, workload
+from perf.sheet import THEMES, labels
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,12 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Draw what the paths hold and print each file; return the exit status."""
-    try:
-        found = load(options.paths)
-    except ValueError as error:
-        print(f"plot: {error}", file=sys.stderr)
-        return 2
-    for path in draw(found, options.out):
+    for path in draw(load(options.paths), options.out):
         print(path)
     return 0
 
@@ -60,14 +53,17 @@ def load(paths: Sequence[Path]) -> list[Record]:
     return found
 
 
-def draw(found: list[Record], folder: Path) -> list[Path]:
-    """Write every figure that the records allow and print which they do not; return the paths."""
+def draw(found: list[Record], folder: Path, only: str = "") -> list[Path]:
+    """Write every figure that the records allow, or only those of a command, and print which they
+    do not; return the paths."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for device, measured in sorted({(one.device, one.measured) for one in found}):
         chosen = [one for one in found if (one.device, one.measured) == (device, measured)]
         kind = "" if measured else "predicted-"
         for name, command, plot in plots(chosen):
+            if only not in ("", command):
+                continue
             written = save(plot, f"{kind}{name}-{slug(device)}", folder)
             if not written:
                 print(f"{kind}{name}: no data; `python -m perf {command}` on {device} measures it")
@@ -102,7 +98,15 @@ def save(plot: Callable[[], Figure | None], stem: str, folder: Path) -> list[Pat
             for suffix, unsaid in ("svg", ("Date", "Creator")), ("png", ("Software",)):
                 paths.append(folder / f"{stem}-{name}.{suffix}")
                 figure.savefig(paths[-1], metadata=dict.fromkeys(unsaid))
+            shrink(paths[-1])
     return paths
+
+
+def shrink(png: Path) -> None:
+    """Give it a palette: the few colours of a figure then take a third of the bytes."""
+    # an octree keeps rare colours, which the default, cutting by the median, merges
+    figure = Image.open(png).convert("RGB").quantize(method=Image.Quantize.FASTOCTREE)
+    figure.save(png, optimize=True)
 
 
 def divide(found: list[Record]) -> tuple[list[Record], list[list[Record]]]:

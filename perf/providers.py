@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import triton_gn
+from perf.records import OURS
 from triton_gn.ops import dispatch, prepared
 from triton_gn.plan import STRATEGIES, fields_of
 from triton_gn.reference import ACTIVATIONS, Operands
@@ -29,7 +30,6 @@ from triton_gn.workloads import Workload
 Compute = Callable[[Operands], Tensor]
 Norm = Callable[[Tensor, int, Tensor, Tensor], Tensor]  # x, groups, weight, bias
 
-OURS = "triton_gn"
 PARTS = {"forward": ("forward",), "backward": ("backward",), "both": ("forward", "backward")}
 _PEER_ROUNDINGS = 8  # after each operation, and of statistics that are kept in x's dtype
 _BLOCK, _BLOCK_WARPS = 4096, 8  # of the floors: four 16-byte accesses a thread

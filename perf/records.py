@@ -1,13 +1,20 @@
 """One line of JSON per measurement: what bench and sweep write and what compare and plot read."""
 
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Self
 
+OURS = "triton_gn"
+REFERENCES = {"forward": "copy", "backward": "add"}  # they move as many bytes and do no more
+DIRECTIONS = (*REFERENCES, "both")
 RESULTS = Path("perf/results")
 PREDICTED = RESULTS / "predicted"
+FIGURES = Path("perf/figures")
+_WORKLOAD = ("workload", "shape", "groups", "dtype", "param_dtype", "layout", "activation", "fused")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +73,13 @@ class Record:
         return cls(**values | {"fused": tuple(values.get("fused", ()))})
 
     def to_json(self) -> str:
-        """As one line."""
-        return json.dumps(asdict(self) | {"gb_per_s": self.gb_per_s})
+        """As one line, of what there is to say."""
+        values = asdict(self) | {"gb_per_s": self.gb_per_s}
+        return json.dumps({name: value for name, value in values.items() if value is not None})
+
+
+workload = attrgetter(*_WORKLOAD)  # all that the calls of different providers have in common
+case = attrgetter(*_WORKLOAD, "direction", "cache")  # what two times must share to be compared
 
 
 def read(path: Path) -> Iterator[Record]:
@@ -93,8 +105,32 @@ def read(path: Path) -> Iterator[Record]:
                 ) from error
 
 
-def append(path: Path, record: Record) -> None:
-    """Add a record to a file; each is on disk before the next is measured."""
+def save(path: Path, found: Iterable[Record], anew: bool = False) -> None:
+    """Append records to a file, or write it anew: then whoever reads it sees all of it or none.
+
+    Raises:
+        ValueError: predictions would lie among measurements, or the other way round.
+    """
+    found = list(found)
+    among_predictions = PREDICTED.name in path.parts
+    if any(one.measured is among_predictions for one in found):
+        kind = "measured ones" if among_predictions else "predicted ones elsewhere"
+        raise ValueError(
+            f"predicted records, and no others, lie below a folder {PREDICTED.name!r}; got {kind}: "
+            f"{path}. Remedy: another --out."
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.write(record.to_json() + "\n")
+    target = path.with_suffix(".new") if anew else path
+    with target.open("w" if anew else "a") as file:
+        file.writelines(f"{one.to_json()}\n" for one in found)
+    target.replace(path)
+
+
+def folder_of(device: str, measured: bool) -> Path:
+    """Where the results of a device go unless told."""
+    return (RESULTS if measured else PREDICTED) / slug(device)
+
+
+def slug(text: str) -> str:
+    """Fit for the name of a file."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")

@@ -6,7 +6,6 @@ import re
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from operator import attrgetter
 from typing import Any
 
 import matplotlib
@@ -18,21 +17,14 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 from matplotlib.typing import RcKeyType
 
-from perf.records import Record
+from perf.records import DIRECTIONS, OURS, REFERENCES, Record, workload
 
-OURS = "triton_gn"
 PYTORCH = ("torch_compile", "torch_eager")
 PROVIDERS = (OURS, *PYTORCH, "liger", "flag_gems", f"{OURS}[resident]", f"{OURS}[split]")
 MARKERS = "oD^Pv<>X"  # in the order of PROVIDERS; the last is any other's
-REFERENCES = {"forward": "copy", "backward": "add"}  # they move as many bytes and do no more
-DIRECTIONS = (*REFERENCES, "both")
 WIDTH = 8.0  # inches: about 800 pixels in a README
 LINE = 0.17  # inches from one line of text to the next
 MARGIN = 0.1  # inches
-
-WORKLOAD = ("workload", "shape", "groups", "dtype", "param_dtype", "layout", "activation", "fused")
-workload = attrgetter(*WORKLOAD)  # all that the calls of different providers have in common
-case = attrgetter(*WORKLOAD, "direction", "cache")  # what two times must share to be compared
 
 
 def theme(paper: str, ink: str, line: str, grid: str, colors: str) -> dict[RcKeyType, Any]:
@@ -189,10 +181,6 @@ def words(record: Record) -> list[str]:
 def tensor_bytes(record: Record) -> int:
     bits = re.findall(r"\d+", record.dtype)[0]
     return math.prod(map(int, record.shape.split("x"))) * int(bits) // 8
-
-
-def slug(text: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")
 
 
 def look(provider: str) -> dict[str, Any]:

@@ -7,7 +7,6 @@ not here gets an estimated time, and is marked as predicted. The same sweep repl
 import argparse
 import multiprocessing
 import os
-import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
@@ -20,10 +19,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from perf import bench
-from perf.providers import OURS, bytes_minimum, failure
-from perf.records import Record
-from perf.sheet import slug
+from perf import bench, records
+from perf.providers import bytes_minimum, failure
+from perf.records import OURS, Record, slug
 from triton_gn import timing, tune, workloads
 from triton_gn.inspection import inspect
 from triton_gn.ops import launch
@@ -32,11 +30,6 @@ from triton_gn.trial import Trial, error_of
 from triton_gn.workloads import Workload
 
 _SHOWN = 10
-_NO_GPU = """\
-sweep: plans are timed on a GPU, but torch.cuda.is_available() is False here.
-Compiled for a GPU that need not be here, with estimated times, they are with
-  --target sm_90
-"""
 
 Said = Mapping[Config, dict[str, Any]]  # of each plan some fields of its record
 
@@ -95,7 +88,10 @@ def run(options: argparse.Namespace, device: torch.device | None = None) -> int:
 
     Returns:
         The exit status: 0 well, 1 if the rule's own plan is wrong or fails or a problem is too
-        large, 2 if nothing can be timed here.
+        large.
+
+    Raises:
+        ValueError: the flags name nothing, or nothing can be timed here.
     """
     if options.candidates is not None and options.candidates < 1:
         raise ValueError(f"--candidates must be at least 1; got {options.candidates}.")
@@ -108,11 +104,7 @@ def run(options: argparse.Namespace, device: torch.device | None = None) -> int:
         sweeps = [Sweep(*case, TARGETS[target], target) for target in targets for case in cases]
         with compilers() as pool:
             return _sweep(sweeps, options, partial(compile_all, pool))
-    if device is None:
-        if not torch.cuda.is_available():
-            print(_NO_GPU, end="", file=sys.stderr)
-            return 2
-        device = torch.device("cuda", torch.cuda.current_device())
+    device = device or bench.current_gpu("python -m perf sweep --target sm_90")
     sweeps = [Sweep(*case, launch.gpu(device)) for case in cases]
     return _sweep(sweeps, options, partial(time_all, device))
 
@@ -131,22 +123,13 @@ def _sweep(
             status = 1
             continue
         found = sweep.records(said)
-        folder = bench.folder_of(options.out, sweep.gpu, measured=not sweep.target)
+        folder = options.out or records.folder_of(sweep.gpu.name, not sweep.target)
         path = folder / f"{slug(str(sweep))}.jsonl"
-        bench.save(path, found, anew=True)
+        records.save(path, found, anew=True)
         report(found)
         print(f"{len(found)} records in {path}\n")
         status |= any(one.skipped is not None and _is_rule(one) for one in found)
     return int(status)
-
-
-def demo(targets: Sequence[str] = ("sm_80", "sm_90", "gfx942"), most: int = 4) -> None:
-    """Print a few plans of a small problem, compiled for some GPUs; write nothing."""
-    workload = Workload("demo", 2, 64, 32, (16, 16), layout="channels_last", activation="silu")
-    with compilers() as pool:
-        for target in targets:
-            sweep = Sweep(workload, "forward", TARGETS[target], target)
-            report(sweep.records(compile_all(pool, sweep, sweep.plans(most))))
 
 
 def compilers() -> ProcessPoolExecutor:
@@ -173,7 +156,7 @@ def _compiled(sweep: Sweep, plan: Config) -> dict[str, Any]:
         "bound": one.estimate.bound,
         "registers": one.registers,
         "spill_bytes": one.spill_bytes,
-        "protocol": "compiled; times are estimates of triton_gn.plan, not measured",
+        "protocol": "compiled, times predicted by triton_gn.plan",
     }
 
 

@@ -1,11 +1,16 @@
 """The examples run and say what they should."""
 
 import os
+import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import triton_gn
 
 ROOT = Path(__file__).parents[1]
 
@@ -53,3 +58,26 @@ def test_convert_diffusers_names_what_is_missing() -> None:
     result = run_example("convert_diffusers.py", without="diffusers")
     assert result.returncode == 1
     assert result.stderr.strip().endswith("Remedy: pip install diffusers")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_tune_own_model() -> None:
+    result = run_example("tune_own_model.py")
+    assert result.returncode == 0, result.stderr
+    *plans, last = result.stdout.strip().split("\n\n")
+    assert [plan.partition(",")[0] for plan in plans] == [
+        "0.body.0",
+        "0.body.3",
+        "1.body.0",
+        "1.body.3",
+    ]
+    for plan in plans:
+        assert re.search(r"forward: .*\n(resident|split) on .*H100.*\n.*backward: .*\n", plan)
+        assert ", silu\n" in plan
+    assert last == "On a GPU: python -m triton_gn tune --model examples.tune_own_model:make"
+
+
+def test_factory_of_the_example_can_be_named_to_the_tuner() -> None:
+    model, arguments = pkgutil.resolve_name("examples.tune_own_model:make")()
+    assert sum(isinstance(layer, triton_gn.GroupNorm) for layer in model.modules()) == 4
+    assert model(*arguments).shape == (2, 320, 16, 16)

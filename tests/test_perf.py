@@ -7,6 +7,7 @@ import json
 import math
 import pickle
 import re
+import subprocess
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
@@ -20,11 +21,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perf import bench, compare, host, providers, records, sweep
+from perf import bench, compare, demo, host, plot, providers, records, sweep
 from perf.__main__ import main
-from perf.providers import OURS, PARTS, PROVIDERS, Provider, checked
-from perf.records import Record
-from perf.sheet import case
+from perf.providers import PARTS, PROVIDERS, Provider, checked
+from perf.records import OURS, Record, case, save
 from triton_gn import workloads
 from triton_gn.plan import TARGETS, candidates, fields_of, plan_by_rule
 from triton_gn.trial import Trial
@@ -230,21 +230,21 @@ def test_predictions_and_measurements_never_share_a_folder(
 ) -> None:
     folders = {True: tmp_path / "gpu", False: tmp_path / "predicted" / "gpu"}
     path = folders[measured] / "a.jsonl"
-    bench.save(path, [record(measured=measured)], anew)
+    save(path, [record(measured=measured)], anew)
     (kept,) = records.read(path)
     assert kept.measured is measured
     for found in [record(measured=not measured)], [kept, record(measured=not measured)]:
         with pytest.raises(ValueError, match=r"below a folder 'predicted'.*Remedy: another --out"):
-            bench.save(path, found, anew)
+            save(path, found, anew)
     assert list(records.read(path)) == [kept]
 
 
 def test_saving_adds_or_replaces(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     for groups in 1, 2:
-        bench.save(path, [record(groups=groups)])
+        save(path, [record(groups=groups)])
     assert [one.groups for one in records.read(path)] == [1, 2]
-    bench.save(path, [record(groups=3)], anew=True)
+    save(path, [record(groups=3)], anew=True)
     assert [one.groups for one in records.read(path)] == [3]
     assert list(tmp_path.iterdir()) == [path]
 
@@ -254,7 +254,7 @@ def test_saving_adds_or_replaces(tmp_path: Path) -> None:
     ("arguments", "remedy"),
     [
         (["bench"], "python -m perf bench --predict sm_90"),
-        (["sweep", "--shape", "2x8x6", "--groups", "2"], "--target sm_90"),
+        (["sweep", "--shape", "2x8x6", "--groups", "2"], "python -m perf sweep --target sm_90"),
         (["compare", "--revisions", "HEAD", "HEAD"], "python -m perf compare OLD NEW"),
     ],
 )
@@ -269,7 +269,7 @@ def test_without_a_gpu_it_says_what_can_be_done(
     assert main(arguments) == 2
     said = capsys.readouterr().err
     assert "torch.cuda.is_available() is False" in said
-    assert remedy in said
+    assert f"`{remedy}`" in said
     assert list(tmp_path.iterdir()) == []
 
 
@@ -296,7 +296,7 @@ def test_errors_name_the_remedy(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["bench", "sweep", "compare", "plot", "host"])
+@pytest.mark.parametrize("command", ["bench", "sweep", "compare", "plot", "demo", "host"])
 def test_help(capsys: pytest.CaptureFixture[str], command: str) -> None:
     with pytest.raises(SystemExit, match="0"):
         main([command, "--help"])
@@ -324,7 +324,7 @@ def test_predictions(
     for one in found:
         assert (one.measured, one.command, one.cache) == (False, "bench", "cold")
         assert one.device == H100.name
-        assert "not measured" in one.protocol
+        assert "predicted" in one.protocol
         assert one.ms_p20 is one.ms_p80 is one.error is one.peak_bytes is one.host_us is None
         assert one.versions["torch"] == torch.__version__
         cases.setdefault(case(one), {})[one.provider] = one
@@ -395,6 +395,54 @@ def test_sweep_compiles_for_a_gpu_that_is_not_here(
     assert "1*" in said or "2*" in said or "3*" in said
 
 
+@no_gpu
+@pytest.mark.usefixtures("inline")
+def test_demo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "SWEEP", " ".join([*SHAPE[1:], "--candidates"]))
+    monkeypatch.setattr(plot, "save", lambda _, stem, folder: [folder / f"{stem}-light.png"])
+    assert main(["demo", "--candidates", "1"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("predicted, not measured") == 3
+    assert "no data" not in said
+    pictures = said.partition("Pictures:\n")[2].split()
+    targets = [TARGETS[name] for name in demo.TARGETS.split(",")]
+    assert {one.device for one in records.read(demo.FOLDER)} == {one.name for one in targets}
+    assert sorted(pictures) == sorted(
+        f"demo/predicted-sweep-2x8x6x5-forward-{records.slug(one.name)}-light.png"
+        for one in targets
+    )
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"]
+
+
+def test_demo_is_ignored_by_git() -> None:
+    ignored = (bench.WORKLOADS.parents[1] / ".gitignore").read_text().splitlines()
+    assert f"/{demo.FOLDER}/" in ignored
+
+
+def test_results_and_figures_do_not_make_a_commit_dirty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*arguments: str) -> None:
+        user = "-c", "user.name=a", "-c", "user.email=a@b"
+        subprocess.run(["git", "-C", str(tmp_path), *user, *arguments], check=True)
+
+    files = [tmp_path / folder / "a" for folder in (records.RESULTS, records.FIGURES, ".")]
+    for file in files:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("before")
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "a")
+    monkeypatch.setattr(bench, "_ROOT", tmp_path)
+    for file, commit in zip(files, ("abc", "abc", "abc-dirty"), strict=True):
+        file.write_text("after")
+        assert bench._commit("abc") == commit
+    assert bench._commit("") == ""
+
+
 @pytest.mark.usefixtures("inline")
 def test_plan_that_does_not_compile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -451,19 +499,26 @@ def test_regressions_fail(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], ms: float, limit: str, status: int
 ) -> None:
     old, new = tmp_path / "old.jsonl", tmp_path / "new"
-    bench.save(old, [record(), record(groups=4)])
+    save(old, [record(), record(groups=4)])
     changed = record(ms_p20=0.9 * ms, ms_p50=ms, ms_p80=1.1 * ms)
-    bench.save(new / "day.jsonl", [changed, record(groups=4)])
+    save(new / "day.jsonl", [changed, record(groups=4)])
     assert main(["compare", str(old), str(new), "--fail-over", limit]) == status
     said = capsys.readouterr().out
     assert f"{ms:.3f}" in said
     assert f"{math.sqrt(ms):.3f}" in said  # the geometric mean of both
 
 
+def test_compared_predictions_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "predicted" / "a.jsonl"
+    save(file, [record(measured=False, ms_p20=None, ms_p80=None)])
+    assert main(["compare", str(file), str(file)]) == 0
+    assert capsys.readouterr().out.count(" predicted") == 2  # the call, the mean
+
+
 def test_results_without_a_common_call(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
     for groups, path in enumerate(paths, 1):
-        bench.save(path, [record(groups=groups)])
+        save(path, [record(groups=groups)])
     assert main(["compare", *map(str, paths)]) == 2
     assert "no call in common" in capsys.readouterr().err
 
@@ -480,7 +535,7 @@ def test_revisions_take_turns_and_leave_nothing(
         if "bench" in command:
             ms = next(times)
             found = record(ms_p20=ms - 0.5, ms_p50=ms, ms_p80=ms + 0.5)
-            bench.save(Path(command[-1]) / "day.jsonl", [found])
+            save(Path(command[-1]) / "day.jsonl", [found])
 
     monkeypatch.setattr(compare, "_run", fake)
     old, new = compare.time_revisions(["v1", "v2"], ["--core"], tmp_path)

@@ -1,6 +1,5 @@
 """The plots, of records made up here: which figures there are, and what they say."""
 
-import argparse
 import html
 import os
 import re
@@ -16,9 +15,11 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
+from PIL import Image
 
 from perf import figures, plot, sheet
-from perf.records import Record, append
+from perf.__main__ import main
+from perf.records import REFERENCES, Record, save
 
 ROOT = Path(__file__).parents[1]
 CALL = Record(
@@ -99,6 +100,7 @@ def svg_text(path: Path) -> str:
 def unwritten(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files without content, in no time."""
     monkeypatch.setattr(Figure, "savefig", lambda _, path, **options: path.touch())
+    monkeypatch.setattr(plot, "shrink", lambda png: None)
 
 
 def test_a_figure_is_four_files(tmp_path: Path) -> None:
@@ -109,9 +111,15 @@ def test_a_figure_is_four_files(tmp_path: Path) -> None:
         for end in ("dark.png", "dark.svg", "light.png", "light.svg")
     ]
     assert set(paths) == set((tmp_path / "new").iterdir())
-    for page, paper in {"light": "#ffffff", "dark": "#0d1117"}.items():
-        figure = tmp_path / "new" / f"roofline-test-gpu-{page}.svg"
-        assert f"fill: {paper}" in figure.read_text()
+    colors = {"light": ("#ffffff", "#d55e00"), "dark": ("#0d1117", "#ff7f2a")}
+    for page, (paper, ours) in colors.items():
+        figure = tmp_path / "new" / f"copy-share-test-gpu-{page}"
+        assert f"fill: {paper}" in figure.with_suffix(".svg").read_text()
+        pixels = np.asarray(Image.open(figure.with_suffix(".png")).convert("RGB"), int)
+        for color in (paper, ours):  # which the palette has
+            assert (
+                np.abs(pixels - [int(color[i : i + 2], 16) for i in (1, 3, 5)]).max(-1).min() <= 1
+            )
 
 
 @pytest.mark.usefixtures("unwritten")
@@ -183,8 +191,7 @@ def test_says_where_it_is_from() -> None:
 
 def test_svg_depends_on_the_data_alone(tmp_path: Path) -> None:
     bounds = [record(measured=False, bound=bound, workload=bound) for bound in figures.BOUNDS]
-    for one in bounds:
-        append(tmp_path / "records.jsonl", one)
+    save(tmp_path / "predicted" / "records.jsonl", bounds)
     code = (
         "import pathlib, sys; from perf import plot; folder = pathlib.Path(sys.argv[1])\n"
         "plot.draw(plot.load([folder]), folder)\n"
@@ -222,7 +229,7 @@ def test_speedups_and_their_geometric_mean() -> None:
 def test_skipped_records_are_counted() -> None:
     records = [
         record(share_of_copy=0.5),
-        *(record(provider="liger", skipped="wrong", direction=one) for one in sheet.REFERENCES),
+        *(record(provider="liger", skipped="wrong", direction=one) for one in REFERENCES),
         record(provider="flag_gems", skipped="absent"),
         record(provider="liger", skipped="wrong", cache="warm"),
     ]
@@ -284,23 +291,28 @@ def test_sweep_marks_the_best_the_rule_and_spills() -> None:
     assert [one.get_xy() for one in hatched if isinstance(one, Rectangle)] == [(0.5, -0.5)]
     assert {"split, 256 elements", "split, 512 elements"} <= said.keys()
     (footer,) = (text for text in said if text.startswith("best: "))
-    assert "1 ms, split, rows 4, cols 64, num_warps 4, chunks 2" in footer
+    assert "1000 us, split, rows 4, cols 64, num_warps 4, chunks 2" in footer
     assert "not drawn: triton_gn[split] 1" in footer.replace("\n", " ")
 
 
-def options(*arguments: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    plot.add_arguments(parser)
-    return parser.parse_args(arguments)
+def test_pictures_of_the_readme_are_there_and_predicted() -> None:
+    text = (ROOT / "README.md").read_text()
+    section = text.partition("\n## Predicted, not measured\n")[2].partition("\n## ")[0]
+    pictures = re.findall(r'"([^"]+\.png)"', text)
+    assert pictures
+    assert pictures == re.findall(r'"([^"]+\.png)"', section)
+    for picture in pictures:
+        assert Path(picture).name.startswith("predicted-")
+        assert (ROOT / picture).is_file()
 
 
 @pytest.mark.usefixtures("unwritten")
 def test_run_reads_a_folder_and_prints_what_it_wrote(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    append(tmp_path / "results" / "below" / "a.jsonl", record())
+    save(tmp_path / "results" / "below" / "a.jsonl", [record()])
     out = tmp_path / "out"
-    assert plot.run(options(str(tmp_path / "results"), "--out", str(out))) == 0
+    assert main(["plot", str(tmp_path / "results"), "--out", str(out)]) == 0
     assert f"{out / 'roofline-test-gpu-light.svg'}\n" in capsys.readouterr().out
 
 
@@ -320,6 +332,6 @@ def test_errors_name_file_and_line(
     file = tmp_path / "results.jsonl"
     if content is not None:
         file.write_text(content.replace("{good}", record().to_json()))
-    assert plot.run(options(str(file), "--out", str(tmp_path / "out"))) == 2
+    assert main(["plot", str(file), "--out", str(tmp_path / "out")]) == 2
     assert message.replace("{file}", str(file)) in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from perf import bench, providers, records, sweep
-from perf.providers import OURS, PARTS, PROVIDERS, Provider, checked
-from perf.records import Record
+from perf.providers import PARTS, PROVIDERS, Provider, checked
+from perf.records import OURS, Record
 from triton_gn import timing
 from triton_gn.ops import launch
 from triton_gn.plan import Config, fields_of, plan_by_rule
@@ -171,7 +171,7 @@ def test_other_commit_is_timed_again(
     stopwatch: Stopwatch, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(*ONE_CASE)
-    monkeypatch.setattr(bench, "_commit", lambda: "another")
+    monkeypatch.setattr(bench, "_commit", lambda _: "another")
     run(*ONE_CASE)
     assert len(stopwatch.timed) == 2
 
