@@ -1,7 +1,9 @@
 """What the compiler makes of the kernels, for GPUs that need not be present: no spills, 16-byte
 accesses, no approximate arithmetic."""
 
+import itertools
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -41,15 +43,28 @@ PROBLEMS = [
 ]
 
 
+# Every problem for every target, in one direction for two of them and in the other for two, as to
+# compile takes seconds. Any two of problem, direction and target meet, and any direction, target
+# and memory format, or dtype of the input (but float64, which one problem has).
+CASES = [
+    (*problem, ("forward", "backward")[(i + i // 8 + j) % 2], target)
+    for i, problem in enumerate(PROBLEMS)
+    for j, target in enumerate(TARGETS)
+]
+
+
 def id_of(value: object) -> str:
     return str(value).replace("torch.", "").replace(" ", "")
 
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize(
-    ("shape", "num_groups", "dtype", "param_dtype", "channels_last", "affine"), PROBLEMS, ids=id_of
-)
+    (
+        "shape", "num_groups", "dtype", "param_dtype", "channels_last", "affine", "direction",
+        "target",
+    ),
+    CASES,
+    ids=id_of,
+)  # fmt: skip
 def test_compiles_to_what_it_should(
     shape: tuple[int, ...],
     num_groups: int,
@@ -100,19 +115,22 @@ FUSED_PROBLEMS = [
     ((1, 128, 512, 512), 32, BF16, F32, True, (True, True)),
     ((8, 256, 7, 7), 32, F32, F32, False, (True, True)),
 ]
+# A problem for sm_80 and the next for sm_90, one forward and the other backward. Any two of what is
+# fused, direction and target meet, and any two of problem, direction and target.
+FUSED_CASES = [
+    (*fused, FUSED_PROBLEMS[(i + j) % 4], ("forward", "backward")[(i // 4 + j) % 2], target)
+    for i, fused in enumerate(FUSED)
+    for j, target in enumerate(("sm_80", "sm_90"))
+]
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize(("activation", "fused"), FUSED, ids=id_of)
+@pytest.mark.parametrize(
+    ("activation", "fused", "problem", "direction", "target"), FUSED_CASES, ids=id_of
+)
 def test_fused_compiles_to_what_it_should(
-    activation: str, fused: tuple[str, ...], direction: str, target: str
+    activation: str, fused: tuple[str, ...], problem: tuple[Any, ...], direction: str, target: str
 ) -> None:
-    # each problem for a quarter of the cases on sm_80, the next one on sm_90
-    index = FUSED.index((activation, fused)) + TARGETS.index(target)
-    shape, num_groups, dtype, param_dtype, channels_last, affine = FUSED_PROBLEMS[
-        index % len(FUSED_PROBLEMS)
-    ]
+    shape, num_groups, dtype, param_dtype, channels_last, affine = problem
     launches = launches_of(
         direction, shape, num_groups, dtype, channels_last, param_dtype, affine, target,
         activation, fused,
@@ -120,14 +138,22 @@ def test_fused_compiles_to_what_it_should(
     assert_compile_well(launches, dtype, target)
 
 
-@pytest.mark.parametrize("strategy", ["resident", "split"])
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("channels_last", [False, True])
+# every size x format x strategy, each pair of them in both directions
+SIZES_OF_1 = [
+    (shape, groups, channels_last, strategy, ("forward", "backward")[(i + j + k) % 2])
+    for i, (shape, groups) in enumerate(
+        [((1, 8), 1), ((1, 8, 1, 8), 8), ((2, 8, 3), 1), ((1, 16, 8), 2)]
+    )
+    for j, channels_last in enumerate((False, True))
+    for k, strategy in enumerate(("resident", "split"))
+]
+
+
 @pytest.mark.parametrize(
-    ("shape", "num_groups"), [((1, 8), 1), ((1, 8, 1, 8), 8), ((2, 8, 3), 1), ((1, 16, 8), 2)]
+    ("shape", "num_groups", "channels_last", "strategy", "direction"), SIZES_OF_1, ids=id_of
 )
 def test_sizes_of_1_compile(
-    shape: tuple[int, ...], num_groups: int, channels_last: bool, direction: str, strategy: str
+    shape: tuple[int, ...], num_groups: int, channels_last: bool, strategy: str, direction: str
 ) -> None:
     """Triton makes an argument of 1 a constant: it has no dtype then and no methods."""
     launches = launches_of(direction, shape, num_groups, BF16, channels_last, strategy=strategy)
@@ -135,14 +161,19 @@ def test_sizes_of_1_compile(
         assert compile_launch(launch, "sm_90").spill_bytes == 0
 
 
-@pytest.mark.parametrize("strategy", ["resident", "split"])
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_all_kernels_are_compiled_above(direction: str, strategy: str) -> None:
-    chosen = set()
-    for shape, num_groups, dtype, _, channels_last, _ in PROBLEMS:
-        for launch in launches_of(direction, shape, num_groups, dtype, channels_last):
-            chosen.add((launch.kernel.__name__.split("_")[3], channels_last))
-    assert {(strategy, False), (strategy, True)} <= chosen
+def test_all_kernels_are_compiled_above() -> None:
+    """Both strategies in both directions and formats, for each of the targets."""
+    compiled = set()
+    for shape, num_groups, dtype, _, channels_last, _, direction, target in CASES:
+        for launch in launches_of(
+            direction, shape, num_groups, dtype, channels_last, target=target
+        ):
+            strategy = launch.kernel.__name__.split("_")[3]
+            compiled.add((strategy, direction, channels_last, target))
+    everything = itertools.product(
+        ("resident", "split"), ("forward", "backward"), (False, True), TARGETS
+    )
+    assert set(everything) <= compiled
 
 
 def test_a_spill_is_seen() -> None:

@@ -415,11 +415,10 @@ def test_one_tensor_in_two_roles_gets_both_gradients() -> None:
 
 
 @each_fusion
-@each_layout
-def test_derivatives_of_first_and_second_order(
-    activation: str, names: tuple[str, ...], channels_last: bool
-) -> None:
+def test_derivatives_of_first_and_second_order(activation: str, names: tuple[str, ...]) -> None:
     shape, groups = (2, 4, 2, 2), 2
+    # each activation and each subset in both layouts, but not each two of them
+    channels_last = (list(ACTIVATIONS).index(activation) + SUBSETS.index(names)) % 2 == 1
     operands = make_operands(names, channels_last, torch.float64, shape)
     before = composed("none", operands, groups)
     # finite differences of 1e-6 must not step over the kink of relu

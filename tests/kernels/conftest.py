@@ -15,6 +15,8 @@ collect_ignore_glob = [] if INTERPRETED or torch.cuda.is_available() else ["test
 if INTERPRETED:
     interpreter.round_to_bfloat16()
     interpreter.patch_language_once()
+    interpreter.remember_types()
+    interpreter.raise_on_overflow()
 
 
 @pytest.fixture(autouse=True)

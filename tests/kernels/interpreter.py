@@ -56,6 +56,89 @@ def patch_language_once() -> None:
     interpreter._patch_lang = patch_once
 
 
+def remember_types() -> None:
+    """The interpreter works out the type and the shape of each result anew, which takes most of the
+    time that is left: remember them. The values are still its own."""
+    core, semantic = tl.core, type(interpreter.interpreter_semantic)
+    plain_np_dtype, plain_block_type = interpreter._get_np_dtype, core.block_type.__init__
+    plain_tensor, plain_equal = core.tensor.__init__, core.dtype.__eq__
+    plain_promoted, plain_broadcast = semantic.computation_type_impl, semantic.broadcast_impl_value
+    np_dtypes: dict[str, Any] = {}
+    block_types: dict[Any, dict[str, Any]] = {}
+    shapes: dict[str, dict[str, Any]] = {}
+    promoted_types: dict[Any, Any] = {}
+    broadcast_shapes: dict[Any, tuple[tuple[int, ...] | None, ...]] = {}
+
+    def np_dtype(kind: Any) -> Any:
+        if kind.name not in np_dtypes:
+            np_dtypes[kind.name] = plain_np_dtype(kind)
+        return np_dtypes[kind.name]
+
+    def block_type(self: Any, element_ty: Any, shape: Any) -> None:
+        key = element_ty.name, *shape
+        if key not in block_types:
+            plain_block_type(self, element_ty, shape)
+            block_types[key] = dict(vars(self))
+        vars(self).update(block_types[key], element_ty=element_ty)
+
+    def tensor(self: Any, handle: Any, kind: Any) -> None:
+        if kind.name not in shapes:
+            plain_tensor(self, handle, kind)
+            shapes[kind.name] = {"shape": self.shape, "numel": self.numel}
+        vars(self).update(shapes[kind.name], handle=handle, type=kind, dtype=kind.scalar)
+
+    def equal(self: Any, other: Any) -> Any:
+        return self is other or plain_equal(self, other)
+
+    def promoted(self: Any, a: Any, a_is_scalar: bool, b: Any, *rest: bool) -> Any:
+        key = a.name, a_is_scalar, b.name, *rest
+        if key not in promoted_types:
+            promoted_types[key] = plain_promoted(self, a, a_is_scalar, b, *rest)
+        return promoted_types[key]
+
+    def broadcast(self: Any, *operands: Any) -> Any:
+        key = tuple(operand.type.name for operand in operands)
+        if key not in broadcast_shapes:
+            results = plain_broadcast(self, *operands)
+            broadcast_shapes[key] = tuple(
+                None if result is operand else tuple(result.type.shape)
+                for result, operand in zip(results, operands, strict=True)
+            )
+        return tuple(map(spread, operands, broadcast_shapes[key]))
+
+    def spread(operand: Any, shape: tuple[int, ...] | None) -> Any:
+        if shape is None:
+            return operand
+        values = np.broadcast_to(operand.handle.data, shape)
+        kind = core.block_type(operand.dtype, list(shape))
+        return core.tensor(interpreter.TensorHandle(values, kind.scalar), kind)
+
+    interpreter._get_np_dtype = np_dtype
+    core.block_type.__init__ = block_type
+    core.tensor.__init__ = tensor
+    core.dtype.__eq__ = equal
+    semantic.computation_type_impl = promoted
+    semantic.broadcast_impl_value = broadcast
+
+
+def raise_on_overflow() -> None:
+    """The interpreter looks for overflow with a dozen operations after each one, and then says
+    nothing, as its ``debug`` is off: look with one, and raise."""
+    exact = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
+    limits = {np.dtype(kind): (np.iinfo(kind).min, np.iinfo(kind).max) for kind in ("i4", "u4")}
+
+    def check(self: Any, lhs: Any, rhs: Any, operation: Any) -> None:
+        kind = lhs.handle.data.dtype
+        if kind in limits:
+            name = operation.__name__
+            values = exact[name](lhs.handle.data, rhs.handle.data, dtype=np.int64)
+            lowest, highest = limits[kind]
+            if values.min() < lowest or values.max() > highest:
+                raise OverflowError(f"{name} of {kind}")
+
+    type(interpreter.interpreter_semantic).binary_op_sanitize_overflow_impl = check
+
+
 class Traffic:
     """Bytes that kernels load and store, per tensor, while it is the active context."""
 

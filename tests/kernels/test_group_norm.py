@@ -1,12 +1,14 @@
 """Every kernel against float64: formats, dtypes, affine, channels per group, pixels."""
 
 import itertools
+import os
 from dataclasses import asdict
 
 import pytest
 import torch
 import triton
 import triton.language as tl
+from triton.runtime import InterpreterError
 
 import triton_gn
 from tests.kernels.memory import GuardedMemory
@@ -146,6 +148,21 @@ def test_offsets_beyond_2_to_the_31(device: str, strategy: str, channels_last: b
         assert config.slots == config.chunks * 2 // config.tile.rows or strategy == "resident"
         first_row = 14 if strategy == "resident" else 16 - config.tile.rows
         assert offset.item() == sample + first_row * pixels + first * problem.vec
+
+
+@triton.jit
+def _product_kernel(product_ptr, a, b):
+    tl.store(product_ptr, a * b)
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="GPUs do not say it")
+def test_an_overflow_is_seen() -> None:
+    """Any 32-bit sum or product of the tests that 32 bits do not hold would have raised."""
+    product = torch.zeros(1, dtype=torch.int64)
+    _product_kernel[(1,)](product, 2**15, 2**15)
+    assert product.item() == 2**30
+    with pytest.raises(InterpreterError, match="mul of int32"):
+        _product_kernel[(1,)](product, 2**16, 2**15)
 
 
 def test_first_values_of_a_range(device: str) -> None:

@@ -8,8 +8,8 @@ import triton_gn
 from tests.kernels.memory import GuardedMemory
 from tests.kernels.oracle import Case, check, make_case, relative_error
 
-# groups of 4,096 and of 262,144 elements: resident and split
-SHAPES = [((2, 16, 16, 32), 2), ((1, 8, 256, 256), 2)]
+# groups of 4,096 elements, which are resident, and one of 262,144, which is split and takes seconds
+SHAPES = [((2, 16, 16, 32), 2), ((1, 4, 256, 256), 1)]
 FORMATS = pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "innermost"])
 
 
