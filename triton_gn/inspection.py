@@ -89,12 +89,12 @@ class Inspection:
 
     @property
     def fits_one_program(self) -> bool:
-        """Whether a resident plan exists, chosen or not."""
+        """Whether a resident plan exists, chosen or not, that reads as widely as any."""
         try:
-            plan_by_rule(self.problem, self.device, ("resident",))
+            config = plan_by_rule(self.problem, self.device, ("resident",))
         except ValueError:
             return False
-        return True
+        return self.problem.access_bytes(config.tile.groups) == self.widest_access_bytes
 
     def to_json(self) -> dict[str, Any]:
         """As data for ``json.dumps``; times in microseconds."""
