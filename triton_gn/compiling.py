@@ -18,6 +18,7 @@ _POINTERS = {
     torch.bfloat16: "*bf16",
     torch.float32: "*fp32",
     torch.float64: "*fp64",
+    torch.int32: "*i32",
 }
 # of the arguments that are tuples: what their fields' pointers are called
 _PREFIXES = {"coeffs": "", "grads": "d", "reductions": "d"}

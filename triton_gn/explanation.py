@@ -30,11 +30,11 @@ class Explanation:
         text = (
             f"{self.path} path, {self.problem.direction}: {self.reason}\n"
             f"{self.config.strategy} on {self.device}: "
-            f"{_count(self.config.programs(self.problem), 'program')} of "
+            f"{_count(self.config.grid(self.problem), 'program')} of "
             f"{_count(self.config.num_warps, 'warp')}, "
             f"each {sub_tiles} of {tile.rows} x {tile.cols}"
         )
-        if self.config.strategy == "split":
+        if self.config.strategy != "resident":
             text += f", {_count(self.config.chunks, 'chunk')} a group"
         return text
 

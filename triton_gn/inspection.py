@@ -186,15 +186,22 @@ def _bytes_moved(one: Launch, problem: Problem, config: Config) -> int:
     """What a launch asks memory for. What a program asks for again in a loop, L1 serves."""
     rows = config.parts(problem) * config.chunks  # that have programs of their own
     by_all = {"stats_ptr"} if problem.direction == "backward" else set()
+    in_both_passes = set()
     if "apply" in one.kernel.__name__:
         by_all.add("partials_ptr")
+    elif "pipelined" in one.kernel.__name__:
+        in_both_passes = {"x_ptr", "dy_ptr"}
+        if problem.direction == "backward":
+            in_both_passes |= {"stats_ptr", *(f"{name}_ptr" for name in Operands._fields)}
     total = 0
     for name, tensor in pointers_of(one):
-        times = 1
+        times = 2 if name in in_both_passes else 1
         if name.removesuffix("_ptr") in _PER_CHANNEL:
-            times = rows * problem.channels // tensor.numel()
+            times *= rows * problem.channels // tensor.numel()
         elif name in by_all:  # the programs of a group
-            times = config.slots
+            times *= config.slots
+        elif name == "partials_ptr" and in_both_passes:  # written, then read by all of them
+            times += config.slots
         total += times * tensor.nbytes
     return total
 

@@ -1,8 +1,11 @@
 """Split: several programs share a group. The first launch leaves each program's partial sums, the
 second merges the partials of its groups and applies them.
 
-A partial result goes to a slot of its own, ``slots`` of them per group, so nothing is atomic.
+A partial result goes to a slot of its own, ``slots`` of them per group, so nothing is atomic. The
+two halves are functions of a program's number: ``pipelined`` has them in one launch.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -34,33 +37,165 @@ from .tile import (
 )
 
 
+class Cut(NamedTuple):
+    """How the tensor is cut among programs: ``chunks`` of ``chunk_vecs`` for each group, ``slots``
+    for their partial results."""
+
+    groups: tl.tensor
+    pixels: tl.tensor
+    row_vecs: tl.tensor
+    chunks: tl.tensor
+    chunk_vecs: tl.tensor
+    slots: tl.tensor
+
+
 @triton.jit
-def _slots(window, groups, first, slots, SLOTS: tl.constexpr, TILE: tl.constexpr):
+def _window(pid, cut, TILE: tl.constexpr):
+    return window_of(pid, cut.groups, cut.pixels, cut.row_vecs, cut.chunks, cut.chunk_vecs, TILE)
+
+
+@triton.jit
+def _slots(window, cut, first, SLOTS: tl.constexpr, TILE: tl.constexpr):
     """Indices and mask ``[group_slots, SLOTS]`` of partials ``first`` onwards of the groups."""
-    group, mask = groups_of(window, groups, TILE)
+    group, mask = groups_of(window, cut.groups, TILE)
     slot = first + tl.arange(0, SLOTS)[None, :]
-    return group[:, None] * slots + slot, mask[:, None] & (slot < slots)
+    return group[:, None] * cut.slots + slot, mask[:, None] & (slot < cut.slots)
+
+
+@triton.jit
+def _load_partial(ptr, mask):
+    # past L1, which does not hear of what other programs of this launch have stored
+    return tl.load(ptr, mask=mask, other=0.0, cache_modifier=".cg")
 
 
 @triton.jit
 def _merged_moments(
-    partials_ptr, window, groups, slots, dtype: tl.constexpr, SLOTS: tl.constexpr,
-    TILE: tl.constexpr,
-):  # fmt: skip
+    partials_ptr, window, cut, dtype: tl.constexpr, SLOTS: tl.constexpr, TILE: tl.constexpr
+):
     """Moments of the window's groups, from all their partials."""
     none = tl.zeros([TILE.group_slots], dtype)
     count, mean, mean_lo, m2 = none, none, none, none
-    for first in range(0, slots, SLOTS):
-        index, mask = _slots(window, groups, first, slots, SLOTS, TILE)
+    for first in range(0, cut.slots, SLOTS):
+        index, mask = _slots(window, cut, first, SLOTS, TILE)
         parts = Moments(
-            tl.load(partials_ptr + index * 4, mask=mask, other=0.0),
-            tl.load(partials_ptr + index * 4 + 1, mask=mask, other=0.0),
-            tl.load(partials_ptr + index * 4 + 2, mask=mask, other=0.0),
-            tl.load(partials_ptr + index * 4 + 3, mask=mask, other=0.0),
+            _load_partial(partials_ptr + index * 4, mask),
+            _load_partial(partials_ptr + index * 4 + 1, mask),
+            _load_partial(partials_ptr + index * 4 + 2, mask),
+            _load_partial(partials_ptr + index * 4 + 3, mask),
         )
         merged = combine(Moments(count, mean, mean_lo, m2), combine_all(parts))
         count, mean, mean_lo, m2 = merged.count, merged.mean, merged.mean_lo, merged.m2
     return Moments(count, mean, mean_lo, m2)
+
+
+@triton.jit
+def leave_moments(pid, x_ptr, coeffs, partials_ptr, cut, TILE: tl.constexpr, EVICT: tl.constexpr):
+    """Of the ``pid``-th chunk, to its slot of partials (N, G, slots, 4): count, mean, mean_lo,
+    m2."""
+    dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    window = _window(pid, cut, TILE)
+    none = tl.zeros([TILE.group_slots], dtype)
+    count, mean, mean_lo, m2 = none, none, none, none
+    for step in range(0, steps_of(window, TILE)):
+        part = step_of(window, step, TILE)
+        xs = load_tiles(x_ptr, part, TILE, EVICT)
+        merged = combine(
+            Moments(count, mean, mean_lo, m2),
+            window_moments(xs, coeffs.pre_add, part, cut.groups, TILE, dtype),
+        )
+        count, mean, mean_lo, m2 = merged.count, merged.mean, merged.mean_lo, merged.m2
+    group, mask = groups_of(window, cut.groups, TILE)
+    index = (group * cut.slots + window.slot) * 4
+    tl.store(partials_ptr + index, count, mask=mask)
+    tl.store(partials_ptr + index + 1, mean, mask=mask)
+    tl.store(partials_ptr + index + 2, mean_lo, mask=mask)
+    tl.store(partials_ptr + index + 3, m2, mask=mask)
+
+
+@triton.jit
+def apply_moments(
+    pid, x_ptr, residual_ptr, coeffs, partials_ptr, y_ptr, stats_ptr, cut, eps,
+    SLOTS: tl.constexpr, TILE: tl.constexpr, ACTIVATION: tl.constexpr, NVIDIA: tl.constexpr,
+    EVICT: tl.constexpr,
+):  # fmt: skip
+    """y of the ``pid``-th chunk, and the stats of its groups where it is their first."""
+    dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    window = _window(pid, cut, TILE)
+    moments = _merged_moments(partials_ptr, window, cut, dtype, SLOTS, TILE)
+    rstd = rstd_of(moments, eps)
+    if stats_ptr is not None:
+        if window.slot == 0:
+            store_stats(stats_ptr, moments, rstd, window, cut.groups, TILE)
+    stats = spread_stats(moments, rstd, TILE)
+    for step in range(0, steps_of(window, TILE)):
+        part = step_of(window, step, TILE)
+        xs = load_tiles(x_ptr, part, TILE, EVICT)
+        write_y(xs, residual_ptr, coeffs, stats, y_ptr, part, TILE, ACTIVATION, NVIDIA)
+
+
+@triton.jit
+def leave_sums(
+    pid, dy_ptr, x_ptr, residual_ptr, coeffs, stats_ptr, partials_ptr, dresidual_ptr, grads, cut,
+    TILE: tl.constexpr, ACTIVATION: tl.constexpr, NVIDIA: tl.constexpr, EVICT: tl.constexpr,
+):  # fmt: skip
+    """Of the ``pid``-th chunk, to its slot of partials (N, G, slots, 2): sum(dx_hat),
+    sum(dx_hat * x_hat); its dresidual, and its row of each of ``grads`` but pre_add."""
+    dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    window = _window(pid, cut, TILE)
+    stats = load_stats(stats_ptr, window, cut.groups, TILE)
+    dz_sums, dz_x_hat_sums = no_dz_sums(TILE, dtype)
+    for step in range(0, steps_of(window, TILE)):
+        part = step_of(window, step, TILE)
+        xs = load_tiles(x_ptr, part, TILE, EVICT)
+        dzs = load_dzs(
+            dy_ptr, residual_ptr, dresidual_ptr, xs, coeffs, stats, part, TILE, ACTIVATION, NVIDIA,
+            EVICT,
+        )  # fmt: skip
+        dz_sums, dz_x_hat_sums = add_dz_sums(
+            (dz_sums, dz_x_hat_sums), dzs, xs, coeffs, stats, part, 0, TILE
+        )
+    dx_hat_sum, dx_hat_x_hat_sum = store_param_grads(
+        (dz_sums, dz_x_hat_sums), coeffs, grads, window, 0, cut.groups, cut.chunks, TILE, dtype
+    )
+    group, mask = groups_of(window, cut.groups, TILE)
+    index = (group * cut.slots + window.slot) * 2
+    tl.store(partials_ptr + index, dx_hat_sum, mask=mask)
+    tl.store(partials_ptr + index + 1, dx_hat_x_hat_sum, mask=mask)
+
+
+@triton.jit
+def apply_sums(
+    pid, dy_ptr, x_ptr, residual_ptr, coeffs, stats_ptr, partials_ptr, dx_ptr, dpre_add_ptr, cut,
+    SLOTS: tl.constexpr, TILE: tl.constexpr, ACTIVATION: tl.constexpr, NVIDIA: tl.constexpr,
+    EVICT: tl.constexpr,
+):  # fmt: skip
+    """dx of the ``pid``-th chunk and its row of dpre_add, each unless None."""
+    dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
+    window = _window(pid, cut, TILE)
+    stats = load_stats(stats_ptr, window, cut.groups, TILE)
+    dx_hat_sum = tl.zeros([TILE.group_slots], dtype)
+    dx_hat_x_hat_sum = tl.zeros([TILE.group_slots], dtype)
+    for first in range(0, cut.slots, SLOTS):
+        index, mask = _slots(window, cut, first, SLOTS, TILE)
+        dx_hat_sum += tl.sum(_load_partial(partials_ptr + index * 2, mask), axis=1)
+        dx_hat_x_hat_sum += tl.sum(_load_partial(partials_ptr + index * 2 + 1, mask), axis=1)
+    count = group_count(cut.pixels, TILE, dtype)
+    dx_hat_mean = over_groups(divide(dx_hat_sum, count), TILE)
+    dx_hat_x_hat_mean = over_groups(divide(dx_hat_x_hat_sum, count), TILE)
+    dx_sums = no_channel_sums(TILE, dtype)
+    for step in range(0, steps_of(window, TILE)):
+        part = step_of(window, step, TILE)
+        xs = load_tiles(x_ptr, part, TILE, EVICT)
+        dzs = load_dzs(
+            dy_ptr, residual_ptr, None, xs, coeffs, stats, part, TILE, ACTIVATION, NVIDIA, EVICT
+        )
+        dx_sums = write_dx(
+            dx_sums, dzs, xs, coeffs, stats, dx_hat_mean, dx_hat_x_hat_mean, dx_ptr,
+            dpre_add_ptr, part, 0, TILE,
+        )  # fmt: skip
+    if dpre_add_ptr is not None:
+        dpre_add = channel_sums(dx_sums, TILE)
+        store_channels(dpre_add_ptr, dpre_add, window, 0, cut.groups, cut.chunks, TILE)
 
 
 @triton.jit
@@ -72,24 +207,8 @@ def group_norm_forward_split_moments_kernel(
 
     Reads x once, and pre_add; writes partials (N, G, slots, 4): count, mean, mean_lo, m2.
     """
-    dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    window = window_of(tl.program_id(0), groups, pixels, row_vecs, chunks, chunk_vecs, TILE)
-    none = tl.zeros([TILE.group_slots], dtype)
-    count, mean, mean_lo, m2 = none, none, none, none
-    for step in range(0, steps_of(window, TILE)):
-        part = step_of(window, step, TILE)
-        xs = load_tiles(x_ptr, part, TILE)
-        merged = combine(
-            Moments(count, mean, mean_lo, m2),
-            window_moments(xs, coeffs.pre_add, part, groups, TILE, dtype),
-        )
-        count, mean, mean_lo, m2 = merged.count, merged.mean, merged.mean_lo, merged.m2
-    group, mask = groups_of(window, groups, TILE)
-    index = (group * slots + window.slot) * 4
-    tl.store(partials_ptr + index, count, mask=mask)
-    tl.store(partials_ptr + index + 1, mean, mask=mask)
-    tl.store(partials_ptr + index + 2, mean_lo, mask=mask)
-    tl.store(partials_ptr + index + 3, m2, mask=mask)
+    cut = Cut(groups, pixels, row_vecs, chunks, chunk_vecs, slots)
+    leave_moments(tl.program_id(0), x_ptr, coeffs, partials_ptr, cut, TILE, "")
 
 
 @triton.jit
@@ -103,20 +222,13 @@ def group_norm_forward_split_apply_kernel(
     Reads x once, residual once unless None, ``coeffs`` and the partials of its groups; writes y
     once and stats (N, G, 3) unless None.
     """
-    dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     # backwards, to meet what the first launch read last while L2 still holds it
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
-    window = window_of(pid, groups, pixels, row_vecs, chunks, chunk_vecs, TILE)
-    moments = _merged_moments(partials_ptr, window, groups, slots, dtype, SLOTS, TILE)
-    rstd = rstd_of(moments, eps)
-    if stats_ptr is not None:
-        if window.slot == 0:
-            store_stats(stats_ptr, moments, rstd, window, groups, TILE)
-    stats = spread_stats(moments, rstd, TILE)
-    for step in range(0, steps_of(window, TILE)):
-        part = step_of(window, step, TILE)
-        xs = load_tiles(x_ptr, part, TILE)
-        write_y(xs, residual_ptr, coeffs, stats, y_ptr, part, TILE, ACTIVATION, NVIDIA)
+    cut = Cut(groups, pixels, row_vecs, chunks, chunk_vecs, slots)
+    apply_moments(
+        pid, x_ptr, residual_ptr, coeffs, partials_ptr, y_ptr, stats_ptr, cut, eps, SLOTS, TILE,
+        ACTIVATION, NVIDIA, "",
+    )  # fmt: skip
 
 
 @triton.jit
@@ -131,26 +243,11 @@ def group_norm_backward_split_sums_kernel(
     (N, G, slots, 2): sum(dx_hat), sum(dx_hat * x_hat); dresidual once, and the chunk's row of each
     of ``grads`` (N * chunks, C) but pre_add; each unless None.
     """
-    dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    window = window_of(tl.program_id(0), groups, pixels, row_vecs, chunks, chunk_vecs, TILE)
-    stats = load_stats(stats_ptr, window, groups, TILE)
-    dz_sums, dz_x_hat_sums = no_dz_sums(TILE, dtype)
-    for step in range(0, steps_of(window, TILE)):
-        part = step_of(window, step, TILE)
-        xs = load_tiles(x_ptr, part, TILE)
-        dzs = load_dzs(
-            dy_ptr, residual_ptr, dresidual_ptr, xs, coeffs, stats, part, TILE, ACTIVATION, NVIDIA
-        )
-        dz_sums, dz_x_hat_sums = add_dz_sums(
-            (dz_sums, dz_x_hat_sums), dzs, xs, coeffs, stats, part, 0, TILE
-        )
-    dx_hat_sum, dx_hat_x_hat_sum = store_param_grads(
-        (dz_sums, dz_x_hat_sums), coeffs, grads, window, 0, groups, chunks, TILE, dtype
-    )
-    group, mask = groups_of(window, groups, TILE)
-    index = (group * slots + window.slot) * 2
-    tl.store(partials_ptr + index, dx_hat_sum, mask=mask)
-    tl.store(partials_ptr + index + 1, dx_hat_x_hat_sum, mask=mask)
+    cut = Cut(groups, pixels, row_vecs, chunks, chunk_vecs, slots)
+    leave_sums(
+        tl.program_id(0), dy_ptr, x_ptr, residual_ptr, coeffs, stats_ptr, partials_ptr,
+        dresidual_ptr, grads, cut, TILE, ACTIVATION, NVIDIA, "",
+    )  # fmt: skip
 
 
 @triton.jit
@@ -166,36 +263,13 @@ def group_norm_backward_split_apply_kernel(
     write dx once and their row of dpre_add (N * chunks, C), each unless None. The programs after
     them do the ``reductions`` of what the launch before has left.
     """
-    dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     if tl.program_id(0) < apply_programs:
         pid = apply_programs - 1 - tl.program_id(0)
-        window = window_of(pid, groups, pixels, row_vecs, chunks, chunk_vecs, TILE)
-        stats = load_stats(stats_ptr, window, groups, TILE)
-        dx_hat_sum = tl.zeros([TILE.group_slots], dtype)
-        dx_hat_x_hat_sum = tl.zeros([TILE.group_slots], dtype)
-        for first in range(0, slots, SLOTS):
-            index, mask = _slots(window, groups, first, slots, SLOTS, TILE)
-            first_sums = tl.load(partials_ptr + index * 2, mask=mask, other=0.0)
-            second_sums = tl.load(partials_ptr + index * 2 + 1, mask=mask, other=0.0)
-            dx_hat_sum += tl.sum(first_sums, axis=1)
-            dx_hat_x_hat_sum += tl.sum(second_sums, axis=1)
-        count = group_count(pixels, TILE, dtype)
-        dx_hat_mean = over_groups(divide(dx_hat_sum, count), TILE)
-        dx_hat_x_hat_mean = over_groups(divide(dx_hat_x_hat_sum, count), TILE)
-        dx_sums = no_channel_sums(TILE, dtype)
-        for step in range(0, steps_of(window, TILE)):
-            part = step_of(window, step, TILE)
-            xs = load_tiles(x_ptr, part, TILE)
-            dzs = load_dzs(
-                dy_ptr, residual_ptr, None, xs, coeffs, stats, part, TILE, ACTIVATION, NVIDIA
-            )
-            dx_sums = write_dx(
-                dx_sums, dzs, xs, coeffs, stats, dx_hat_mean, dx_hat_x_hat_mean, dx_ptr,
-                dpre_add_ptr, part, 0, TILE,
-            )  # fmt: skip
-        if dpre_add_ptr is not None:
-            dpre_add = channel_sums(dx_sums, TILE)
-            store_channels(dpre_add_ptr, dpre_add, window, 0, groups, chunks, TILE)
+        cut = Cut(groups, pixels, row_vecs, chunks, chunk_vecs, slots)
+        apply_sums(
+            pid, dy_ptr, x_ptr, residual_ptr, coeffs, stats_ptr, partials_ptr, dx_ptr,
+            dpre_add_ptr, cut, SLOTS, TILE, ACTIVATION, NVIDIA, "",
+        )  # fmt: skip
     else:
         sum_params(
             reductions, tl.program_id(0) - apply_programs, samples * chunks,

@@ -191,22 +191,27 @@ def _place(window, c: tl.constexpr, p: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def load_tile(ptr, window, c: tl.constexpr, p: tl.constexpr, TILE: tl.constexpr):
-    """Sub-tile of channel tile ``c`` and pixel tile ``p``; 0 outside the window."""
+def load_tile(
+    ptr, window, c: tl.constexpr, p: tl.constexpr, TILE: tl.constexpr, EVICT: tl.constexpr = ""
+):
+    """Sub-tile of channel tile ``c`` and pixel tile ``p``; 0 outside the window.
+
+    ``EVICT``: what L2 should do with it, "evict_first" or "evict_last".
+    """
     start, steps, mask = _place(window, c, p, TILE)
     if TILE.mask_rows or TILE.mask_cols:
-        return tl.load(ptr + start + steps, mask=mask, other=0.0)
+        return tl.load(ptr + start + steps, mask=mask, other=0.0, eviction_policy=EVICT)
     else:
-        return tl.load(ptr + start + steps)
+        return tl.load(ptr + start + steps, eviction_policy=EVICT)
 
 
 @triton.jit
-def load_tiles(ptr, window, TILE: tl.constexpr):
+def load_tiles(ptr, window, TILE: tl.constexpr, EVICT: tl.constexpr = ""):
     """All sub-tiles, channel tiles outermost: sub-tile (c, p) is ``[c * pixel_tiles + p]``."""
     tiles = ()
     for c in tl.static_range(TILE.channel_tiles):
         for p in tl.static_range(TILE.pixel_tiles):
-            tiles = tiles + (load_tile(ptr, window, c, p, TILE),)
+            tiles = tiles + (load_tile(ptr, window, c, p, TILE, EVICT),)
     return tiles
 
 

@@ -45,7 +45,7 @@ class Launch:
 def _kernels() -> ModuleType:
     """The device code; importing it imports triton."""
     from triton_gn import kernels
-    from triton_gn.kernels import params, resident, split, tile  # noqa: F401
+    from triton_gn.kernels import params, pipelined, resident, split, tile  # noqa: F401
 
     return kernels
 
@@ -111,13 +111,26 @@ def _sizes(problem: Problem, config: Config) -> dict[str, Any]:
         "row_vecs": problem.row_vecs,
         "TILE": _device_tile(config.tile),
     }
-    if config.strategy == "split":
+    if config.strategy != "resident":
         sizes |= {
             "chunks": config.chunks,
             "chunk_vecs": config.chunk_vecs,
             "slots": config.slots,
         }
     return sizes
+
+
+def _pipeline(problem: Problem, config: Config, x: Tensor) -> dict[str, Any]:
+    """Counters, zeros before each call, and what goes through a pipeline in which order."""
+    in_sample = config.units_in_sample(problem)
+    units = problem.n * in_sample
+    return {
+        "counters_ptr": torch.zeros(1 + units, dtype=torch.int32, device=x.device),
+        "order": _kernels().pipelined.Units(
+            units, in_sample, config.blocks * config.slots, config.lag(problem)
+        ),
+        "SLOTS": slots_at_a_time(config),
+    }
 
 
 def _params(operands: Operands) -> Any:
@@ -154,10 +167,14 @@ def forward_launches(
     if config.strategy == "resident":
         kernel = _kernels().resident.group_norm_forward_resident_kernel
         return [Launch(kernel, programs, x | apply | sizes, config.num_warps)]
-    split = _kernels().split
     partials = {
         "partials_ptr": statistics(operands.x, problem.n * problem.groups * config.slots, 4)
     }
+    if config.strategy == "pipelined":
+        kernel = _kernels().pipelined.group_norm_forward_pipelined_kernel
+        arguments = x | apply | partials | sizes | _pipeline(problem, config, operands.x)
+        return [Launch(kernel, config.workers, arguments, config.num_warps)]
+    split = _kernels().split
     return [
         Launch(
             split.group_norm_forward_split_moments_kernel,
@@ -253,8 +270,13 @@ def backward_launches(
         )
         return [launch, *_param_launches(problem, config, reductions)]
 
-    split = _kernels().split
     inputs["partials_ptr"] = statistics(operands.x, problem.n * problem.groups * config.slots, 2)
+    if config.strategy == "pipelined":
+        kernel = _kernels().pipelined.group_norm_backward_pipelined_kernel
+        outputs |= {"dx_ptr": grads.get("x")} | _pipeline(problem, config, operands.x)
+        launch = Launch(kernel, config.workers, inputs | outputs, config.num_warps)
+        return [launch, *_param_launches(problem, config, reductions)]
+    split = _kernels().split
     sums = Launch(
         split.group_norm_backward_split_sums_kernel, programs, inputs | outputs, config.num_warps
     )

@@ -56,11 +56,13 @@ class Prepared:
         self.problem, self.config, self.launches = problem, config, launches
         self._device = device
         places = {id(tensor): i for i, tensor in enumerate(templates) if tensor is not None}
-        self._workspaces: list[Tensor] = []
+        self._workspaces: list[tuple[Callable[..., Tensor], Tensor]] = []
         for tensor in _tensors_in([one.arguments for one in launches]):
             if id(tensor) not in places:
                 places[id(tensor)] = len(templates) + len(self._workspaces)
-                self._workspaces.append(tensor)
+                # counters, the only integers, start at zero
+                make = torch.empty if tensor.is_floating_point() else torch.zeros
+                self._workspaces.append((make, tensor))
         self._steps = [_Step(one, places, device) for one in launches]
 
     def __call__(self, *tensors: Tensor | None) -> None:
@@ -69,8 +71,8 @@ class Prepared:
             _recorded.append(self)
         if self._workspaces:
             tensors += tuple(
-                torch.empty(one.shape, dtype=one.dtype, device=self._device)
-                for one in self._workspaces
+                make(one.shape, dtype=one.dtype, device=self._device)
+                for make, one in self._workspaces
             )
         if self._device.type != "cuda" or torch.cuda.current_device() == self._device.index:
             for step in self._steps:

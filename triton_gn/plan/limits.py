@@ -2,7 +2,7 @@
 
 from .devices import Device
 from .problem import Config, Problem
-from .tiles import MAX_BLOCK_CHANNELS, MAX_SUB_TILES, block_extent
+from .tiles import MAX_BLOCK_CHANNELS, MAX_SUB_TILES, OWN_FIELDS, block_extent
 
 ALWAYS_RESIDENT = 8192  # elements of a group: a second launch costs more than idle multiprocessors
 # registers a thread that sub-tiles and accumulators may take, by direction and channels-last: with
@@ -16,6 +16,7 @@ _REGISTERS = {
 _FEWER_REGISTERS = 112  # where each element has an address, or each of a row's channels a mask
 _FLOAT64_REGISTERS = {False: 96, True: 48}  # with an activation: its functions are calls
 _MAX_ELEMENTS_PER_WARP = 2048  # of a sub-tile, even where spills are borne
+_MAX_WORKERS = 2**16
 _CROWDED = 0.75  # of the limit, where there is one more value per channel or per element
 
 
@@ -61,11 +62,23 @@ def is_always_resident(problem: Problem) -> bool:
     return problem.group_elements <= ALWAYS_RESIDENT and not many_spills
 
 
+def _stalls(problem: Problem, config: Config) -> str | None:
+    """Why a pipeline cannot work."""
+    blocks = -(-problem.groups // config.tile.groups)
+    if config.blocks < 1 or blocks % config.blocks:
+        return f"blocks must divide the {blocks} of a sample; got {config.blocks}"
+    if not 1 <= config.workers <= _MAX_WORKERS:
+        return f"workers must be between 1 and {_MAX_WORKERS}; got {config.workers}"
+    if 2 * config.programs(problem) + config.workers >= 2**31:
+        return f"tickets must be less than 2**31; {config.programs(problem)} pieces take more"
+    return None
+
+
 def fits(problem: Problem, config: Config, device: Device) -> str | None:
     """Why the plan cannot run, as a sentence; None if it can."""
     tile = config.tile
-    if config.strategy not in ("resident", "split"):
-        return f"the strategy must be resident or split; got {config.strategy!r}"
+    if config.strategy not in OWN_FIELDS:
+        return f"the strategy must be one of {', '.join(OWN_FIELDS)}; got {config.strategy!r}"
     for name in ("rows", "cols"):
         size = getattr(tile, name)
         if size < 1 or size & (size - 1):
@@ -85,7 +98,7 @@ def fits(problem: Problem, config: Config, device: Device) -> str | None:
             f"{tile.groups} have {cols}"
         )
     stretch = tile.cols * tile.pixel_tiles
-    if config.strategy == "split" and not problem.channels_last and stretch % tile.vec:
+    if config.strategy != "resident" and not problem.channels_last and stretch % tile.vec:
         return f"cols * pixel_tiles must be a multiple of the vector, {tile.vec}; got {stretch}"
     if tile.rows * tile.cols > _MAX_ELEMENTS_PER_WARP * config.num_warps:
         return (
@@ -97,6 +110,8 @@ def fits(problem: Problem, config: Config, device: Device) -> str | None:
             f"a program holds at most {MAX_SUB_TILES} sub-tiles; "
             f"got {tile.channel_tiles * tile.pixel_tiles}"
         )
+    if config.strategy == "pipelined" and (reason := _stalls(problem, config)):
+        return reason
     exempt = tile.groups == 1 and is_always_resident(problem)
     if excess_registers(problem, config, device) and not exempt:
         return (

@@ -9,6 +9,7 @@ from .problem import ACCESS_BYTES, Config, Problem
 
 _LAUNCH_US = 2.2
 _NEXT_LAUNCH_US = 1.5  # of a launch that follows another
+_ZEROS_US = 1.0  # of setting counters to 0 before a launch
 _DRAM_SHARE = 0.9  # of the maker's figure, that a copy achieves
 _L2_BYTES_PER_US = 45_000  # of one multiprocessor, all of them drawing
 _SOLO_BYTES_PER_US = 57_000  # of one multiprocessor while the others are idle
@@ -50,6 +51,8 @@ def launches(problem: Problem, config: Config) -> int:
     backward = problem.direction == "backward"
     if config.strategy == "resident":
         return 2 if backward and config.parts(problem) > 1 else 1
+    if config.strategy == "pipelined":
+        return 2 if backward else 1
     return 3 if backward and problem.pre_add else 2
 
 
@@ -79,7 +82,7 @@ def estimate(
     tensor = problem.n * problem.channels * problem.pixels * problem.itemsize
     again = second_passes(problem, config) * tensor
     touched = sum(passes(problem)) * tensor + again
-    dram_bytes = touched - min(again, int(_L2_SHARE * device.l2_bytes))
+    dram_bytes = touched - _served(problem, config, device, again)
     l2_bytes = int(touched * _sector_waste(problem, config))
 
     rounds = 2 if again else 1
@@ -88,6 +91,7 @@ def estimate(
     neighbours = min(at_a_time, math.ceil(programs / device.multiprocessors))
     share = touched / rounds / programs * _padding(problem, config)
     launch_us = _LAUNCH_US + (launches(problem, config) - 1) * _NEXT_LAUNCH_US
+    launch_us += _ZEROS_US * (config.strategy == "pipelined")
     narrow = math.sqrt(ACCESS_BYTES / problem.access_bytes(config.tile.groups))
     times = {
         "launch": launch_us,
@@ -99,6 +103,21 @@ def estimate(
     del times["launch"]  # the others overlap
     us = launch_us + max(times.values())
     return Estimate(us, bound, dram_bytes, l2_bytes, at_a_time, waves)
+
+
+def group_bytes(problem: Problem) -> int:
+    """What a group has in the tensors that a second pass reads again."""
+    tensors = 1 if problem.direction == "forward" else passes(problem)[0]
+    return tensors * problem.group_elements * problem.itemsize
+
+
+def _served(problem: Problem, config: Config, device: Device, again: int) -> int:
+    """Bytes of the second pass that L2 still holds."""
+    held = int(_L2_SHARE * device.l2_bytes)
+    if config.strategy == "pipelined":
+        between = config.lag(problem) * config.blocks * config.tile.groups * group_bytes(problem)
+        return again if between <= held else again * held // between
+    return min(again, held)
 
 
 def _sector_waste(problem: Problem, config: Config) -> float:

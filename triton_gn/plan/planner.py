@@ -9,10 +9,10 @@ from typing import Any
 from . import tuned
 from .devices import Device
 from .limits import excess_registers, fits, is_always_resident
-from .model import estimate
+from .model import estimate, group_bytes
 from .problem import Config, Problem
 from .tiles import (
-    SPLIT_FIELDS,
+    OWN_FIELDS,
     config_of,
     fields_of,
     group_counts,
@@ -21,13 +21,16 @@ from .tiles import (
 )
 
 STRATEGIES = ("resident", "split")
-UNVERIFIED: tuple[str, ...] = ()  # not yet seen right on a GPU: only measured tables choose these
+UNVERIFIED = ("pipelined",)  # not yet seen right on a GPU: only measured tables choose these
 _ELEMENTS_PER_THREAD = 32
 _FLOAT64_PER_THREAD = 8
 _FEW_SUB_TILES = 8  # up to here small ones are better: their accumulators take fewer registers
 _MAX_WARPS = 8  # 16 halve the registers of a thread: large tiles spill
 _SPLIT_WARPS = 4
 _SPLIT_PROGRAMS_PER_MULTIPROCESSOR = 8
+_PIPELINED_WARPS = 4
+_MANY = 2**31  # programs
+_UNIT_SHARE = 0.125  # of L2 that a unit may take: more than one of them is on its way
 _SEARCHED_WARPS = (1, 2, 4, 8, 16)
 _SEARCHED_SPLITS = (4, 8, 16)  # programs per multiprocessor
 
@@ -119,6 +122,7 @@ def candidates(problem: Problem, device: Device) -> list[Config]:
             found |= dict.fromkeys(
                 split_configs(problem, counts, num_warps, device.warp_size, programs)
             )
+        found |= dict.fromkeys(_pipelined_configs(problem, counts, num_warps, device))
     return sorted(
         (config for config in found if fits(problem, config, device) is None),
         key=lambda config: estimate(problem, config, device).us,
@@ -164,10 +168,29 @@ def _candidates(
     elif strategy == "split":
         programs = device.multiprocessors * _SPLIT_PROGRAMS_PER_MULTIPROCESSOR
         yield from split_configs(problem, counts, _SPLIT_WARPS, device.warp_size, programs)
+    elif strategy == "pipelined":
+        yield from _pipelined_configs(problem, counts, _PIPELINED_WARPS, device)
     else:
-        raise ValueError(
-            f"plan_override: strategy must be one of {', '.join(STRATEGIES)}; got {strategy!r}."
-        )
+        known = ", ".join(STRATEGIES + UNVERIFIED)
+        raise ValueError(f"plan_override: strategy must be one of {known}; got {strategy!r}.")
+
+
+def _pipelined_configs(
+    problem: Problem, counts: list[int], num_warps: int, device: Device
+) -> Iterator[Config]:
+    """The ways of ``split_configs``, one stretch for each piece of work, as pipelines of all
+    programs that run at a time."""
+    for split in split_configs(problem, counts, num_warps, device.warp_size, _MANY):
+        units = math.ceil(problem.groups / split.tile.groups)
+        unit_bytes = split.tile.groups * group_bytes(problem)
+        blocks = 1
+        if problem.channels_last:  # side by side they make whole pages of DRAM
+            most = int(_UNIT_SHARE * device.l2_bytes / unit_bytes)
+            blocks = max((b for b in range(1, most + 1) if units % b == 0), default=1)
+        config = replace(split, strategy="pipelined", blocks=blocks)
+        at_a_time = estimate(problem, config, device).programs_at_a_time
+        workers = min(config.programs(problem), at_a_time * device.multiprocessors)
+        yield replace(config, workers=workers)
 
 
 def _resident_warps(problem: Problem, elements: int, warp_size: int) -> int:
@@ -180,12 +203,10 @@ def _overridden(problem: Problem, config: Config, device: Device, fixed: dict[st
     """The plan with the fields of ``fixed``, everything that depends on them worked out again."""
     tile = config.tile
     fields = fields_of(config) | fixed
-    if config.strategy == "resident" and not fixed.keys().isdisjoint(SPLIT_FIELDS):
-        raise ValueError(
-            f"plan_override: {' and '.join(SPLIT_FIELDS)} are fields of split; "
-            "add strategy='split'."
-        )
-    if config.strategy == "split" and "pixel_tiles" not in fixed:
+    for name in fixed.keys() - fields_of(config).keys():
+        owner = next(strategy for strategy, own in OWN_FIELDS.items() if name in own)
+        raise ValueError(f"plan_override: {config.strategy} has no {name}; add strategy={owner!r}.")
+    if config.strategy != "resident" and "pixel_tiles" not in fixed:
         fields["pixel_tiles"] = max(1, tile.elements // (fields["rows"] * fields["cols"]))
     config = config_of(problem, **fields)
     reason = fits(problem, config, device)

@@ -103,13 +103,17 @@ class Tile:
 @dataclass(frozen=True)
 class Config:
     """The decision. ``chunks`` and ``chunk_vecs``: into how many parts, how long each (vectors when
-    contiguous, pixels when channels-last), split cuts the pixels of a group; resident has one."""
+    contiguous, pixels when channels-last), split cuts the pixels of a group; resident has one.
+    Pipelined cuts as split does; ``workers`` programs work through it, unit by unit of ``blocks``
+    adjacent blocks of groups."""
 
-    strategy: str  # "resident" or "split"
+    strategy: str  # "resident", "pipelined" or "split"
     tile: Tile
     num_warps: int
     chunks: int
     chunk_vecs: int
+    blocks: int = 0
+    workers: int = 0
 
     @property
     def slots(self) -> int:
@@ -126,4 +130,18 @@ class Config:
         return -(-problem.n // self.tile.rows) if self.tile.stacked else problem.n
 
     def programs(self, problem: Problem) -> int:
+        """Programs; of pipelined the pieces of work, which its workers take one by one."""
         return self.parts(problem) * -(-problem.groups // self.tile.groups) * self.slots
+
+    def grid(self, problem: Problem) -> int:
+        """Programs that are launched."""
+        return self.workers or self.programs(problem)
+
+    def units_in_sample(self, problem: Problem) -> int:
+        """Units of a pipelined plan."""
+        return -(-problem.groups // self.tile.groups) // self.blocks
+
+    def lag(self, problem: Problem) -> int:
+        """By how many units the first pass is ahead of the second, so that nobody need wait."""
+        in_work = -(-self.workers // (self.blocks * self.slots))
+        return min(in_work + 1, problem.n * self.units_in_sample(problem))

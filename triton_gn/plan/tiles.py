@@ -2,13 +2,16 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from .problem import Config, Problem, Tile
 
 # what a plan is told apart by; all else in it follows from these and the problem
-FIELDS = ("strategy", "groups", "rows", "cols", "num_warps", "pixel_tiles", "chunks")
-SPLIT_FIELDS = ("pixel_tiles", "chunks")
+_CUT = ("pixel_tiles", "chunks")
+# those that not every strategy has
+OWN_FIELDS = {"resident": (), "split": _CUT, "pipelined": (*_CUT, "blocks", "workers")}
+FIELDS = ("strategy", "groups", "rows", "cols", "num_warps", *OWN_FIELDS["pipelined"])
 MAX_SUB_TILES = 16  # unrolled in the kernel: more is slow to compile
 MAX_SLOTS = 1024  # partials, of all groups of a program, that split merges at a time
 MAX_BLOCK_CHANNELS = 256  # of several groups side by side: they are summed up by selection
@@ -175,9 +178,13 @@ def fields_of(config: Config) -> dict[str, Any]:
         "cols": tile.cols,
         "num_warps": config.num_warps,
     }
-    if config.strategy == "split":
-        fields |= {"pixel_tiles": tile.pixel_tiles, "chunks": config.chunks}
-    return fields
+    cut = {
+        "pixel_tiles": tile.pixel_tiles,
+        "chunks": config.chunks,
+        "blocks": config.blocks,
+        "workers": config.workers,
+    }
+    return fields | {name: cut[name] for name in OWN_FIELDS[config.strategy]}
 
 
 def config_of(
@@ -190,15 +197,20 @@ def config_of(
     num_warps: int,
     pixel_tiles: int = 1,
     chunks: int = 1,
+    blocks: int = 1,
+    workers: int = 1,
 ) -> Config:
     """The plan of these fields for a problem, as near as its size allows; ``fits`` judges it."""
     stacked = strategy == "resident" and can_stack(problem, groups)
     block_rows, block_cols = block_extent(problem, groups)
     row_tiles, col_tiles = math.ceil(block_rows / rows), math.ceil(block_cols / cols)
     tiles = (col_tiles, row_tiles) if problem.channels_last else (row_tiles, col_tiles)
-    if strategy == "split":
+    if strategy != "resident":
         tile = make_tile(problem, groups, rows, cols, 1, min(pixel_tiles, tiles[1]))
-        return make_split(problem, tile, num_warps, chunks)
+        split = make_split(problem, tile, num_warps, chunks)
+        if strategy == "pipelined":
+            return replace(split, strategy=strategy, blocks=blocks, workers=workers)
+        return replace(split, strategy=strategy)
     tile = make_tile(problem, groups, rows, cols, *tiles, stacked)
     extent = problem.pixels if problem.channels_last else problem.row_vecs
     return Config(strategy, tile, num_warps, 1, extent)

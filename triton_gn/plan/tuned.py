@@ -23,7 +23,7 @@ import platformdirs
 from .devices import Device
 from .limits import fits
 from .problem import Config, Problem
-from .tiles import FIELDS, SPLIT_FIELDS, config_of
+from .tiles import FIELDS, OWN_FIELDS, config_of
 
 SCHEMA = 1
 MAX_BYTES = 4 * 2**20
@@ -314,7 +314,8 @@ def _problem(value: Any) -> Problem:
 def _plan(value: Any) -> dict[str, Any] | None:
     if value is None:
         return None
-    needed = _CONFIG.keys() - (set(SPLIT_FIELDS) - _dict(value).keys())
+    strategy = _part("strategy", _strategy, _dict(value).get("strategy"))
+    needed = _CONFIG.keys() - (_OWN - set(OWN_FIELDS[strategy]))
     return _object(value, {name: _CONFIG[name] for name in FIELDS if name in needed})
 
 
@@ -334,7 +335,9 @@ _PROBLEM: dict[str, _Parser] = {
     else _integer
     for field in fields(Problem)
 }
-_CONFIG: dict[str, _Parser] = dict.fromkeys(FIELDS, _integer) | {"strategy": _name}
+_strategy = _one_of(*OWN_FIELDS)
+_OWN = {name for own in OWN_FIELDS.values() for name in own}
+_CONFIG: dict[str, _Parser] = dict.fromkeys(FIELDS, _integer) | {"strategy": _strategy}
 _ENTRY: dict[str, _Parser] = {
     "problem": _problem,
     "config": _plan,
