@@ -2,6 +2,7 @@
 accesses, no approximate arithmetic."""
 
 import itertools
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -159,6 +160,22 @@ def test_sizes_of_1_compile(
     launches = launches_of(direction, shape, num_groups, BF16, channels_last, strategy=strategy)
     for launch in launches:
         assert compile_launch(launch, "sm_90").spill_bytes == 0
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_pipelined_compiles(channels_last: bool, direction: str, target: str) -> None:
+    """As the others, with what it says to other programs in order."""
+    dtype = BF16 if direction == "forward" else F32
+    launches = launches_of(
+        direction, (2, 64, 60, 60), 16, dtype, channels_last, target=target, strategy="pipelined"
+    )
+    assert_compile_well(launches, dtype, target)
+    if target.startswith("sm"):
+        assembly = assembly_of(launches[0], target)
+        assert re.search(r"(atom|red)\.global\.gpu\.release\.add", assembly)
+        assert re.search(r"(atom|ld)\.global\.gpu\.acquire", assembly)
 
 
 def test_all_kernels_are_compiled_above() -> None:

@@ -86,7 +86,7 @@ def test_input_on_another_than_the_current_device() -> None:
 
 
 @FORMATS
-@pytest.mark.parametrize("strategy", ["resident", "split"])
+@pytest.mark.parametrize("strategy", ["resident", "pipelined", "split"])
 def test_fused_step_under_torch_compile(strategy: str, memory_format: torch.memory_format) -> None:
     """Inductor's graph runs the same kernels, so it gives the same bits."""
     layer = triton_gn.GroupNorm(32, 320, activation="silu", device="cuda")

@@ -49,7 +49,7 @@ def flat(value: Any) -> list[Any]:
     return [leaf for one in value for leaf in flat(one)] if isinstance(value, tuple) else [value]
 
 
-@pytest.mark.parametrize("strategy", ["resident", "split"])
+@pytest.mark.parametrize("strategy", ["resident", "pipelined", "split"])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("fused", [(), FUSED], ids=["plain", "fused"])
 @pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])

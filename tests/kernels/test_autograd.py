@@ -15,7 +15,7 @@ from triton_gn.reference import ACTIVATIONS
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_gradcheck(device: str, activation: str) -> None:
     index = list(ACTIVATIONS).index(activation)
-    channels_last, strategy = index % 2 == 1, ("resident", "split")[index // 2 % 2]
+    channels_last, strategy = index % 2 == 1, ("resident", "pipelined", "split")[index // 2 % 3]
     random = torch.Generator().manual_seed(1)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -40,7 +40,7 @@ def test_gradcheck(device: str, activation: str) -> None:
         assert torch.autograd.gradgradcheck(group_norm, operands, fast_mode=True)
 
 
-@pytest.mark.parametrize("strategy", ["resident", "split"])
+@pytest.mark.parametrize("strategy", ["resident", "pipelined", "split"])
 @pytest.mark.parametrize("needs", range(1, 8))
 def test_any_subset_of_gradients(
     memory: GuardedMemory, device: str, strategy: str, needs: int
@@ -84,7 +84,7 @@ def test_settings_of_the_forward_hold_in_the_backward(memory: GuardedMemory, dev
     assert seen == [("forward", "split"), ("backward", "split")]
 
 
-@pytest.mark.parametrize("strategy", ["resident", "split"])
+@pytest.mark.parametrize("strategy", ["resident", "pipelined", "split"])
 def test_y_in_float32_from_a_16_bit_input(
     memory: GuardedMemory, device: str, strategy: str
 ) -> None:

@@ -8,7 +8,7 @@ import triton_gn
 from tests.kernels.memory import GuardedMemory
 from tests.kernels.oracle import make_case
 
-STRATEGIES = pytest.mark.parametrize("strategy", ["resident", "split"])
+STRATEGIES = pytest.mark.parametrize("strategy", ["resident", "pipelined", "split"])
 FORMATS = pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "innermost"])
 
 

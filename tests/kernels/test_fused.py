@@ -14,7 +14,8 @@ from tests.kernels.memory import GuardedMemory
 from tests.kernels.oracle import check, make_case, relative_error
 from triton_gn.reference import ACTIVATIONS, Operands
 
-STRATEGIES = pytest.mark.parametrize("strategy", ["resident", "split"])
+STRATEGIES = ("resident", "pipelined", "split")
+EACH_STRATEGY = pytest.mark.parametrize("strategy", STRATEGIES)
 FORMATS = pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "innermost"])
 ALL = ("scale", "shift", "pre_add", "residual")
 FUSED = [
@@ -28,7 +29,7 @@ SHAPES = ((2, 12, 8, 8), (3, 10, 7, 7), (1, 12, 5, 3, 2), (2, 6, 9))
 
 # every activation x what is fused x format, while dtypes, shapes and strategies go round
 CASES = [
-    (*factors, DTYPES[i % 4], SHAPES[i // 4 % 4], ("resident", "split")[i // 3 % 2])
+    (*factors, DTYPES[i % 4], SHAPES[i // 4 % 4], STRATEGIES[i // 3 % 3])
     for i, factors in enumerate(itertools.product(ACTIVATIONS, FUSED, (False, True)))
 ]
 
@@ -71,7 +72,7 @@ def test_matches_float64(
     assert results["y"].stride() == results["dx"].stride() == case.x.stride()
 
 
-@STRATEGIES
+@EACH_STRATEGY
 @pytest.mark.parametrize("activation", ["none", "silu"])
 @pytest.mark.parametrize("name", Operands._fields)
 def test_each_gradient_alone(
@@ -92,7 +93,7 @@ def test_each_gradient_alone(
     check(expected | {f"d{name}": operand.grad}, expected)
 
 
-@STRATEGIES
+@EACH_STRATEGY
 @FORMATS
 def test_mixed_dtypes_and_strided_rows(
     memory: GuardedMemory, device: str, channels_last: bool, strategy: str
@@ -132,7 +133,7 @@ def unfused(
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("activation", ["relu", "silu", "gelu", "mish", "tanh"])
-@STRATEGIES
+@EACH_STRATEGY
 def test_as_exact_as_the_unfused_sequence(
     memory: GuardedMemory, device: str, strategy: str, activation: str, dtype: torch.dtype
 ) -> None:
@@ -153,7 +154,7 @@ def test_as_exact_as_the_unfused_sequence(
         assert all(mine <= other for mine, other in errors.values()), errors
 
 
-@STRATEGIES
+@EACH_STRATEGY
 @FORMATS
 @pytest.mark.parametrize("shape", [(2, 8, 16, 16), (2, 8, 7, 7)])
 def test_pre_add_far_from_zero(
@@ -197,7 +198,7 @@ def test_activations_over_their_whole_range(
 
 
 @FORMATS
-@STRATEGIES
+@EACH_STRATEGY
 @pytest.mark.filterwarnings("ignore:invalid value encountered")  # NumPy's word for inf - inf
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
 def test_poison_stays_in_its_group(
@@ -220,7 +221,7 @@ def test_poison_stays_in_its_group(
         assert torch.equal(poisoned[name][~touched.any(0)], clean[name][~touched.any(0)]), name
 
 
-@STRATEGIES
+@EACH_STRATEGY
 def test_bits_do_not_depend_on_run_or_batch(
     memory: GuardedMemory, device: str, strategy: str
 ) -> None:
@@ -246,7 +247,7 @@ def test_y_is_the_same_with_and_without_a_gradient_to_record(
     assert torch.equal(y, case.through_kernels()["y"])
 
 
-@STRATEGIES
+@EACH_STRATEGY
 @pytest.mark.parametrize("n", [1, 3])
 def test_who_shares_an_operand_shares_its_gradient(
     memory: GuardedMemory, device: str, n: int, strategy: str

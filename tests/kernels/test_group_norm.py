@@ -22,14 +22,14 @@ GROUP_CHANNELS = (1, 3, 4, 10, 20, 30, 40)
 SPATIAL = ((), (1,), (7, 7), (8, 8), (5, 3, 2), (33,))
 
 # Resident: all formats x dtypes x channels x pixels, while affine goes round, so that each meets
-# every other factor. Split: half of the dtypes each.
+# every other factor. The others: every third, so that any two factors still meet.
 CASES = [
     (strategy, *factors, AFFINE[index // 2 % len(AFFINE)])
-    for strategy in ("resident", "split")
+    for strategy, step in (("resident", 1), ("split", 3), ("pipelined", 3))
     for index, factors in enumerate(
         itertools.product(DTYPES, SPATIAL, GROUP_CHANNELS, (False, True))
     )
-    if strategy == "resident" or (index // 2 + index // len(DTYPES)) % 2 == 0
+    if index % step == 0
 ]
 
 
@@ -79,7 +79,7 @@ def test_mixes_parameter_dtypes(
     assert results["dweight"].dtype is results["dbias"].dtype is param_dtype
 
 
-@pytest.mark.parametrize("strategy", ["resident", "split"])
+@pytest.mark.parametrize("strategy", ["resident", "pipelined", "split"])
 @pytest.mark.parametrize(
     ("shape", "num_groups"),
     [
@@ -126,7 +126,7 @@ def _offset_kernel(
     tl.store(offset_ptr, window.offset)
 
 
-@pytest.mark.parametrize("strategy", ["resident", "split"])
+@pytest.mark.parametrize("strategy", ["resident", "pipelined", "split"])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_offsets_beyond_2_to_the_31(device: str, strategy: str, channels_last: bool) -> None:
     """The last program of 2**33 elements starts where 64-bit arithmetic says, without them."""

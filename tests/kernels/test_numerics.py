@@ -58,7 +58,7 @@ def test_group_of_131072_halves(memory: GuardedMemory, device: str, channels_las
     check(case.through_kernels(), case.expected())
 
 
-@pytest.mark.parametrize("strategy", ["resident", "split"])
+@pytest.mark.parametrize("strategy", ["resident", "pipelined", "split"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @FORMATS
 def test_16_bits_around_30(
@@ -72,7 +72,7 @@ def test_16_bits_around_30(
     check(results, case.expected())
 
 
-@pytest.mark.parametrize("strategy", ["resident", "split"])
+@pytest.mark.parametrize("strategy", ["resident", "pipelined", "split"])
 @FORMATS
 def test_mean_that_drifts_within_a_group(
     memory: GuardedMemory, device: str, strategy: str, channels_last: bool
@@ -87,7 +87,7 @@ def test_mean_that_drifts_within_a_group(
     check(results, case.expected())
 
 
-@pytest.mark.parametrize("strategy", ["resident", "split"])
+@pytest.mark.parametrize("strategy", ["resident", "pipelined", "split"])
 def test_constant_group(memory: GuardedMemory, device: str, strategy: str) -> None:
     case = make_case(memory, device, (1, 4, 8, 8), 2, affine=(False, False))
     case.x.fill_(0.1)

@@ -22,7 +22,7 @@ from tests.kernels.interpreter import Traffic
 SHAPES = [((2, 20, 8, 8), 2), ((2, 16, 7, 7), 2), ((1, 30, 5, 3, 2), 3), ((3, 12), 4)]
 
 
-@pytest.mark.parametrize(("strategy", "passes"), [("resident", 1), ("split", 2)])
+@pytest.mark.parametrize(("strategy", "passes"), [("resident", 1), ("pipelined", 2), ("split", 2)])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "innermost"])
 @pytest.mark.parametrize(("shape", "num_groups"), SHAPES, ids=str)
@@ -56,7 +56,7 @@ def test_each_tensor_is_read_and_written_once(
     # four or two for each partial of split
     itemsize = 8 if dtype is torch.float64 else 4
     per_group = {"forward": 3, "backward": 0}
-    if strategy == "split":
+    if strategy != "resident":
         per_group["forward"] += 4 * slots["forward"]
         per_group["backward"] += 2 * slots["backward"]
     numbers = shape[0] * num_groups * itemsize
@@ -80,12 +80,12 @@ def test_nothing_is_computed_that_is_not_asked_for(memory: GuardedMemory, device
 def numbers_of(problem: triton_gn.explanation.Explanation) -> int:
     """How many numbers a forward and a backward leave besides the tensors: statistics, partials."""
     groups = problem.problem.n * problem.problem.groups
-    slots = problem.config.slots if problem.config.strategy == "split" else 0
+    slots = problem.config.slots if problem.config.strategy != "resident" else 0
     forward = problem.problem.direction == "forward"
     return groups * ((3 if forward else 0) + (4 if forward else 2) * slots)
 
 
-@pytest.mark.parametrize(("strategy", "passes"), [("resident", 1), ("split", 2)])
+@pytest.mark.parametrize(("strategy", "passes"), [("resident", 1), ("pipelined", 2), ("split", 2)])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "innermost"])
 @pytest.mark.parametrize("activation", ["none", "silu", "gelu"])
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_what_is_per_channel_moves_little(memory: GuardedMemory, device: str) ->
     assert 3 * size <= traffic.stored["other"] < 3.1 * size  # y, dx, dresidual
 
 
-@pytest.mark.parametrize("strategy", ["resident", "split"])
+@pytest.mark.parametrize("strategy", ["resident", "pipelined", "split"])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("layout_name", LAYOUTS)
 @pytest.mark.parametrize(("activation", "fused"), [("none", ()), ("silu", FUSED)], ids=["", "all"])

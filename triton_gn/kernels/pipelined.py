@@ -1,5 +1,5 @@
-"""Pipelined: split in one launch, where the second pass of a unit of groups follows its first one so
-soon that L2 still holds what was read.
+"""Pipelined: split in one launch, where the second pass of a unit of groups follows the first one
+so soon that L2 still holds what was read.
 
 Programs take tickets: the first passes of ``lag`` units, then in turn the second pass of one unit
 and the first pass of the next, ``items`` tickets for each pass. A second pass waits until all first

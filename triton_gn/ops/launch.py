@@ -271,17 +271,17 @@ def backward_launches(
         return [launch, *_param_launches(problem, config, reductions)]
 
     inputs["partials_ptr"] = statistics(operands.x, problem.n * problem.groups * config.slots, 2)
-    if config.strategy == "pipelined":
-        kernel = _kernels().pipelined.group_norm_backward_pipelined_kernel
-        outputs |= {"dx_ptr": grads.get("x")} | _pipeline(problem, config, operands.x)
-        launch = Launch(kernel, config.workers, inputs | outputs, config.num_warps)
-        return [launch, *_param_launches(problem, config, reductions)]
     split = _kernels().split
     sums = Launch(
         split.group_norm_backward_split_sums_kernel, programs, inputs | outputs, config.num_warps
     )
     if "x" not in grads and "pre_add" not in grads:
         return [sums, *_param_launches(problem, config, reductions)]
+    if config.strategy == "pipelined":
+        kernel = _kernels().pipelined.group_norm_backward_pipelined_kernel
+        outputs |= {"dx_ptr": grads.get("x")} | _pipeline(problem, config, operands.x)
+        launch = Launch(kernel, config.workers, inputs | outputs, config.num_warps)
+        return [launch, *_param_launches(problem, config, reductions)]
     # the apply launch writes the parts of dpre_add, and sums up what the launch before has left
     dpre_add = reductions.pop("pre_add", None)
     last = {} if dpre_add is None else {"pre_add": dpre_add}

@@ -1,0 +1,116 @@
+"""Pipelined: the order of its tickets, and that nothing depends on who takes which.
+
+The interpreter runs one program after the other, so the first takes all tickets: what runs at the
+same time is proven on a GPU only, in tests/test_gpu.py.
+"""
+
+import itertools
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+import triton_gn
+from tests.kernels.memory import GuardedMemory
+from tests.kernels.oracle import check, make_case
+from triton_gn.kernels.pipelined import Units, _phase, _program
+from triton_gn.kernels.tile import Tile
+from triton_gn.ops import layout, prepared
+from triton_gn.ops.settings import Settings
+
+FORMATS = pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "innermost"])
+
+
+@triton.jit
+def list_tickets(out_ptr, order, chunks, TILE: tl.constexpr):
+    for ticket in range(0, 2 * order.units * order.items):
+        unit, is_first = _phase(ticket, order)
+        tl.store(out_ptr + 3 * ticket, unit)
+        tl.store(out_ptr + 3 * ticket + 1, is_first.to(tl.int32))
+        tl.store(
+            out_ptr + 3 * ticket + 2, _program(unit, ticket % order.items, order, chunks, TILE)
+        )
+
+
+def tickets(
+    device: str, units: int, in_sample: int, items: int, lag: int, chunks: int, channels_last: bool
+) -> list[tuple[int, bool, int]]:
+    """Unit, whether it is the first pass, and the number of the program, of each ticket."""
+    out = torch.full((2 * units * items, 3), -1, dtype=torch.int32, device=device)
+    order = Units(units, in_sample, items, lag)
+    list_tickets[(1,)](out, order, chunks, Tile(channels_last=channels_last))
+    return [(unit, bool(first), program) for unit, first, program in out.tolist()]
+
+
+@FORMATS
+@pytest.mark.parametrize(("units", "lag"), [(1, 1), (2, 1), (2, 2), (6, 1), (6, 4), (6, 6)])
+def test_tickets_are_in_order(device: str, units: int, lag: int, channels_last: bool) -> None:
+    chunks = 3
+    items = 2 * chunks
+    listed = tickets(device, units, 2 if units % 2 == 0 else 1, items, lag, chunks, channels_last)
+    for is_first in (True, False):
+        of_pass = [one for one in listed if one[1] is is_first]
+        assert [unit for unit, *_ in of_pass] == [i // items for i in range(units * items)]
+        assert sorted(program for *_, program in of_pass) == list(range(units * items))
+    phases = [next(phase)[:2] for _, phase in itertools.groupby(listed, lambda one: one[:2])]
+    assert len(phases) == 2 * units
+    for unit in range(units):
+        first, second = phases.index((unit, True)), phases.index((unit, False))
+        # lag - 1 pairs and one first pass lie between, as far as there are any
+        assert first < second <= first + 2 * lag
+    # whoever waits, waits for earlier tickets only
+    assert [unit for unit, is_first in phases if is_first][:lag] == list(range(lag))
+
+
+def test_units_are_adjacent_groups_of_a_sample(device: str) -> None:
+    """Channels-last, 6 blocks of groups in units of 2, 3 chunks: programs are numbered as split's,
+    blocks innermost, then chunks, then samples."""
+    listed = tickets(device, 6, 3, 6, 1, 3, channels_last=True)
+    for unit, is_first, program in listed:
+        if is_first:
+            sample, block = program // 18, program % 6
+            assert (sample, block // 2) == divmod(unit, 3)
+
+
+@FORMATS
+@pytest.mark.parametrize("activation", ["none", "silu"])
+def test_bits_do_not_depend_on_the_pipeline(
+    memory: GuardedMemory, device: str, channels_last: bool, activation: str
+) -> None:
+    """Nor on there being one: they are those of split."""
+    case = make_case(
+        memory, device, (3, 16, 12, 16), 4, channels_last=channels_last, activation=activation,
+        fused=("pre_add", "residual"),
+    )  # fmt: skip
+    cut = {"pixel_tiles": 1, "chunks": 2}
+    with triton_gn.plan_override(strategy="split", **cut):
+        expected = case.through_kernels()
+    check(expected, case.expected())
+    for fields in ({"workers": 1}, {"workers": 5}, {"workers": 64, "blocks": 1}):
+        with triton_gn.plan_override(strategy="pipelined", **cut, **fields):
+            for name, value in case.through_kernels().items():
+                assert torch.equal(value, expected[name]), name
+
+
+def test_counters_start_at_zero_in_each_call(memory: GuardedMemory, device: str) -> None:
+    case = make_case(memory, device, (2, 8, 6, 6), 2)
+    options = Settings(plan_override=(("strategy", "pipelined"), ("workers", 2)))
+    expected = case.expected()["y"]
+    with prepared.recording() as calls:
+        for _ in range(3):
+            y = layout.empty_like(case.x).fill_(float("nan"))
+            prepared.forward(case.operands, y, None, 2, 1e-5, "none", options)
+            check({"y": y}, {"y": expected})
+    assert calls[0] is calls[1] is calls[2]
+
+
+def test_parameter_gradients_alone_take_one_pass(memory: GuardedMemory, device: str) -> None:
+    case = make_case(memory, device, (2, 8, 6, 6), 2)
+    weight = case.weight.requires_grad_()
+    with triton_gn.plan_override(strategy="pipelined"), triton_gn.backend("triton"):
+        y = triton_gn.group_norm(case.x, 2, weight, case.bias)
+        with prepared.recording() as calls:
+            y.backward(case.dy)
+    check({"dweight": weight.grad}, {"dweight": case.expected()["dweight"]})
+    assert not [one for one in calls[0].launches if "pipelined" in one.kernel.__name__]
