@@ -25,7 +25,16 @@ from perf.providers import PARTS, PROVIDERS, answers_of, bytes_minimum, checked,
 from perf.records import DIRECTIONS, FIGURES, OURS, PREDICTED, REFERENCES, RESULTS, Record, case
 from triton_gn import timing, tune, workloads
 from triton_gn.ops import launch
-from triton_gn.plan import STRATEGIES, TARGETS, Device, estimate, fields_of, model, plan_by_rule
+from triton_gn.plan import (
+    STRATEGIES,
+    TARGETS,
+    UNVERIFIED,
+    Device,
+    estimate,
+    fields_of,
+    model,
+    plan_by_rule,
+)
 from triton_gn.timing import Call, Times
 from triton_gn.trial import Trial
 from triton_gn.workloads import Workload
@@ -286,7 +295,7 @@ def predictions(
         )
     base |= {"bytes_minimum": bytes_minimum(workload, direction)}
     problems = [workload.problem(part) for part in PARTS[direction]]
-    for strategies in (STRATEGIES, *((one,) for one in STRATEGIES)):
+    for strategies in (STRATEGIES, *((one,) for one in STRATEGIES + UNVERIFIED)):
         try:
             configs = [plan_by_rule(problem, gpu, strategies) for problem in problems]
         except ValueError:

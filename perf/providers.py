@@ -22,7 +22,7 @@ from torch.nn import functional as F
 import triton_gn
 from perf.records import OURS
 from triton_gn.ops import dispatch, prepared
-from triton_gn.plan import STRATEGIES, fields_of
+from triton_gn.plan import STRATEGIES, UNVERIFIED, fields_of
 from triton_gn.reference import ACTIVATIONS, Operands
 from triton_gn.trial import EPS, Trial, errors_of, tolerance
 from triton_gn.workloads import Workload
@@ -160,7 +160,7 @@ PROVIDERS = (
     Provider(OURS, ours, _no_kernels, roundings=1),
     *(
         Provider(f"{OURS}[{strategy}]", partial(with_strategy, strategy), _no_kernels, roundings=1)
-        for strategy in STRATEGIES
+        for strategy in STRATEGIES + UNVERIFIED
     ),
     Provider("torch_eager", partial(unfused, torchs), lambda _: None),
     Provider("torch_compile", compiled, _no_gpu),

@@ -20,8 +20,9 @@ from matplotlib.typing import RcKeyType
 from perf.records import DIRECTIONS, OURS, REFERENCES, Record, workload
 
 PYTORCH = ("torch_compile", "torch_eager")
-PROVIDERS = (OURS, *PYTORCH, "liger", "flag_gems", f"{OURS}[resident]", f"{OURS}[split]")
-MARKERS = "oD^Pv<>X"  # in the order of PROVIDERS; the last is any other's
+STRATEGIES = tuple(f"{OURS}[{name}]" for name in ("resident", "split", "pipelined"))
+PROVIDERS = (OURS, *PYTORCH, "liger", "flag_gems", *STRATEGIES)
+MARKERS = "oD^Pv<>sX"  # in the order of PROVIDERS; the last is any other's
 WIDTH = 8.0  # inches: about 800 pixels in a README
 LINE = 0.17  # inches from one line of text to the next
 MARGIN = 0.1  # inches
@@ -62,10 +63,10 @@ def theme(paper: str, ink: str, line: str, grid: str, colors: str) -> dict[RcKey
 
 
 # Okabe and Ito's colours, which the colour-blind can tell apart, in the order of PROVIDERS; on
-# GitHub's dark paper they are lighter. The two strategies differ in lightness as well: in the
-# roofline their markers say something else.
-LIGHT = "#d55e00 #56b4e9 #59636e #009e73 #cc79a7 #e69f00 #0072b2 #000000"
-DARK = "#ff7f2a #a5dcff #b7bdc8 #1fc79a #e79ac4 #f2c14e #3f97dc #ffffff"
+# GitHub's dark paper they are lighter; brown is any other's. The strategies differ in lightness as
+# well: in the roofline their markers say something else.
+LIGHT = "#d55e00 #56b4e9 #59636e #009e73 #cc79a7 #e69f00 #0072b2 #000000 #8c510a"
+DARK = "#ff7f2a #a5dcff #b7bdc8 #1fc79a #e79ac4 #f2c14e #3f97dc #ffffff #c9935a"
 THEMES = {
     "light": theme("#ffffff", "#1f2328", "#818b98", "#d9dfe5", LIGHT),
     "dark": theme("#0d1117", "#f0f6fc", "#656c76", "#2a3038", DARK),

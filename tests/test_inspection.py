@@ -56,6 +56,8 @@ def test_layers_of_real_models_compile_well(workload: Workload, direction: str) 
         ("sm_90", "split", "forward"),
         ("gfx942", "resident", "forward"),
         ("gfx942", "split", "backward"),
+        ("sm_90", "pipelined", "backward"),
+        ("gfx942", "pipelined", "forward"),
     ],
 )
 def test_every_pointer_has_its_access(target: str, strategy: str, direction: str) -> None:
@@ -74,7 +76,7 @@ def test_every_pointer_has_its_access(target: str, strategy: str, direction: str
         expected |= {"dy_ptr", "dx_ptr", "dresidual_ptr"}
         expected |= {f"d{name}" for name in per_channel}
     assert expected <= found
-    assert ("partials_ptr" in found) is (strategy == "split")
+    assert ("partials_ptr" in found) is (strategy != "resident")
 
 
 @pytest.mark.parametrize(
@@ -166,6 +168,17 @@ def test_a_file_of_workloads(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "4 plans: 0 do not compile, 0 spill" in err
     assert main(["inspect", "--workloads", str(path), "--core"]) == 0
     assert "2x64x8x8" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "strategy"), [((), "split"), (("--allow-unverified",), "pipelined")]
+)
+def test_what_no_gpu_has_proven_is_chosen_on_request_only(
+    flags: tuple[str, ...], strategy: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    problem = ("--shape", "1x512x16x90x160", "--groups", "32", "--activation", "silu", "--json")
+    assert main(["inspect", *problem, *flags]) == 0
+    assert json.loads(capsys.readouterr().out)["strategy"] == strategy
 
 
 def test_what_is_wrong_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -111,7 +111,7 @@ def provider(name: str) -> Provider:
 
 def test_providers_say_why_they_are_absent() -> None:
     assert [one.name for one in PROVIDERS] == [
-        OURS, f"{OURS}[resident]", f"{OURS}[split]",
+        OURS, f"{OURS}[resident]", f"{OURS}[split]", f"{OURS}[pipelined]",
         "torch_eager", "torch_compile", "liger", "flag_gems",
     ]  # fmt: skip
     reasons = {one.name: one.absent(CPU) for one in PROVIDERS}
@@ -336,7 +336,8 @@ def test_predictions(
             "forward": ["copy"], "backward": ["add"], "both": ["copy", "add"],
         }[ours.direction]  # fmt: skip
         assert sum(one.bytes_minimum for one in floors) == ours.bytes_minimum
-        strategies = [row[name] for name in (f"{OURS}[resident]", f"{OURS}[split]") if name in row]
+        assert f"{OURS}[pipelined]" in row
+        strategies = [one for name, one in row.items() if name.startswith(f"{OURS}[")]
         for one in (ours, *strategies):
             assert one.ms_p50 is not None
             share = sum(floor.ms_p50 or 0 for floor in floors) / one.ms_p50

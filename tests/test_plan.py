@@ -238,6 +238,26 @@ def test_chunks_can_be_overridden(chunks: int) -> None:
     assert overridden(LARGE, strategy="split", chunks=chunks).chunks == chunks
 
 
+def test_a_pipeline_takes_what_is_given() -> None:
+    config = overridden(LARGE, strategy="pipelined", chunks=4, blocks=2, workers=7)
+    assert (config.chunks, config.blocks, config.workers) == (4, 2, 7)
+    assert config.grid(LARGE) == 7
+    assert config.units_in_sample(LARGE) == 16
+
+
+@for_any_problem
+@given(problem=problems())
+def test_pipelines_fill_the_gpu_and_their_second_pass_is_late_enough(problem: Problem) -> None:
+    """By as many pieces of work as there are programs, or by all that there are."""
+    problem = replace(problem, n=min(problem.n, 64))  # or there may be more tickets than numbers
+    config = overridden(problem, strategy="pipelined")
+    units = problem.n * config.units_in_sample(problem)
+    lag, items = config.lag(problem), config.blocks * config.slots
+    assert units * items == config.programs(problem)
+    assert 1 <= config.workers <= max(config.programs(problem), 1)
+    assert lag == units or (lag - 1) * items >= config.workers
+
+
 def test_more_chunks_than_there_are_stretches_are_not_made() -> None:
     config = overridden(CONTIGUOUS, strategy="split", chunks=10**6)
     assert_covers(CONTIGUOUS.row_vecs, config.chunk_vecs, config.chunks)
@@ -246,7 +266,7 @@ def test_more_chunks_than_there_are_stretches_are_not_made() -> None:
 @pytest.mark.parametrize(
     ("problem", "fields", "message"),
     [
-        (CONTIGUOUS, {"strategy": "fused"}, "one of resident, split; got 'fused'"),
+        (CONTIGUOUS, {"strategy": "fused"}, "one of resident, split, pipelined; got 'fused'"),
         (CONTIGUOUS, {"rows": 3}, "rows must be a power of two; got 3"),
         (CONTIGUOUS, {"rows": 0}, "rows .*got 0"),
         (CONTIGUOUS, {"cols": 0}, "cols .*got 0"),
@@ -283,6 +303,8 @@ def test_overrides_that_cannot_run_are_refused(
 # 2**27 channels: 16 rows of them end beyond 2**31 elements
 WIDE = Problem("forward", 1, 2**27, 2**21, 64, "bfloat16", channels_last=True)
 
+PIPELINED = replace(CONTIGUOUS, activation="silu")
+
 # groups of 40,960 elements: too large to be resident at any price
 NOT_SMALL = Problem("forward", 2, 320, 32, 4096, "bfloat16", channels_last=False)
 
@@ -290,7 +312,7 @@ NOT_SMALL = Problem("forward", 2, 320, 32, 4096, "bfloat16", channels_last=False
 @pytest.mark.parametrize(
     ("problem", "config", "tile", "message"),
     [
-        (CONTIGUOUS, {"strategy": "fused"}, {}, "resident or split; got 'fused'"),
+        (CONTIGUOUS, {"strategy": "fused"}, {}, "one of resident, split, pipelined; got 'fused'"),
         (CONTIGUOUS, {}, {"rows": 3}, "rows must be a power of two; got 3"),
         (CONTIGUOUS, {}, {"cols": 0}, "cols must be a power of two; got 0"),
         (CONTIGUOUS, {"num_warps": 64}, {}, "num_warps .* up to 32; got 64"),
@@ -305,6 +327,11 @@ NOT_SMALL = Problem("forward", 2, 320, 32, 4096, "bfloat16", channels_last=False
             {"rows": 64, "pixel_tiles": 5},
             r"20480 elements in 4 warps take 224 registers a thread; at most \d+ are free",
         ),
+        (PIPELINED, {"blocks": 3}, {}, "blocks must divide the 32 of a sample; got 3"),
+        (PIPELINED, {"blocks": 0}, {}, "blocks must divide .*got 0"),
+        (PIPELINED, {"workers": 0}, {}, "workers must be between 1 and 65536; got 0"),
+        (PIPELINED, {"workers": 2**17}, {}, "workers .* got 131072"),
+        (replace(PIPELINED, n=2**25), {}, {}, r"tickets must be less than 2\*\*31"),
         (CONTIGUOUS, {}, {"cols": 4}, "multiple of the vector, 8; got 4"),
         (CONTIGUOUS, {}, {"rows": 256}, "2048 elements a warp; 256 rows of 64 in 4 warps"),
         (CHANNELS_LAST, {}, {"groups": 32, "cols": 512}, "256 channels in all; 32 have 320"),
@@ -317,6 +344,9 @@ def test_every_bound_can_fail(
     """One change to a plan that fits."""
     good = Config("split", make_tile(problem, 1, 8, 64, 1, 1), 4, 1, 256)
     assert fits(problem, good, H100) is None
+    if problem.activation == PIPELINED.activation:
+        good = replace(good, strategy="pipelined", blocks=1, workers=1)
+        assert fits(replace(problem, n=1), good, H100) is None
     reason = fits(problem, replace(good, tile=replace(good.tile, **tile), **config), H100)
     assert reason is not None
     assert re.search(message, reason), reason

@@ -242,7 +242,8 @@ def test_sweep_times_plans(
     assert [one.config for one in found if "rule" in one.config] == [
         fields_of(rule) | {"rule": True}
     ]
-    assert {one.provider for one in found} == {f"{OURS}[resident]", f"{OURS}[split]"}
+    strategies = ("resident", "pipelined", "split")
+    assert {one.provider for one in found} == {f"{OURS}[{name}]" for name in strategies}
     for ms, one in enumerate(found, 1):
         assert (one.measured, one.command, one.cache) == (True, "sweep", "cold")
         assert (one.ms_p50, one.spill_bytes, one.bound) == (ms, 0, None)

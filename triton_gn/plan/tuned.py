@@ -314,8 +314,8 @@ def _problem(value: Any) -> Problem:
 def _plan(value: Any) -> dict[str, Any] | None:
     if value is None:
         return None
-    strategy = _part("strategy", _strategy, _dict(value).get("strategy"))
-    needed = _CONFIG.keys() - (_OWN - set(OWN_FIELDS[strategy]))
+    strategy = _part("strategy", _name, _dict(value).get("strategy"))
+    needed = _CONFIG.keys() - (_OWN - set(OWN_FIELDS.get(strategy, ())))
     return _object(value, {name: _CONFIG[name] for name in FIELDS if name in needed})
 
 
@@ -335,9 +335,8 @@ _PROBLEM: dict[str, _Parser] = {
     else _integer
     for field in fields(Problem)
 }
-_strategy = _one_of(*OWN_FIELDS)
 _OWN = {name for own in OWN_FIELDS.values() for name in own}
-_CONFIG: dict[str, _Parser] = dict.fromkeys(FIELDS, _integer) | {"strategy": _strategy}
+_CONFIG: dict[str, _Parser] = dict.fromkeys(FIELDS, _integer) | {"strategy": _name}
 _ENTRY: dict[str, _Parser] = {
     "problem": _problem,
     "config": _plan,
