@@ -52,7 +52,7 @@ esac
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format compile-all figures matrix $(MATRIX) wheel clean
+.PHONY: help demo test lint format compile-all figures gpu matrix $(MATRIX) wheel clean
 
 help: ## List these targets
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 12
@@ -77,6 +77,9 @@ format: .venv/.installed ## Format the code and repair what ruff can
 compile-all: .venv/.installed ## Compile the plans of all perf/workloads.csv for an H100; TARGET=sm_80 for another
 	$(BIN)/python -m triton_gn inspect --workloads perf/workloads.csv --direction both \
 	  --target $(TARGET)
+
+gpu: ## On a GPU: tests, ceilings, core benchmark, short tune, figures; again, it goes on from there
+	$(PYTHON) -m perf gpu
 
 figures: .venv/.installed ## Predict for an H100, draw what the README shows; TARGET=sm_80 for another
 	$(BIN)/python -m perf bench --predict $(TARGET) --directions forward,backward

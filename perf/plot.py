@@ -116,6 +116,6 @@ def divide(found: list[Record]) -> tuple[list[Record], list[list[Record]]]:
     for one in sorted(found, key=lambda one: one.date):
         if one.command == "sweep":
             sweeps[case(one)][one.provider, json.dumps(one.config, sort_keys=True)] = one
-        else:
+        elif one.command == "bench":
             benched[case(one), one.provider] = one
     return list(benched.values()), [list(swept.values()) for swept in sweeps.values()]

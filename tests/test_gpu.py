@@ -11,6 +11,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
+STRATEGIES = pytest.mark.parametrize("strategy", ["resident", "pipelined", "split"])
 FORMATS = pytest.mark.parametrize(
     "memory_format", [torch.contiguous_format, torch.channels_last], ids=str
 )
@@ -37,8 +38,16 @@ def test_one_group_of_2_to_the_31_elements() -> None:
 
 
 @FORMATS
+@pytest.mark.parametrize("strategy", ["rule", "pipelined", "split"])
 @pytest.mark.parametrize("shape", [(2, 320, 16, 16), (1, 64, 256, 256)])
-def test_cuda_graph(shape: tuple[int, ...], memory_format: torch.memory_format) -> None:
+def test_cuda_graph(
+    shape: tuple[int, ...], strategy: str, memory_format: torch.memory_format
+) -> None:
+    with triton_gn.plan_override(**({} if strategy == "rule" else {"strategy": strategy})):
+        replay_with_other_values(shape, memory_format)
+
+
+def replay_with_other_values(shape: tuple[int, ...], memory_format: torch.memory_format) -> None:
     x = torch.randn(shape, device="cuda").to(memory_format=memory_format).requires_grad_()
     layer = triton_gn.GroupNorm(32, shape[1], device="cuda")
     dy = torch.randn_like(x)
@@ -63,8 +72,14 @@ def test_cuda_graph(shape: tuple[int, ...], memory_format: torch.memory_format) 
         assert torch.equal(replayed, expected)
 
 
-def test_two_streams_at_once() -> None:
-    inputs = [torch.randn(2, 128, 128, 128, device="cuda") for _ in range(2)]
+@STRATEGIES
+def test_two_streams_at_once(strategy: str) -> None:
+    inputs = [torch.randn(2, 128, 64, 128, device="cuda") for _ in range(2)]
+    with triton_gn.plan_override(strategy=strategy):
+        of_two_streams(inputs)
+
+
+def of_two_streams(inputs: list[torch.Tensor]) -> None:
     expected = [triton_gn.group_norm(x, 32) for x in inputs]
     torch.cuda.synchronize()
     streams = [torch.cuda.Stream() for _ in inputs]
@@ -77,6 +92,50 @@ def test_two_streams_at_once() -> None:
         assert all(map(torch.equal, results, expected))
 
 
+@FORMATS
+@pytest.mark.parametrize(
+    ("shape", "num_groups"),
+    [
+        ((1, 128, 512, 512), 32),
+        ((4, 96, 56, 56), 96),
+        ((2, 64, 40, 40), 4),
+        ((1, 16, 1024, 999), 1),
+    ],
+    ids=str,
+)
+def test_pipelined_among_others_thousands_of_times(
+    shape: tuple[int, ...], num_groups: int, memory_format: torch.memory_format
+) -> None:
+    """It ends, and with the same bits, whatever else runs: on four streams at once, beside a matrix
+    product, with few programs and with more than the GPU holds."""
+    x = torch.randn(shape, device="cuda", dtype=torch.bfloat16).to(memory_format=memory_format)
+    x.requires_grad_()
+    dy = torch.randn_like(x)
+
+    def step(**fields: int | str) -> tuple[torch.Tensor, ...]:
+        with triton_gn.backend("triton"), triton_gn.plan_override(**fields):
+            y = triton_gn.group_norm(x, num_groups, activation="silu")
+            return (y.detach(), *torch.autograd.grad(y, x, dy))
+
+    expected = step(strategy="pipelined", workers=7)
+    for pipelined, split in zip(expected, step(strategy="split"), strict=True):
+        torch.testing.assert_close(pipelined, split)
+    grids: tuple[dict[str, int], ...] = ({}, {"workers": 1}, {"workers": 200}, {"workers": 20_000})
+    streams = [torch.cuda.Stream() for _ in grids]
+    other, matrix = torch.cuda.Stream(), torch.randn(4096, 4096, device="cuda").half()
+    torch.cuda.synchronize()
+    for _ in range(500):
+        with torch.cuda.stream(other):
+            matrix @ matrix
+        results = []
+        for grid, stream in zip(grids, streams, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(step(strategy="pipelined", **grid))
+        torch.cuda.synchronize()
+        for result in results:
+            assert all(map(torch.equal, result, expected))
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_input_on_another_than_the_current_device() -> None:
     x = torch.randn(2, 64, 32, 32, device="cuda:1")
@@ -86,7 +145,7 @@ def test_input_on_another_than_the_current_device() -> None:
 
 
 @FORMATS
-@pytest.mark.parametrize("strategy", ["resident", "pipelined", "split"])
+@STRATEGIES
 def test_fused_step_under_torch_compile(strategy: str, memory_format: torch.memory_format) -> None:
     """Inductor's graph runs the same kernels, so it gives the same bits."""
     layer = triton_gn.GroupNorm(32, 320, activation="silu", device="cuda")

@@ -8,6 +8,7 @@ import math
 import pickle
 import re
 import subprocess
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perf import bench, compare, demo, host, plot, providers, records, sweep
+from perf import bench, compare, demo, gpu, host, plot, providers, records, sweep
 from perf.__main__ import main
 from perf.providers import PARTS, PROVIDERS, Provider, checked
 from perf.records import OURS, Record, case, save
@@ -256,6 +257,8 @@ def test_saving_adds_or_replaces(tmp_path: Path) -> None:
         (["bench"], "python -m perf bench --predict sm_90"),
         (["sweep", "--shape", "2x8x6", "--groups", "2"], "python -m perf sweep --target sm_90"),
         (["compare", "--revisions", "HEAD", "HEAD"], "python -m perf compare OLD NEW"),
+        (["ceilings"], "python -m perf bench --predict sm_90"),
+        (["gpu"], "python -m perf gpu --list"),
     ],
 )
 def test_without_a_gpu_it_says_what_can_be_done(
@@ -578,3 +581,53 @@ def test_costs_are_ratios_of_rounds() -> None:
     found = host.cost({name: partial(calls.append, name) for name in "ab"}, number=2, rounds=2)
     assert "".join(calls) == "ab" + "aabb" * 2
     assert [len(of_rounds) for of_rounds in found.values()] == [2, 2]
+
+
+def gpu_run(monkeypatch: pytest.MonkeyPatch, out: Path, codes: dict[str, str], *flags: str) -> int:
+    """``python -m perf gpu`` with steps of these names, each a line of Python."""
+    made = [gpu.Step(name, (sys.executable, "-c", code)) for name, code in codes.items()]
+    monkeypatch.setattr(gpu, "steps", lambda: iter(made))
+    monkeypatch.setattr(bench, "current_gpu", lambda remedy: CPU)
+    return main(["gpu", "--out", str(out), *flags])
+
+
+def test_gpu_repeats_only_what_has_not_passed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, log = tmp_path / "out", tmp_path / "log"
+
+    def says(word: str) -> str:
+        return f"open({str(log)!r}, 'a').write({word!r} + ' ')"
+
+    codes = {"good": says("good"), "bad": f"{says('bad')}; raise SystemExit(3)"}
+    assert gpu_run(monkeypatch, out, codes) == 1
+    assert "failed (3)" in capsys.readouterr().out
+    codes["bad"] = says("mended")
+    assert gpu_run(monkeypatch, out, codes) == 0
+    assert gpu_run(monkeypatch, out, codes) == 0
+    assert log.read_text().split() == ["good", "bad", "mended"]
+    steps = json.loads((out / "steps.json").read_text())
+    assert [(one["name"], one["status"]) for one in steps] == [("good", 0), ("bad", 0)]
+    monkeypatch.setattr(bench, "_commit", lambda commit: "another")
+    assert gpu_run(monkeypatch, out, codes, "--match", "good") == 0
+    assert log.read_text().split()[3:] == ["good"]
+
+
+def test_gpu_stops_a_step_that_takes_too_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    codes = {"endless": "import time; time.sleep(60)", "next": ""}
+    assert gpu_run(monkeypatch, tmp_path, codes, "--timeout", "1") == 1
+    said = capsys.readouterr().out
+    assert "timed out" in said
+    assert "passed" in said
+
+
+def test_gpu_names_its_steps(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["gpu", "--list"]) == 0
+    names = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]
+    assert names[0] == "ceilings"
+    assert {"test test_gpu", "test test_group_norm", "test test_pipelined"} <= set(names)
+    assert names[-4:] == ["bench", "tune", "host", "plot"]
+    for command in (one.command for one in gpu.steps() if "pytest" in one.command):
+        assert Path(command[-1]).exists()

@@ -2,13 +2,14 @@
 
 import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from perf import bench, providers, records, sweep
+from perf import bench, ceilings, providers, records, sweep
 from perf.providers import PARTS, PROVIDERS, Provider, checked
 from perf.records import OURS, Record
 from triton_gn import timing
@@ -293,3 +294,27 @@ def test_sweep_never_times_a_wrong_plan(
     assert len(calls) == 3
     assert rule not in [call.args[1] for call in calls]
     assert "1 of 4 plans wrong: y is off by" in capsys.readouterr().out
+
+
+def test_ceilings(
+    stopwatch: Stopwatch, device: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Made up: a copy of 1 MiB takes 1 ms, of 1.5 MiB 2 ms, of 2 MiB 3 ms."""
+    parser = argparse.ArgumentParser()
+    ceilings.add_arguments(parser)
+    options = parser.parse_args(["--out", str(tmp_path), "--largest", str(2**22)])
+    assert ceilings.run(options, torch.device(device)) == 0
+    found = list(records.read(tmp_path))
+    sizes = [2**20, 3 * 2**19, 2**21, 3 * 2**20, 2**22]
+    kinds = [("copy", "cold"), ("copy", "warm"), ("add", "cold"), ("add", "warm")]
+    assert [(one.provider, one.cache, one.bytes_minimum) for one in found] == [
+        (*kind, size) for kind in kinds for size in sizes
+    ]
+    assert [one.ms_p50 for one in found] == [1, 2, 3, 4, 5] * 4
+    moved = [sum(t.nbytes for t in call.args[:-1]) for call in stopwatch.timed[0]]
+    assert moved == sizes
+    assert "Effective L2: " in capsys.readouterr().out
+    warm = [replace(one, ms_p50=one.ms_p50 / 10) for one in found if one.cache == "warm"]
+    assert ceilings.effective_l2([*found, *warm]) == 2**22
+    cold = [replace(one, cache="cold") for one in found]
+    assert ceilings.effective_l2(cold) == 0

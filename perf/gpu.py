@@ -1,0 +1,130 @@
+"""Everything that a GPU has to show, in one command that can be stopped and goes on where it was:
+tests, ceilings, the core benchmark, a short tune and the figures."""
+
+import argparse
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from perf import bench
+from perf.records import folder_of
+from triton_gn.ops import launch
+
+_TESTS = ("tests/test_gpu.py", *sorted(map(str, Path("tests/kernels").glob("test_*.py"))))
+_SANITIZED = "tests/kernels/test_bits.py"
+_PROVIDERS = "triton_gn,triton_gn[resident],triton_gn[split],triton_gn[pipelined],torch_eager"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of the command."""
+    parser.add_argument("--match", default="", metavar="TEXT", help="only steps with it")
+    parser.add_argument("--list", action="store_true", help="name the steps and stop")
+    parser.add_argument("--timeout", type=float, metavar="S", help="seconds that a step may take")
+    bench.add_out(parser)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A command, and what came of it."""
+
+    name: str
+    command: tuple[str, ...]
+    commit: str = ""
+    status: int | None = None
+    seconds: float = 0.0
+
+    def run(self, commit: str, timeout: float | None) -> "Step":
+        """Run it; what it prints is seen as it comes."""
+        print(f"\n=== {self.name}: {shlex.join(self.command)}", flush=True)
+        start = time.monotonic()
+        # the kernels run on the GPU, not in the interpreter
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        try:
+            status = subprocess.run(self.command, env=environment, timeout=timeout).returncode
+        except subprocess.TimeoutExpired:
+            status = 124
+        seconds = time.monotonic() - start
+        return Step(self.name, self.command, commit, status, round(seconds, 1))
+
+
+def steps() -> Iterator[Step]:
+    """All of them, the cheap and the certain first."""
+    python = sys.executable
+    workers = str(min(8, os.cpu_count() or 1))
+    yield Step("ceilings", (python, "-m", "perf", "ceilings"))
+    for path in _TESTS:
+        yield Step(f"test {Path(path).stem}", (python, "-m", "pytest", "-q", "-n", workers, path))
+    if sanitizer := shutil.which("compute-sanitizer"):
+        test = (python, "-m", "pytest", "-q", "-k", "same_input", _SANITIZED)
+        yield Step("sanitizer", (sanitizer, "--error-exitcode", "1", *test))
+    core = ("bench", "--core", "--cache", "cold", "--providers", _PROVIDERS)
+    yield Step("bench", (python, "-m", "perf", *core))
+    tune = ("--workloads", "perf/workloads.csv", "--core", "--candidates", "6")
+    yield Step("tune", (python, "-m", "triton_gn", "tune", *tune))
+    yield Step("host", (python, "-m", "perf", "host"))
+    yield Step("plot", (python, "-m", "perf", "plot"))
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the steps that this commit has not passed yet on this GPU; return the exit status.
+
+    Returns:
+        0 if all have passed, 1 if one has not, 130 after Ctrl-C.
+    """
+    wanted = [one for one in steps() if options.match in one.name]
+    if options.list:
+        print(*(f"{one.name}: {shlex.join(one.command)}" for one in wanted), sep="\n")
+        return 0
+    gpu = launch.gpu(bench.current_gpu("python -m perf gpu --list"))
+    path = (options.out or folder_of(gpu.name, measured=True)) / "steps.json"
+    commit = bench.origin("gpu", gpu, measured=True)["commit"]
+    done = {one.name: one for one in _read(path) if one.commit == commit}
+    interrupted = False
+    try:
+        for step in wanted:
+            before = done.get(step.name)
+            if before is None or before.status != 0:
+                done[step.name] = step.run(commit, options.timeout)
+                _write(path, list(done.values()))
+    except KeyboardInterrupt:
+        interrupted = True
+        print("Interrupted: the same command goes on from here.", file=sys.stderr)
+    report([done.get(one.name, one) for one in wanted], gpu.name)
+    return 130 if interrupted else int(any(done[one.name].status for one in wanted))
+
+
+def _read(path: Path) -> list[Step]:
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text())
+    return [Step(**one | {"command": tuple(one["command"])}) for one in found]
+
+
+def _write(path: Path, done: Sequence[Step]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    target = path.with_suffix(".new")
+    target.write_text(json.dumps([asdict(one) for one in done], indent=1) + "\n")
+    target.replace(path)
+
+
+def report(done: Sequence[Step], device: str) -> None:
+    """Print what came of each step."""
+    table = Table(title=device, box=SIMPLE_HEAD, show_edge=False)
+    for title in ("step", "status", "seconds"):
+        table.add_column(title, justify="left" if title == "step" else "right")
+    words = {None: "not run", 0: "passed", 124: "timed out"}
+    for one in done:
+        status = words.get(one.status, f"failed ({one.status})")
+        table.add_row(one.name, status, f"{one.seconds:.0f}" if one.seconds else "")
+    Console().print(table)
