@@ -257,7 +257,7 @@ def now() -> str:
 def _commit(commit: str) -> str:
     """With "-dirty" where files of its checkout have changed, other than results and figures."""
     status = "git", "-C", str(_ROOT), "status", "--porcelain", "--untracked-files=no", "--"
-    changed = commit and tune._output(*status, ".", f":!{RESULTS}", f":!{FIGURES}")
+    changed = commit and tune.output_of(*status, ".", f":!{RESULTS}", f":!{FIGURES}")
     return f"{commit}-dirty" if changed else commit
 
 
@@ -284,14 +284,14 @@ def predictions(
     floor_us = 0.0
     for part in PARTS[direction]:
         count = bytes_minimum(workload, part)
-        dram_us = count / (gpu.dram_gb_per_s * 1e3 * model._DRAM_SHARE)
-        floor_us += (us := model._LAUNCH_US + dram_us)
+        us, bound = model.floor(count, gpu)
+        floor_us += us
         yield Record(
             **base,
             provider=REFERENCES[part],
             ms_p50=us / 1e3,
             bytes_minimum=count,
-            bound="dram" if dram_us > model._LAUNCH_US else "launch",
+            bound=bound,
         )
     base |= {"bytes_minimum": bytes_minimum(workload, direction)}
     problems = [workload.problem(part) for part in PARTS[direction]]

@@ -218,13 +218,13 @@ def checked(
     """A provider's call, None unless its answer is right, and what a record says of it."""
     workload = trial.workload
     try:
-        call = Call(provider.compute(workload), trial._operands, trial._dy, direction)
+        call = Call(provider.compute(workload), trial.operands, trial.dy, direction)
         with prepared.recording() as plans:
             results = {k: t.detach() for k, t in zip(call.names, call(), strict=True)}
         errors = errors_of(results, answers)
     except Exception as error:  # whatever the provider, the compiler or the driver has against it
         return None, {"skipped": failure(error)}
-    if fault := wrong(errors, results, trial._operands.x, provider.roundings):
+    if fault := wrong(errors, results, trial.operands.x, provider.roundings):
         return None, {"skipped": fault}
     # a backward's call makes the forward that it needs
     used = [one.config for one in plans if one.problem.direction in PARTS[direction]]

@@ -253,8 +253,8 @@ def test_provenance_says_where_times_come_from() -> None:
     assert origin["torch"] == torch.__version__
     assert origin["protocol"] == timing.protocol(cold=True)
     assert origin.keys() >= {"driver", "triton", "triton_gn", "commit", "date"}
-    assert tune._output("no-such-command") == ""
-    assert tune._output(sys.executable, "-c", "raise SystemExit(1)") == ""
+    assert tune.output_of("no-such-command") == ""
+    assert tune.output_of(sys.executable, "-c", "raise SystemExit(1)") == ""
 
 
 def test_only_a_gpu_is_timed() -> None:

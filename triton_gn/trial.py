@@ -71,9 +71,9 @@ class Trial:
     """
 
     def __init__(self, workload: Workload, device: torch.device) -> None:
-        self.workload, self._operands = workload, workload.operands(device)
-        x = self._operands.x
-        self._dy = layout.empty_like(x).normal_(generator=torch.Generator(device).manual_seed(1))
+        self.workload, self.operands = workload, workload.operands(device)
+        x = self.operands.x
+        self.dy = layout.empty_like(x).normal_(generator=torch.Generator(device).manual_seed(1))
         self._stats = launch.statistics(x, workload.n, workload.groups, 3)
         self._outputs: dict[str, dict[str, Tensor]] = {}
         self._expected: dict[str, dict[str, Tensor]] = {}
@@ -98,7 +98,7 @@ class Trial:
             if direction == "forward":
                 answers = [reference.group_norm(exact, groups, EPS, activation)]
             else:
-                dy, needs = self._dy.double(), [t is not None for t in exact]
+                dy, needs = self.dy.double(), [t is not None for t in exact]
                 answers = reference.gradients(dy, exact, groups, EPS, activation, needs)
             self._expected[direction] = dict(zip(self.outputs(direction), answers, strict=True))
         return self._expected[direction]
@@ -109,7 +109,7 @@ class Trial:
             self._forward(self._stats, config)
             return
         prepared.backward(
-            self._dy, self._kept_stats, self._given(direction), self.outputs(direction),
+            self.dy, self._kept_stats, self._given(direction), self.outputs(direction),
             self.workload.groups, self.workload.activation, settings.current(), config,
         )  # fmt: skip
 
@@ -127,7 +127,7 @@ class Trial:
     def check(self, direction: str, config: Config | None = None) -> str | None:
         """How the answer is wrong; None if it is right."""
         for name, error in self.errors(direction, config).items():
-            limit = tolerance(self.outputs(direction)[name], self._operands.x)
+            limit = tolerance(self.outputs(direction)[name], self.operands.x)
             if error > limit:
                 return (
                     f"{name} is off by {error:.1e} of its largest value, and rounding explains "
@@ -139,7 +139,7 @@ class Trial:
         """Registers of a thread that kernels spill to memory; 0 where nothing is compiled."""
         with prepared.recording() as calls:
             self.run(direction, config)
-        nvidia = self._dy.is_cuda and torch.version.hip is None
+        nvidia = self.dy.is_cuda and torch.version.hip is None
         kernels = [
             one.kernel.warmup(
                 grid=(one.grid,), **one.arguments_on(nvidia), **one.options(nvidia)
@@ -150,11 +150,11 @@ class Trial:
         return sum(getattr(kernel, "n_spills", 0) for kernel in kernels)
 
     def _given(self, direction: str) -> Operands:
-        return _given(self._operands, direction, self.workload.activation)
+        return _given(self.operands, direction, self.workload.activation)
 
     def _forward(self, stats: Tensor, config: Config | None) -> None:
         prepared.forward(
-            self._operands, self.outputs("forward")["y"], stats, self.workload.groups, EPS,
+            self.operands, self.outputs("forward")["y"], stats, self.workload.groups, EPS,
             self.workload.activation, settings.current(), config,
         )  # fmt: skip
 

@@ -308,20 +308,20 @@ def provenance() -> dict[str, str]:
     """Where times of this process come from."""
     package = Path(triton_gn.__file__).parent
     is_checkout = (package.parent / ".git").exists()  # and not some repository around site-packages
-    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
         "driver": driver.partition("\n")[0],
         "runtime": torch.version.cuda or torch.version.hip or "",
         "torch": torch.__version__,
         "triton": triton.__version__,
         "triton_gn": triton_gn.__version__,
-        "commit": _output("git", "-C", str(package), "rev-parse", "HEAD") if is_checkout else "",
+        "commit": output_of("git", "-C", str(package), "rev-parse", "HEAD") if is_checkout else "",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "protocol": timing.protocol(cold=True),
     }
 
 
-def _output(*command: str) -> str:
+def output_of(*command: str) -> str:
     """What a command prints; nothing where it cannot run."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
