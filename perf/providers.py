@@ -289,8 +289,6 @@ def bytes_minimum(workload: Workload, direction: str) -> int:
     """Bytes of a call's operands and results, each touched once in a forward and in a backward."""
     if direction == "both":
         return sum(bytes_minimum(workload, part) for part in PARTS[direction])
-    operands = workload.operands("meta")
-    if direction == "backward" and workload.activation == "none":
-        operands = operands._replace(residual=None)  # its gradient is dy
+    operands = workload.given(workload.operands("meta"), direction)
     given = sum(t.nbytes for t in operands if t is not None)
     return given + operands.x.nbytes + given * (direction == "backward")

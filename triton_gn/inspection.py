@@ -162,9 +162,7 @@ def _launches(
     workload: Workload, problem: Problem, config: Config
 ) -> tuple[list[Tensor], list[Launch]]:
     """The tensors of a call, without memory, and its launches; all gradients are asked for."""
-    operands = workload.operands("meta")
-    if not problem.residual:
-        operands = operands._replace(residual=None)
+    operands = workload.given(workload.operands("meta"), problem.direction)
     x = operands.x
     given = {name: tensor for name, tensor in operands._asdict().items() if tensor is not None}
     stats = launch.statistics(x, problem.n, problem.groups, 3)

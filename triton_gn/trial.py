@@ -21,12 +21,6 @@ EPS = 1e-5
 _ARITHMETIC = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 
-def _given(operands: Operands, direction: str, activation: str) -> Operands:
-    """What the kernels of a direction are given: without an activation, no residual backward."""
-    keep = direction == "forward" or activation != "none"
-    return operands if keep else operands._replace(residual=None)
-
-
 def tolerance(result: Tensor, x: Tensor) -> float:
     """The error that rounding explains, over the largest value.
 
@@ -62,8 +56,8 @@ def error_of(outputs: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> f
 class Trial:
     """Random operands of a workload, and outputs that any of its plans can be run into.
 
-    Nothing is cut into parts: while a right answer is worked out in float64, it takes some ten
-    times the 8 bytes that x then has per element.
+    ``operands`` and ``dy`` are what its runs read. Nothing is cut into parts: while a right answer
+    is worked out in float64, it takes some ten times the 8 bytes that x then has per element.
 
     Args:
         workload: what to try.
@@ -150,7 +144,7 @@ class Trial:
         return sum(getattr(kernel, "n_spills", 0) for kernel in kernels)
 
     def _given(self, direction: str) -> Operands:
-        return _given(self.operands, direction, self.workload.activation)
+        return self.workload.given(self.operands, direction)
 
     def _forward(self, stats: Tensor, config: Config | None) -> None:
         prepared.forward(

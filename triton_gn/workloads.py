@@ -82,10 +82,14 @@ class Workload:
 
     def problem(self, direction: str) -> Problem:
         """What its forward or backward launches have to solve."""
-        operands = self.operands("meta")
-        if direction == "backward" and self.activation == "none":
-            operands = operands._replace(residual=None)  # its gradient is dy itself
+        operands = self.given(self.operands("meta"), direction)
         return launch.problem_of(direction, operands, self.groups, self.activation)
+
+    def given(self, operands: Operands, direction: str) -> Operands:
+        """What the kernels of a direction are given of its operands: without an activation, the
+        residual's gradient is dy itself."""
+        keep = direction == "forward" or self.activation != "none"
+        return operands if keep else operands._replace(residual=None)
 
     def operands(self, device: str | torch.device, seed: int = 0) -> Operands:
         """Random operands on a device, or on "meta" their shapes alone: x and what is per sample

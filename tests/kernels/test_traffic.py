@@ -166,9 +166,7 @@ def test_inspect_states_the_bytes_that_are_moved(
     )
     problem = workload.problem(direction)
     config = plan(problem, Device(), override=(("strategy", strategy),))
-    operands = workload.operands("cpu")
-    if not problem.residual:
-        operands = operands._replace(residual=None)
+    operands = workload.given(workload.operands("cpu"), direction)
     stats = launch.statistics(operands.x, 2, 3, 3).zero_()
     with Traffic() as counted:
         if direction == "forward":
