@@ -201,20 +201,23 @@ def report(found: Sequence[Record]) -> None:
         padding=0,
         show_edge=False,
     )
-    settings = [name for name in FIELDS if name != "strategy"]
+    settings = [name for name in FIELDS if name not in ("strategy", "rows", "cols")]
     table.add_column("")
     table.add_column("strategy")
-    for title in (*(name.replace("_", "\n") for name in settings), "us", "regs", "spill"):
+    titles = "tile", *(name.replace("_", "\n") for name in settings), "us", "regs"
+    for title in titles:
         table.add_column(title, justify="right")
     table.add_column("bound")
     timed = sorted((one for one in found if one.ms_p50), key=lambda one: one.ms_p50 or 0)
     for rank, one in enumerate(timed, 1):
         if rank <= _SHOWN or _is_rule(one):
-            numbers = [*map((one.config or {}).get, settings), one.registers, one.spill_bytes]
-            texts = ["" if number is None else str(number) for number in numbers]
-            texts.insert(-2, f"{1e3 * (one.ms_p50 or 0):.2f}")
-            mark = f"{rank}{'*' * _is_rule(one)}"
-            table.add_row(mark, str(one.strategy), *texts, one.bound or "")
+            config = one.config or {}
+            mark, tile = f"{rank}{'*' * _is_rule(one)}", f"{config['rows']}x{config['cols']}"
+            numbers = (str(config.get(name, "")) for name in settings)
+            us, registers = f"{1e3 * (one.ms_p50 or 0):.2f}", str(one.registers or "")
+            if one.spill_bytes:
+                registers += f" and {one.spill_bytes} B spilled"
+            table.add_row(mark, str(one.strategy), tile, *numbers, us, registers, one.bound or "")
     Console().print(table)
     for reason, count in Counter(one.skipped for one in found if one.skipped).items():
         print(f"{count} of {len(found)} plans {reason}")
