@@ -54,7 +54,7 @@ def load_z(
     z = normalise(x, pre_add, stats, window, p, TILE) * over_pixels(gain, window, p, TILE)
     z += over_pixels(offset, window, p, TILE)
     if residual_ptr is not None:
-        z += load_tile(residual_ptr, window, c, p, TILE).to(z.dtype)
+        z += load_tile(residual_ptr, window, c, p, TILE, "").to(z.dtype)
     return z
 
 
@@ -80,7 +80,7 @@ def write_y(
 @triton.jit
 def load_dzs(
     dy_ptr, residual_ptr, dresidual_ptr, xs, coeffs, stats, window, TILE: tl.constexpr,
-    ACTIVATION: tl.constexpr, NVIDIA: tl.constexpr, EVICT: tl.constexpr = "",
+    ACTIVATION: tl.constexpr, NVIDIA: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
     """dz of all sub-tiles; writes it to dresidual unless that is None."""
     dtype: tl.constexpr = stats.mean.dtype

@@ -29,7 +29,7 @@ def group_norm_forward_resident_kernel(
     """
     dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     window = whole_window(tl.program_id(0), groups, pixels, row_vecs, TILE)
-    xs = load_tiles(x_ptr, window, TILE)
+    xs = load_tiles(x_ptr, window, TILE, "")
     moments = window_moments(xs, coeffs.pre_add, window, groups, TILE, dtype)
     rstd = rstd_of(moments, eps)
     if stats_ptr is not None:
@@ -50,10 +50,10 @@ def group_norm_backward_resident_kernel(
     """
     dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     window = whole_window(tl.program_id(0), groups, pixels, row_vecs, TILE)
-    xs = load_tiles(x_ptr, window, TILE)
+    xs = load_tiles(x_ptr, window, TILE, "")
     stats = load_stats(stats_ptr, window, groups, TILE)
     dzs = load_dzs(
-        dy_ptr, residual_ptr, dresidual_ptr, xs, coeffs, stats, window, TILE, ACTIVATION, NVIDIA
+        dy_ptr, residual_ptr, dresidual_ptr, xs, coeffs, stats, window, TILE, ACTIVATION, NVIDIA, ""
     )
     dx_hat_sum = tl.zeros([TILE.group_slots], dtype)
     dx_hat_x_hat_sum = tl.zeros([TILE.group_slots], dtype)

@@ -192,7 +192,7 @@ def _place(window, c: tl.constexpr, p: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def load_tile(
-    ptr, window, c: tl.constexpr, p: tl.constexpr, TILE: tl.constexpr, EVICT: tl.constexpr = ""
+    ptr, window, c: tl.constexpr, p: tl.constexpr, TILE: tl.constexpr, EVICT: tl.constexpr
 ):
     """Sub-tile of channel tile ``c`` and pixel tile ``p``; 0 outside the window.
 
@@ -206,7 +206,7 @@ def load_tile(
 
 
 @triton.jit
-def load_tiles(ptr, window, TILE: tl.constexpr, EVICT: tl.constexpr = ""):
+def load_tiles(ptr, window, TILE: tl.constexpr, EVICT: tl.constexpr):
     """All sub-tiles, channel tiles outermost: sub-tile (c, p) is ``[c * pixel_tiles + p]``."""
     tiles = ()
     for c in tl.static_range(TILE.channel_tiles):
