@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from triton_gn.ops import launch
-from triton_gn.plan import TARGETS, plan
+from triton_gn.plan import TARGETS, Config, Problem, plan
 from triton_gn.reference import Operands
 
 
@@ -44,8 +44,7 @@ def launches_of(
     operands = Operands(x, weight, bias, **per_sample, residual=residual)
     if direction == "backward" and activation == "none":
         operands = operands._replace(residual=None)
-    problem = launch.problem_of(direction, operands, num_groups, activation)
-    config = plan(problem, TARGETS[target], override=tuple(sorted(override.items())))
+    problem, config = _plan(direction, operands, num_groups, activation, target, **override)
     stats = launch.statistics(x, n, num_groups, 3)
     if direction == "forward":
         y = torch.empty_like(x)
@@ -53,3 +52,43 @@ def launches_of(
     grads = {name: torch.empty_like(t) for name, t in operands._asdict().items() if t is not None}
     dy = torch.empty_like(x)
     return launch.backward_launches(problem, config, dy, operands, stats, grads)
+
+
+def _plan(
+    direction: str,
+    operands: Operands,
+    num_groups: int,
+    activation: str,
+    target: str,
+    **override: Any,
+) -> tuple[Problem, Config]:
+    problem = launch.problem_of(direction, operands, num_groups, activation)
+    return problem, plan(problem, TARGETS[target], override=tuple(sorted(override.items())))
+
+
+def statistics_launches(
+    x: torch.Tensor, num_groups: int, activation: str, target: str
+) -> list[launch.Launch]:
+    """The launches of statistics and of apply, forward and backward, with all gradients."""
+    n, channels = x.shape[:2]
+    weight, pre_add = x.new_empty(channels), x.new_empty(n, channels)
+    taken, applied = Operands(x, pre_add=pre_add), Operands(x, weight, pre_add=pre_add)
+    stats = launch.statistics(x, n, num_groups, 3)
+    moments, sums = (launch.statistics(x, n, num_groups, 1, numbers) for numbers in (4, 2))
+    grads = {name: torch.empty_like(t) for name, t in applied._asdict().items() if t is not None}
+    dy = y = torch.empty_like(x)
+
+    def planned(direction: str, operands: Operands, activation: str) -> tuple[Problem, Config]:
+        return _plan(direction, operands, num_groups, activation, target, strategy="split")
+
+    problem, config = planned("forward", taken, "none")
+    partials = launch.statistics(x, n, num_groups, config.slots, 4)
+    launches = launch.forward_launches(problem, config, taken, None, None, 0.0, partials)
+    forward = planned("forward", applied, activation)
+    launches += launch.forward_launches(*forward, applied, y, stats, 1e-5, moments)
+    problem, config = planned("backward", applied, activation)
+    parts = launch.statistics(x, n, num_groups, config.slots, 2)
+    launches += launch.backward_launches(problem, config, dy, applied, stats, grads, parts)
+    backward = planned("backward", taken, "none")
+    wanted = {name: grads[name] for name in ("x", "pre_add")}
+    return launches + launch.backward_launches(*backward, None, taken, stats, wanted, sums)

@@ -19,7 +19,12 @@ NEVER = {
     "triton_gn": {"tests", "perf", "matplotlib"},
     "triton_gn.kernels": {"os", "torch", "triton_gn.plan"},
     "triton_gn.plan": {"torch", "triton", "triton_gn.kernels", "triton_gn.ops"},
-    "triton_gn.ops": {"triton_gn.functional", "triton_gn.module", "triton_gn.tune"},
+    "triton_gn.ops": {
+        "triton_gn.functional",
+        "triton_gn.module",
+        "triton_gn.statistics",
+        "triton_gn.tune",
+    },
 }
 # Besides the standard library.
 ONLY = {
@@ -98,6 +103,7 @@ def test_package_keeps_its_layers() -> None:
         ("triton_gn.ops.forward", "from ..functional import group_norm"),
         ("triton_gn.ops", "from .module import GroupNorm"),
         ("triton_gn.ops.__init__", "from triton_gn.tune import load"),
+        ("triton_gn.ops.statistics", "from triton_gn.statistics import GroupNormStats"),
         ("triton_gn.reference", "import numpy"),
         ("triton_gn.reference", "from . import plan"),
     ],

@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from tests.compiling import launches_of
+from tests.compiling import launches_of, statistics_launches
 from triton_gn.compiling import Kernel, assembly_of, compile_launch
 from triton_gn.ops.launch import Launch
 from triton_gn.reference import ACTIVATIONS
@@ -137,6 +137,18 @@ def test_fused_compiles_to_what_it_should(
         activation, fused,
     )  # fmt: skip
     assert_compile_well(launches, dtype, target)
+
+
+@pytest.mark.parametrize(
+    ("channels_last", "dtype", "target"), [(False, BF16, "sm_90"), (True, F32, "gfx942")], ids=id_of
+)
+def test_statistics_apart_compile_to_what_they_should(
+    channels_last: bool, dtype: torch.dtype, target: str
+) -> None:
+    x = torch.empty(2, 320, 32, 32, dtype=dtype, device="meta")
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    assert_compile_well(statistics_launches(x, 32, "silu", target), dtype, target)
 
 
 # every size x format x strategy, each pair of them in both directions

@@ -5,11 +5,13 @@ from triton_gn.explanation import explain
 from triton_gn.functional import group_norm
 from triton_gn.module import GroupNorm
 from triton_gn.ops.settings import autocast_policy, backend, batch_invariant, plan_override
+from triton_gn.statistics import GroupNormStats, group_norm_apply, group_norm_stats
 
 __version__ = "0.1.0"
 
 __all__ = [
     "GroupNorm",
+    "GroupNormStats",
     "Report",
     "autocast_policy",
     "backend",
@@ -17,6 +19,8 @@ __all__ = [
     "convert",
     "explain",
     "group_norm",
+    "group_norm_apply",
+    "group_norm_stats",
     "plan_override",
     "unconvert",
 ]

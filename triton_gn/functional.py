@@ -66,10 +66,10 @@ def group_norm(
         raise
     operands = Operands(input, weight, bias, scale, shift, pre_add, residual)
     check(operands, num_groups, activation)
-    return dispatch.group_norm(_in_rows(operands), num_groups, eps, activation or "none")
+    return dispatch.group_norm(in_rows(operands), num_groups, eps, activation or "none")
 
 
-def _in_rows(operands: Operands) -> Operands:
+def in_rows(operands: Operands) -> Operands:
     """Scale, shift and pre_add without their trailing sizes of 1."""
     flattened = {
         name: values.flatten(1)
@@ -81,6 +81,16 @@ def _in_rows(operands: Operands) -> Operands:
 
 def check(operands: Operands, num_groups: int, activation: str | None) -> None:
     """Raise what ``group_norm`` promises to raise."""
+    check_operands(operands, num_groups, activation)
+    if operands.x.numel() == num_groups:
+        raise ValueError(
+            "group_norm: each group must have more than 1 value, else every output is 0; "
+            f"got shape {tuple(operands.x.shape)} with {num_groups} groups. Take fewer groups."
+        )
+
+
+def check_operands(operands: Operands, num_groups: int, activation: str | None) -> None:
+    """As ``check``, but a group may have one value: there may be more of it elsewhere."""
     input = operands.x
     _check_tensor("input", input)
     if input.ndim < 2:
@@ -108,11 +118,6 @@ def check(operands: Operands, num_groups: int, activation: str | None) -> None:
     for name, operand in zip(operands._fields[1:], operands[1:], strict=True):
         if operand is not None:
             _check_operand(name, operand, input)
-    if input.numel() == num_groups:
-        raise ValueError(
-            "group_norm: each group must have more than 1 value, else every output is 0; "
-            f"got shape {tuple(input.shape)} with {num_groups} groups. Take fewer groups."
-        )
 
 
 def check_activation(activation: str | None) -> None:

@@ -4,9 +4,10 @@ each line is differentiable, the double backward of the kernels.
 float32 arithmetic for 16-bit inputs, otherwise the input's own.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +40,15 @@ class Operands(NamedTuple):
     shift: Tensor | None = None
     pre_add: Tensor | None = None
     residual: Tensor | None = None
+
+
+class Moments(NamedTuple):
+    """Of groups, each (N, G): int64, then three of the compute dtype."""
+
+    count: Tensor  # type: ignore[assignment]  # in place of a method of tuples
+    mean: Tensor
+    mean_lo: Tensor
+    m2: Tensor
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -78,15 +88,90 @@ def epilogue(n: Tensor, operands: Operands, activation: str) -> Tensor:
     return ACTIVATIONS[activation](n)
 
 
-def group_norm(operands: Operands, num_groups: int, eps: float, activation: str) -> Tensor:
-    """y in the compute dtype."""
-    x = prologue(operands.x, operands.pre_add)
-    n = normalise(x, num_groups, eps)
+def affine(x_hat: Tensor, operands: Operands, activation: str) -> Tensor:
+    """From x_hat to y."""
+    n = x_hat
     if operands.weight is not None:
         n = n * per_channel(operands.weight, n)
     if operands.bias is not None:
         n = n + per_channel(operands.bias, n)
     return epilogue(n, operands, activation)
+
+
+def group_norm(operands: Operands, num_groups: int, eps: float, activation: str) -> Tensor:
+    """y in the compute dtype."""
+    x = prologue(operands.x, operands.pre_add)
+    return affine(normalise(x, num_groups, eps), operands, activation)
+
+
+def two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """``a + b`` as a pair of which the second is a constant to derivatives (Knuth)."""
+    hi = a + b
+    rest = hi - a
+    return hi, ((a - (hi - rest)) + (b - rest)).detach()
+
+
+def centred(x: Tensor, mean: Tensor, mean_lo: Tensor, pre_add: Tensor | None) -> Tensor:
+    """``x + pre_add - mean - mean_lo`` of x's shape in the compute dtype; the means (N, G)."""
+    group_channels = x.shape[1] // mean.shape[1]
+    mean = mean.repeat_interleave(group_channels, 1)
+    mean_lo = mean_lo.repeat_interleave(group_channels, 1)
+    if pre_add is not None:
+        mean, rest = two_sum(mean, -pre_add.to(mean.dtype))
+        mean_lo = mean_lo + rest
+    return (x.to(mean.dtype) - per_channel(mean, x)) - per_channel(mean_lo, x)
+
+
+def moments(x: Tensor, num_groups: int, pre_add: Tensor | None) -> Moments:
+    """Of x + pre_add; zeros of groups without elements."""
+    n, channels = x.shape[:2]
+    pixels, group_channels = math.prod(x.shape[2:]), channels // num_groups
+
+    def over_channels(values: Tensor) -> Tensor:
+        return values.reshape(n, num_groups, group_channels).sum(-1)
+
+    def sums(values: Tensor) -> Tensor:
+        return over_channels(values.to(compute_dtype(x)).reshape(n, channels, pixels).sum(-1))
+
+    count = pixels * group_channels
+    total = sums(x)
+    if pre_add is not None:
+        total = total + pixels * over_channels(pre_add.to(total.dtype).expand(n, channels))
+    mean = total / max(count, 1)
+    # relative to a constant: m2 is the same for any
+    deviations = centred(x, mean.detach(), torch.zeros_like(mean), pre_add)
+    deviation = sums(deviations)
+    mean_lo = deviation / max(count, 1)
+    m2 = sums(deviations.square()) - mean_lo * deviation
+    counts = torch.full_like(mean, count, dtype=torch.int64)
+    return Moments(counts, mean, mean_lo.detach(), m2.clamp(min=0))
+
+
+def merge(count: Tensor, mean: Tensor, mean_lo: Tensor, m2: Tensor) -> Moments:
+    """Of all parts, which lie along the last dimension; those of count 0 do not matter."""
+    # few numbers, so in float64, unless the device has none
+    wide = torch.float32 if mean.device.type == "mps" else torch.float64
+    n, there = count.to(wide), count > 0
+    share = n / n.sum(-1, keepdim=True).clamp(min=1)
+    first = there.to(torch.int8).argmax(-1, keepdim=True)
+    # a constant to derivatives, as the result is the same for any
+    reference = mean.detach().gather(-1, first).to(wide)
+    difference = torch.where(there, (mean.to(wide) - reference) + mean_lo.to(wide), 0)
+    step = (share * difference).sum(-1, keepdim=True)
+    merged_m2 = torch.where(there, m2.to(wide) + n * (difference - step).square(), 0).sum(-1)
+    hi, lo = two_sum(reference.squeeze(-1), step.squeeze(-1))
+    merged_mean = hi.to(mean.dtype)
+    merged_lo = ((hi - merged_mean.to(wide)) + lo).to(mean.dtype).detach()
+    return Moments(count.sum(-1), merged_mean, merged_lo, merged_m2.clamp(min=0).to(m2.dtype))
+
+
+def group_norm_apply(operands: Operands, given: Moments, eps: float, activation: str) -> Tensor:
+    """y in the compute dtype, normalised by moments that are given."""
+    x = operands.x
+    rstd = (given.m2 / given.count + eps).rsqrt()
+    rstd = rstd.repeat_interleave(x.shape[1] // rstd.shape[1], 1)
+    x_hat = centred(x, given.mean, given.mean_lo, operands.pre_add) * per_channel(rstd, x)
+    return affine(x_hat, operands, activation)
 
 
 def gradients(
@@ -98,13 +183,27 @@ def gradients(
     needs: Sequence[bool],
 ) -> list[Tensor]:
     """Of those operands that ``needs`` names, in their dtypes; differentiable themselves."""
-    asked = [t for t, needed in zip(operands, needs, strict=True) if needed]
 
-    def y_of(*values: Tensor) -> Tensor:
+    def y_of(*tensors: Tensor | None) -> Tensor:
+        return group_norm(Operands._make(tensors), num_groups, eps, activation)
+
+    return pull_back(y_of, operands, needs, dy.to(compute_dtype(operands.x)))
+
+
+def pull_back(
+    function: Callable[..., Any],
+    inputs: Sequence[Tensor | None],
+    needs: Sequence[bool],
+    d_results: Any,
+) -> list[Tensor]:
+    """The gradients of those inputs that ``needs`` names, from those of the function's results;
+    differentiable themselves."""
+    asked = [t for t, needed in zip(inputs, needs, strict=True) if needed]
+
+    def of_asked(*values: Tensor) -> Any:
         rest = iter(values)
-        replaced = (next(rest) if n else t for t, n in zip(operands, needs, strict=True))
-        return group_norm(Operands._make(replaced), num_groups, eps, activation)
+        return function(*(next(rest) if n else t for t, n in zip(inputs, needs, strict=True)))
 
-    # not autograd.grad on the operands themselves: one may depend on another
-    y, vector_jacobian_product, *_ = torch.func.vjp(y_of, *asked)
-    return list(vector_jacobian_product(dy.to(y.dtype)))
+    # not autograd.grad on the inputs themselves: one may depend on another
+    _, vector_jacobian_product, *_ = torch.func.vjp(of_asked, *asked)
+    return list(vector_jacobian_product(d_results))

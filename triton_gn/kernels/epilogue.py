@@ -82,7 +82,7 @@ def load_dzs(
     dy_ptr, residual_ptr, dresidual_ptr, xs, coeffs, stats, window, TILE: tl.constexpr,
     ACTIVATION: tl.constexpr, NVIDIA: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
-    """dz of all sub-tiles; writes it to dresidual unless that is None."""
+    """dz of all sub-tiles, zeros if dy is None; writes it to dresidual unless that is None."""
     dtype: tl.constexpr = stats.mean.dtype
     dzs = ()
     for c in tl.static_range(TILE.channel_tiles):
@@ -93,7 +93,10 @@ def load_dzs(
             if coeffs.pre_add is not None:
                 pre_add = load_channels(coeffs.pre_add, window, c, TILE, dtype)
         for p in tl.static_range(TILE.pixel_tiles):
-            dz = load_tile(dy_ptr, window, c, p, TILE, EVICT).to(dtype)
+            if dy_ptr is None:
+                dz = tl.zeros([TILE.rows, TILE.cols], dtype)
+            else:
+                dz = load_tile(dy_ptr, window, c, p, TILE, EVICT).to(dtype)
             if ACTIVATION != "none":
                 x = xs[c * TILE.pixel_tiles + p]
                 z = load_z(x, residual_ptr, gain, offset, pre_add, stats, window, c, p, TILE)

@@ -169,16 +169,20 @@ def apply_sums(
     SLOTS: tl.constexpr, TILE: tl.constexpr, ACTIVATION: tl.constexpr, NVIDIA: tl.constexpr,
     EVICT: tl.constexpr,
 ):  # fmt: skip
-    """dx of the ``pid``-th chunk and its row of dpre_add, each unless None."""
+    """dx of the ``pid``-th chunk and its row of dpre_add, each unless None.
+
+    Without partials, those at fixed statistics.
+    """
     dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     window = _window(pid, cut, TILE)
     stats = load_stats(stats_ptr, window, cut.groups, TILE)
     dx_hat_sum = tl.zeros([TILE.group_slots], dtype)
     dx_hat_x_hat_sum = tl.zeros([TILE.group_slots], dtype)
-    for first in range(0, cut.slots, SLOTS):
-        index, mask = _slots(window, cut, first, SLOTS, TILE)
-        dx_hat_sum += tl.sum(_load_partial(partials_ptr + index * 2, mask), axis=1)
-        dx_hat_x_hat_sum += tl.sum(_load_partial(partials_ptr + index * 2 + 1, mask), axis=1)
+    if partials_ptr is not None:
+        for first in range(0, cut.slots, SLOTS):
+            index, mask = _slots(window, cut, first, SLOTS, TILE)
+            dx_hat_sum += tl.sum(_load_partial(partials_ptr + index * 2, mask), axis=1)
+            dx_hat_x_hat_sum += tl.sum(_load_partial(partials_ptr + index * 2 + 1, mask), axis=1)
     count = group_count(cut.pixels, TILE, dtype)
     dx_hat_mean = over_groups(divide(dx_hat_sum, count), TILE)
     dx_hat_x_hat_mean = over_groups(divide(dx_hat_x_hat_sum, count), TILE)
@@ -259,9 +263,9 @@ def group_norm_backward_split_apply_kernel(
 ):  # fmt: skip
     """The first ``apply_programs`` programs: one per chunk of ``TILE.groups`` groups of a sample.
 
-    Read dy, x and, unless None, residual once, ``coeffs``, stats, the partials of their groups;
-    write dx once and their row of dpre_add (N * chunks, C), each unless None. The programs after
-    them do the ``reductions`` of what the launch before has left.
+    Read x and, unless None, dy and residual once, ``coeffs``, stats, the partials of their groups
+    unless None; write dx once and their row of dpre_add (N * chunks, C), each unless None. The
+    programs after them do the ``reductions`` of what the launch before has left.
     """
     if tl.program_id(0) < apply_programs:
         pid = apply_programs - 1 - tl.program_id(0)

@@ -24,13 +24,18 @@ class Call(NamedTuple):
     settings: Settings  # of the forward: a backward runs in a thread of its own
 
 
-def forward(operands: Operands, call: Call, with_stats: bool) -> tuple[Tensor, Tensor | None]:
-    """y and, if asked for, stats (N, G, 3): mean, mean_lo, rstd."""
-    operands = _native(operands)
+def forward(
+    operands: Operands, call: Call, with_stats: bool, moments: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """y and, if asked for, stats (N, G, 3): mean, mean_lo, rstd; from moments (N, G, 1, 4) if they
+    are given."""
+    operands = native(operands)
     x = operands.x
     y = layout.empty_like(x, call.y_dtype)
     stats = launch.statistics(x, x.shape[0], call.groups, 3) if with_stats else None
-    prepared.forward(operands, y, stats, call.groups, call.eps, call.activation, call.settings)
+    prepared.forward(
+        operands, y, stats, call.groups, call.eps, call.activation, call.settings, moments=moments
+    )
     return y, stats
 
 
@@ -38,7 +43,7 @@ def backward(
     dy: Tensor, stats: Tensor, operands: Operands, call: Call, needs: Sequence[bool]
 ) -> list[Tensor]:
     """Gradients of those operands that ``needs`` names; the residual's only with an activation."""
-    operands = _native(operands)
+    operands = native(operands)
     grads = empty_gradients(operands, needs)
     dy = layout.like(dy, operands.x)
     prepared.backward(dy, stats, operands, grads, call.groups, call.activation, call.settings)
@@ -57,22 +62,32 @@ def empty_gradients(operands: Operands, needs: Sequence[bool]) -> dict[str, Tens
     }
 
 
-def _native(operands: Operands) -> Operands:
+def native(operands: Operands) -> Operands:
     """The operands as the kernels read them."""
     x, _ = layout.native(operands.x)
     residual = None if operands.residual is None else layout.like(operands.residual, x)
     return operands._replace(x=x, residual=residual)
 
 
-def keep(ctx: Any, operands: Operands, stats: Tensor, call: Call) -> None:
+def keep(ctx: Any, operands: Operands, stats: Tensor, call: Call, *more: Tensor) -> None:
     """Save what the backward needs: x, what there is per channel and the statistics; the residual
-    only for the sake of an activation's derivative. Nothing the size of the output."""
+    only for the sake of an activation's derivative. Nothing the size of the output. And ``more``.
+    """
     residual = operands.residual
     ctx.call = call
     ctx.residual_dtype = None if residual is None else residual.dtype
     if call.activation == "none":
         residual = None
-    ctx.save_for_backward(*operands._replace(residual=residual), stats)
+    ctx.save_for_backward(*operands._replace(residual=residual), stats, *more)
+
+
+def gradient_of_sum(ctx: Any, dy: Tensor, needs: list[bool]) -> Tensor | None:
+    """The residual's gradient where no activation follows, dy itself; then taken out of ``needs``,
+    which has one for each operand."""
+    if not needs[-1] or ctx.call.activation != "none":
+        return None
+    needs[-1] = False
+    return dy.to(ctx.residual_dtype)
 
 
 def gradients(ctx: Any, dy: Tensor, run: Any) -> list[Tensor | None]:
@@ -80,10 +95,7 @@ def gradients(ctx: Any, dy: Tensor, run: Any) -> list[Tensor | None]:
     ``backward``."""
     *kept, stats = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:_TENSORS])
-    dresidual = None
-    if needs[-1] and ctx.call.activation == "none":
-        dresidual = dy.to(ctx.residual_dtype)
-        needs[-1] = False
+    dresidual = gradient_of_sum(ctx, dy, needs)
     found = iter(run(dy, stats, Operands(*kept), ctx.call, needs) if any(needs) else ())
     grads = [next(found) if needed else None for needed in needs]
     if dresidual is not None:

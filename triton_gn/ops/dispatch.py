@@ -4,13 +4,15 @@ import functools
 import importlib.util
 import os
 import warnings
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
 from triton_gn import reference
-from triton_gn.ops import autograd, context, layout, library, settings, torch_path
-from triton_gn.reference import Operands
+from triton_gn.ops import autograd, context, layout, library, settings, statistics, torch_path
+from triton_gn.ops.settings import Settings
+from triton_gn.reference import Moments, Operands
 
 # Triton reads it when a kernel is defined; set later, it has no effect
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes")
@@ -80,6 +82,17 @@ def is_plain(
     )
 
 
+def _y_dtype(x: Tensor, autocast_policy: str) -> torch.dtype:
+    # PyTorch's autocast runs group_norm in float32 on the GPU; the kernels read x as it is
+    autocast = (
+        x.is_cuda
+        and torch.is_autocast_enabled("cuda")
+        and x.dtype is not torch.float64
+        and autocast_policy == "torch"
+    )
+    return torch.float32 if autocast else x.dtype
+
+
 def group_norm(operands: Operands, num_groups: int, eps: float, activation: str) -> Tensor:
     """y of x's shape, for operands that ``functional`` has checked."""
     x, compiling = operands.x, context.is_compiling()
@@ -88,14 +101,7 @@ def group_norm(operands: Operands, num_groups: int, eps: float, activation: str)
     else:
         current = settings.current()
         backend, autocast_policy = current.backend, current.autocast_policy
-    # PyTorch's autocast runs group_norm in float32 on the GPU; the kernels read x as it is
-    autocast = (
-        x.is_cuda
-        and torch.is_autocast_enabled("cuda")
-        and x.dtype is not torch.float64
-        and autocast_policy == "torch"
-    )
-    y_dtype = torch.float32 if autocast else x.dtype
+    y_dtype = _y_dtype(x, autocast_policy)
     if x.numel() == 0 or not uses_kernels(x, backend):
         return torch_path.group_norm(operands, num_groups, eps, activation, y_dtype)
     as_operator = compiling or context.has_mode() or context.has_subclass(operands)
@@ -123,3 +129,48 @@ def group_norm(operands: Operands, num_groups: int, eps: float, activation: str)
         return y_recorded
     y, _ = autograd.forward(operands, call, with_stats=False)
     return y
+
+
+def is_eager(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether nobody compiles, traces or transforms the call, or has tensors of another class."""
+    return not (
+        context.is_compiling()
+        or context.has_mode()
+        or context.in_functorch()
+        or context.in_forward_mode()
+        or context.has_subclass(tensors)
+    )
+
+
+def _for_kernels(x: Tensor, tensors: Iterable[Tensor | None]) -> Settings | None:
+    """The settings for the kernels of statistics or apply; None for plain PyTorch, whose formulas
+    any compiler or transform takes as they are."""
+    if x.numel() == 0 or not is_eager(tensors):
+        return None
+    current = settings.current()
+    return current if uses_kernels(x, current.backend) else None
+
+
+def group_norm_stats(x: Tensor, num_groups: int, pre_add: Tensor | None) -> Moments:
+    """The moments of x + pre_add, for operands that ``functional`` has checked."""
+    current = _for_kernels(x, (x, pre_add))
+    if current is None:
+        return reference.moments(x, num_groups, pre_add)
+    return statistics.moments(x, pre_add, num_groups, current)
+
+
+def group_norm_apply(operands: Operands, given: Moments, eps: float, activation: str) -> Tensor:
+    """y of x's shape, for operands and moments that were checked."""
+    x = operands.x
+    if context.is_compiling():
+        _, autocast_policy, _ = settings.when_compiled()
+    else:
+        autocast_policy = settings.current().autocast_policy
+    y_dtype = _y_dtype(x, autocast_policy)
+    current = _for_kernels(x, (*operands, *given))
+    if current is None:
+        y = reference.group_norm_apply(operands, given, eps, activation).to(y_dtype)
+        # a compiler cannot sort strides that are symbols, and keeps the format by itself
+        return y if context.is_compiling() else layout.like(y, layout.native(x)[0])
+    call = autograd.Call(given.mean.shape[1], float(eps), activation, y_dtype, current)
+    return statistics.apply(operands, given, call)

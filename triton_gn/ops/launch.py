@@ -16,6 +16,7 @@ from triton_gn.reference import Operands, compute_dtype
 _PARAM_COLS = 32  # channels per program that sums parameter gradients up: one 128-byte line
 _PARAM_ROWS = 64
 _PARAM_WARPS = 4
+_ONE_SLOT: dict[str, Any] = {"slots": 1, "SLOTS": 1}  # partials that are already added up
 
 
 @dataclass(frozen=True)
@@ -152,11 +153,16 @@ def forward_launches(
     problem: Problem,
     config: Config,
     operands: Operands,
-    y: Tensor,
+    y: Tensor | None,
     stats: Tensor | None,
     eps: float,
+    moments: Tensor | None = None,
 ) -> list[Launch]:
-    """Launches that fill y and, unless None, stats (N, G, 3)."""
+    """Launches that fill y and, unless None, stats (N, G, 3).
+
+    ``moments``, only of split: what the two launches have between them. From those that are given,
+    (N, G, 1, 4), only the second; without y only the first, which fills (N, G, slots, 4).
+    """
     programs = config.programs(problem)
     sizes = _sizes(problem, config)
     x = {"x_ptr": operands.x, "coeffs": _params(operands)}
@@ -167,28 +173,28 @@ def forward_launches(
     if config.strategy == "resident":
         kernel = _kernels().resident.group_norm_forward_resident_kernel
         return [Launch(kernel, programs, x | apply | sizes, config.num_warps)]
-    partials = {
-        "partials_ptr": statistics(operands.x, problem.n * problem.groups * config.slots, 4)
-    }
+    workspace = statistics(operands.x, problem.n * problem.groups * config.slots, 4)
+    partials = {"partials_ptr": workspace if moments is None else moments}
     if config.strategy == "pipelined":
         kernel = _kernels().pipelined.group_norm_forward_pipelined_kernel
         arguments = x | apply | partials | sizes | _pipeline(problem, config, operands.x)
         return [Launch(kernel, config.workers, arguments, config.num_warps)]
-    split = _kernels().split
-    return [
-        Launch(
-            split.group_norm_forward_split_moments_kernel,
-            programs,
-            x | partials | sizes,
-            config.num_warps,
-        ),
-        Launch(
-            split.group_norm_forward_split_apply_kernel,
-            programs,
-            x | apply | partials | sizes | {"SLOTS": slots_at_a_time(config)},
-            config.num_warps,
-        ),
-    ]
+    first = Launch(
+        _kernels().split.group_norm_forward_split_moments_kernel,
+        programs,
+        x | partials | sizes,
+        config.num_warps,
+    )
+    one_slot = _ONE_SLOT if moments is not None else {}
+    second = Launch(
+        _kernels().split.group_norm_forward_split_apply_kernel,
+        programs,
+        x | apply | partials | sizes | {"SLOTS": slots_at_a_time(config)} | one_slot,
+        config.num_warps,
+    )
+    if y is None:
+        return [first]
+    return [first, second] if moments is None else [second]
 
 
 def _parts(problem: Problem, config: Config) -> int:
@@ -249,12 +255,18 @@ def _param_launches(problem: Problem, config: Config, reductions: dict[str, Any]
 def backward_launches(
     problem: Problem,
     config: Config,
-    dy: Tensor,
+    dy: Tensor | None,
     operands: Operands,
     stats: Tensor,
     grads: Mapping[str, Tensor],
+    sums: Tensor | None = None,
 ) -> list[Launch]:
-    """Launches that fill ``grads``, named as the operands; residual's only with an activation."""
+    """Launches that fill ``grads``, named as the operands; residual's only with an activation.
+
+    ``sums``, only of split: sum(dx_hat), sum(dx_hat * x_hat) apart from the rest. What ``grads``
+    are at given statistics, and the sums in parts (N, G, slots, 2); or, without dy, what the sums
+    (N, G, 1, 2) alone give x and pre_add.
+    """
     programs = config.programs(problem)
     parts, reductions = _param_parts(problem, config, operands.x, grads)
     inputs = {
@@ -270,31 +282,41 @@ def backward_launches(
         )
         return [launch, *_param_launches(problem, config, reductions)]
 
-    inputs["partials_ptr"] = statistics(operands.x, problem.n * problem.groups * config.slots, 2)
-    split = _kernels().split
-    sums = Launch(
-        split.group_norm_backward_split_sums_kernel, programs, inputs | outputs, config.num_warps
+    inputs["partials_ptr"] = sums
+    if sums is None:
+        partials = statistics(operands.x, problem.n * problem.groups * config.slots, 2)
+        inputs["partials_ptr"] = partials
+    first = Launch(
+        _kernels().split.group_norm_backward_split_sums_kernel,
+        programs,
+        inputs | outputs,
+        config.num_warps,
     )
     if "x" not in grads and "pre_add" not in grads:
-        return [sums, *_param_launches(problem, config, reductions)]
+        return [first, *_param_launches(problem, config, reductions)]
     if config.strategy == "pipelined":
         kernel = _kernels().pipelined.group_norm_backward_pipelined_kernel
         outputs |= {"dx_ptr": grads.get("x")} | _pipeline(problem, config, operands.x)
         launch = Launch(kernel, config.workers, inputs | outputs, config.num_warps)
         return [launch, *_param_launches(problem, config, reductions)]
+    apart: dict[str, Any] = {}
+    if sums is not None:
+        apart = _ONE_SLOT if dy is None else {"partials_ptr": None}
     # the apply launch writes the parts of dpre_add, and sums up what the launch before has left
     dpre_add = reductions.pop("pre_add", None)
     last = {} if dpre_add is None else {"pre_add": dpre_add}
     param_programs, arguments = _reduce(problem, config, reductions)
     apply = Launch(
-        split.group_norm_backward_split_apply_kernel,
+        _kernels().split.group_norm_backward_split_apply_kernel,
         programs + param_programs,
         inputs
         | arguments
         | {
             "dx_ptr": grads.get("x"), "dpre_add_ptr": parts.get("pre_add"), "samples": problem.n,
             "apply_programs": programs, "SLOTS": slots_at_a_time(config),
-        },
+        }
+        | apart,
         config.num_warps,
     )  # fmt: skip
-    return [sums, apply, *_param_launches(problem, config, last)]
+    before = [] if dy is None else [first]
+    return [*before, apply, *_param_launches(problem, config, last)]

@@ -199,36 +199,57 @@ def forward(
     activation: str,
     settings: Settings,
     config: Config | None = None,
+    moments: Tensor | None = None,
 ) -> None:
     """Fill y and, unless None, stats (N, G, 3), by ``config`` or the plan under the settings.
 
-    x and the residual are as ``layout`` has made them native; y has the strides of x.
+    x and the residual are as ``layout`` has made them native; y has the strides of x. ``moments``
+    (N, G, 1, 4), under settings of split: normalise by these.
     """
     prepared = _prepare_forward(
-        y.device, tuple(map(_traits, operands)), y.dtype, stats is not None, groups, eps,
-        activation, settings.batch_invariant, settings.plan_override, config,
+        y.device, tuple(map(_traits, operands)), y.dtype, stats is not None, moments is not None,
+        groups, eps, activation, settings.batch_invariant, settings.plan_override, config,
     )  # fmt: skip
-    prepared(*operands, y, stats)
+    prepared(*operands, y, stats, moments)
 
 
 @functools.lru_cache(maxsize=4096)
 def _prepare_forward(
     device: torch.device,
     traits: tuple[_Traits, ...],
-    y_dtype: torch.dtype,
+    y_dtype: torch.dtype | None,
     with_stats: bool,
+    with_moments: bool,
     groups: int,
     eps: float,
     activation: str,
     *plan_settings: Any,
 ) -> Prepared:
     operands = Operands(*map(_template, traits))
-    y = layout.empty_like(operands.x, y_dtype)
-    stats = launch.statistics(y, y.shape[0], groups, 3) if with_stats else None
+    x, n = operands.x, operands.x.shape[0]
     problem = launch.problem_of("forward", operands, groups, activation)
     config = _config(problem, device, *plan_settings)
-    launches = launch.forward_launches(problem, config, operands, y, stats, eps)
-    return Prepared(problem, config, launches, (*operands, y, stats), device)
+    y = None if y_dtype is None else layout.empty_like(x, y_dtype)
+    stats = launch.statistics(x, n, groups, 3) if with_stats else None
+    slots = config.slots if y is None else 1
+    moments = launch.statistics(x, n, groups, slots, 4) if with_moments else None
+    launches = launch.forward_launches(problem, config, operands, y, stats, eps, moments)
+    return Prepared(problem, config, launches, (*operands, y, stats, moments), device)
+
+
+def moments(operands: Operands, groups: int, settings: Settings) -> Tensor:
+    """Parts (N, G, slots, 4) of the moments of x + pre_add, under settings of split.
+
+    x is as ``layout`` has made it native.
+    """
+    x = operands.x
+    prepared = _prepare_forward(
+        x.device, tuple(map(_traits, operands)), None, False, True, groups, 0.0, "none",
+        settings.batch_invariant, settings.plan_override, None,
+    )  # fmt: skip
+    parts = launch.statistics(x, x.shape[0], groups, prepared.config.slots, 4)
+    prepared(*operands, None, None, parts)
+    return parts
 
 
 def backward(
@@ -247,10 +268,48 @@ def backward(
     residual and dy are as ``layout`` has made them native; so are their gradients.
     """
     prepared = _prepare_backward(
-        dy.device, tuple(map(_traits, operands)), _traits(dy), tuple(grads), groups, activation,
-        settings.batch_invariant, settings.plan_override, config,
+        dy.device, tuple(map(_traits, operands)), _traits(dy), tuple(grads), False, groups,
+        activation, settings.batch_invariant, settings.plan_override, config,
     )  # fmt: skip
-    prepared(*operands, dy, stats, *grads.values())
+    prepared(*operands, dy, stats, *grads.values(), None)
+
+
+def apply_backward(
+    dy: Tensor,
+    stats: Tensor,
+    operands: Operands,
+    grads: Mapping[str, Tensor],
+    groups: int,
+    activation: str,
+    settings: Settings,
+) -> Tensor:
+    """As ``backward`` at given statistics, under settings of split.
+
+    Returned: parts (N, G, slots, 2) of sum(dx_hat) and sum(dx_hat * x_hat).
+    """
+    prepared = _prepare_backward(
+        dy.device, tuple(map(_traits, operands)), _traits(dy), tuple(grads), True, groups,
+        activation, settings.batch_invariant, settings.plan_override, None,
+    )  # fmt: skip
+    sums = launch.statistics(operands.x, dy.shape[0], groups, prepared.config.slots, 2)
+    prepared(*operands, dy, stats, *grads.values(), sums)
+    return sums
+
+
+def moments_backward(
+    sums: Tensor,
+    stats: Tensor,
+    operands: Operands,
+    grads: Mapping[str, Tensor],
+    groups: int,
+    settings: Settings,
+) -> None:
+    """Fill the gradients of x and pre_add that sums (N, G, 1, 2) give, under settings of split."""
+    prepared = _prepare_backward(
+        sums.device, tuple(map(_traits, operands)), None, tuple(grads), True, groups, "none",
+        settings.batch_invariant, settings.plan_override, None,
+    )  # fmt: skip
+    prepared(*operands, None, stats, *grads.values(), sums)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -259,17 +318,21 @@ def _prepare_backward(
     traits: tuple[_Traits, ...],
     dy_traits: _Traits,
     wanted: tuple[str, ...],
+    with_sums: bool,
     groups: int,
     activation: str,
     *plan_settings: Any,
 ) -> Prepared:
     operands, dy = Operands(*map(_template, traits)), _template(dy_traits)
-    stats = launch.statistics(operands.x, dy.shape[0], groups, 3)
+    stats = launch.statistics(operands.x, operands.x.shape[0], groups, 3)
     grads = {name: torch.empty_like(getattr(operands, name)) for name in wanted}
     problem = launch.problem_of("backward", operands, groups, activation)
     config = _config(problem, device, *plan_settings)
-    launches = launch.backward_launches(problem, config, dy, operands, stats, grads)
-    return Prepared(problem, config, launches, (*operands, dy, stats, *grads.values()), device)
+    slots = 1 if dy is None else config.slots
+    sums = launch.statistics(operands.x, problem.n, groups, slots, 2) if with_sums else None
+    launches = launch.backward_launches(problem, config, dy, operands, stats, grads, sums)
+    templates = (*operands, dy, stats, *grads.values(), sums)
+    return Prepared(problem, config, launches, templates, device)
 
 
 def _config(
