@@ -9,7 +9,7 @@ import multiprocessing
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -135,24 +135,30 @@ def inspect(
     if target not in TARGETS:
         raise ValueError(f"the target must be one of {', '.join(TARGETS)}; got {target!r}.")
     device, problem = TARGETS[target], workload.problem(direction)
-    config = config or plan_by_rule(problem, device)
-    tensors, launches = _launches(workload, problem, config)
-    kernels = tuple(compile_launch(one, target) for one in launches)
+    one = _planned(workload, target, problem, config or plan_by_rule(problem, device))
+    _, launches = _launches(workload, problem, one.config)
+    kernels = tuple(compile_launch(each, target) for each in launches)
     # the launches that walk over the tensors, not the sums at the end
     at_a_time = min(
         _at_a_time(kernel, device)
-        for kernel, one in zip(kernels, launches, strict=True)
-        if "TILE" in one.arguments
+        for kernel, each in zip(kernels, launches, strict=True)
+        if "TILE" in each.arguments
     )
+    return replace(one, kernels=kernels, estimate=estimate(problem, one.config, device, at_a_time))
+
+
+def _planned(workload: Workload, target: str, problem: Problem, config: Config) -> Inspection:
+    """What is known of a plan before it is compiled."""
+    tensors, launches = _launches(workload, problem, config)
     return Inspection(
         target,
-        device,
+        TARGETS[target],
         workload,
-        direction,
+        problem.direction,
         problem,
         config,
-        kernels,
-        estimate(problem, config, device, at_a_time),
+        kernels=(),
+        estimate=estimate(problem, config, TARGETS[target]),
         bytes_minimum=sum(tensor.nbytes for tensor in tensors),
         bytes_moved=sum(_bytes_moved(one, problem, config) for one in launches),
     )
@@ -229,7 +235,20 @@ def run(options: argparse.Namespace) -> int:
     found = list(_shown(_inspected(cases), len(cases), options.json))
     if len(cases) > 1:
         print(Totals.of(found), file=sys.stderr)
+    if len(cases) > 1 and not options.allow_unverified:
+        names, allowed = ", ".join(UNVERIFIED), _with_unverified(cases)
+        print(f"all, were {names} allowed: {_ratios(_bytes_of(allowed))}", file=sys.stderr)
     return int(any(isinstance(one, Failure) or one.spill_bytes for one in found))
+
+
+def _with_unverified(cases: Sequence["_Case"]) -> list[Inspection]:
+    """What the rule would plan if it could choose any strategy; not compiled."""
+    found = []
+    for workload, direction, target, _ in cases:
+        problem = workload.problem(direction)
+        config = plan_by_rule(problem, TARGETS[target], STRATEGIES + UNVERIFIED)
+        found.append(_planned(workload, target, problem, config))
+    return found
 
 
 @dataclass(frozen=True)
