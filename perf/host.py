@@ -85,11 +85,11 @@ def launching(workload: Workload, direction: str, device: torch.device) -> Calls
     tensors: tuple[Tensor | None, ...]
     if direction == "forward":
         ready = partial(prepared.forward, operands, y, None, groups, EPS, activation, settings)
-        tensors = (*operands, y, None)
+        tensors = (*operands, y, None, None)
         describe, given = launch.forward_launches, {"y": y, "stats": None, "eps": EPS}
     else:
         ready = partial(prepared.backward, dy, stats, operands, grads, groups, activation, settings)
-        tensors = (*operands, dy, stats, *grads.values())
+        tensors = (*operands, dy, stats, *grads.values(), None)
         describe, given = launch.backward_launches, {"dy": dy, "stats": stats, "grads": grads}
     look_up = f"_prepare_{direction}"
     find = getattr(prepared, look_up)
