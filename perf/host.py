@@ -91,7 +91,7 @@ def launching(workload: Workload, direction: str, device: torch.device) -> Calls
         ready = partial(prepared.backward, dy, stats, operands, grads, groups, activation, settings)
         tensors = (*operands, dy, stats, *grads.values(), None)
         describe, given = launch.backward_launches, {"dy": dy, "stats": stats, "grads": grads}
-    look_up = f"_prepare_{direction}"
+    look_up = f"prepare_{direction}"
     find = getattr(prepared, look_up)
     ready()  # the cache keeps this call's key; the next one has its own, as all that follow
     with prepared.recording() as calls, mock.patch.object(prepared, look_up, wraps=find) as asked:

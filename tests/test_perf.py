@@ -616,11 +616,14 @@ def test_gpu_repeats_only_what_has_not_passed(
 def test_gpu_stops_a_step_that_takes_too_long(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    codes = {"endless": "import time; time.sleep(60)", "next": ""}
+    codes = {"endless": "import time; time.sleep(60)", "next": "", "none": "raise SystemExit(5)"}
     assert gpu_run(monkeypatch, tmp_path, codes, "--timeout", "1") == 1
     said = capsys.readouterr().out
     assert "timed out" in said
     assert "passed" in said
+    assert "no tests" in said
+    del codes["endless"]
+    assert gpu_run(monkeypatch, tmp_path, codes) == 0
 
 
 def test_gpu_names_its_steps(capsys: pytest.CaptureFixture[str]) -> None:

@@ -135,8 +135,8 @@ def inspect(
     if target not in TARGETS:
         raise ValueError(f"the target must be one of {', '.join(TARGETS)}; got {target!r}.")
     device, problem = TARGETS[target], workload.problem(direction)
-    one = _planned(workload, target, problem, config or plan_by_rule(problem, device))
-    _, launches = _launches(workload, problem, one.config)
+    config = config or plan_by_rule(problem, device)
+    one, launches = _planned(workload, target, problem, config)
     kernels = tuple(compile_launch(each, target) for each in launches)
     # the launches that walk over the tensors, not the sums at the end
     at_a_time = min(
@@ -144,13 +144,15 @@ def inspect(
         for kernel, each in zip(kernels, launches, strict=True)
         if "TILE" in each.arguments
     )
-    return replace(one, kernels=kernels, estimate=estimate(problem, one.config, device, at_a_time))
+    return replace(one, kernels=kernels, estimate=estimate(problem, config, device, at_a_time))
 
 
-def _planned(workload: Workload, target: str, problem: Problem, config: Config) -> Inspection:
-    """What is known of a plan before it is compiled."""
+def _planned(
+    workload: Workload, target: str, problem: Problem, config: Config
+) -> tuple[Inspection, list[Launch]]:
+    """What is known of a plan before it is compiled, and its launches."""
     tensors, launches = _launches(workload, problem, config)
-    return Inspection(
+    planned = Inspection(
         target,
         TARGETS[target],
         workload,
@@ -162,6 +164,7 @@ def _planned(workload: Workload, target: str, problem: Problem, config: Config) 
         bytes_minimum=sum(tensor.nbytes for tensor in tensors),
         bytes_moved=sum(_bytes_moved(one, problem, config) for one in launches),
     )
+    return planned, launches
 
 
 def _launches(
@@ -247,7 +250,7 @@ def _with_unverified(cases: Sequence["_Case"]) -> list[Inspection]:
     for workload, direction, target, _ in cases:
         problem = workload.problem(direction)
         config = plan_by_rule(problem, TARGETS[target], STRATEGIES + UNVERIFIED)
-        found.append(_planned(workload, target, problem, config))
+        found.append(_planned(workload, target, problem, config)[0])
     return found
 
 

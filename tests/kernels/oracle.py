@@ -143,3 +143,16 @@ def check(results: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
             bound = bound + 0.51 * ulp(value, result.dtype)
         error = (result.double() - value).abs()
         assert (error <= bound).all(), f"{name}: {float((error / scale).max()):.2e} of the largest"
+
+
+def check_poison_stays(
+    poisoned: dict[str, Tensor], clean: dict[str, Tensor], touched: Tensor
+) -> None:
+    """NaN or Inf in x and dy is seen in y and dx of its group, the channels ``touched`` (N, C), and
+    changes no bit of any other, nor of the parameters' gradients of other channels."""
+    for name in ("y", "dx"):
+        assert poisoned[name][touched].isnan().any()
+        assert torch.equal(poisoned[name][~touched], clean[name][~touched])
+    for name in ("dweight", "dbias"):
+        untouched = ~touched.any(0)
+        assert torch.equal(poisoned[name][untouched], clean[name][untouched])

@@ -7,7 +7,7 @@ import torch
 
 import triton_gn
 from tests.kernels.memory import GuardedMemory
-from tests.kernels.oracle import Case, check, make_case
+from tests.kernels.oracle import Case, check, check_poison_stays, make_case
 from triton_gn.plan import Tile
 
 FUSED = ("scale", "shift", "pre_add", "residual")
@@ -61,12 +61,7 @@ def test_poison_stays_in_its_sample(memory: GuardedMemory, device: str, poison: 
     poisoned = case.through_kernels()
     touched = torch.zeros(13, 24, dtype=torch.bool)
     touched[5, 8:16] = True
-    for name in ("y", "dx"):
-        assert poisoned[name][touched].isnan().any()
-        assert torch.equal(poisoned[name][~touched], clean[name][~touched])
-    untouched = ~touched.any(0)
-    for name in ("dweight", "dbias"):
-        assert torch.equal(poisoned[name][untouched], clean[name][untouched])
+    check_poison_stays(poisoned, clean, touched)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")
@@ -77,6 +72,7 @@ def test_rows_without_a_sample_add_nothing(memory: GuardedMemory, device: str) -
     assert tile_of(case, "backward").rows > 5
     expected = case.expected()["dbias"]
     assert expected.isfinite().all()
+    # sums of five float32 terms: a few roundings
     assert torch.allclose(case.through_kernels()["dbias"].double(), expected, rtol=1e-5, atol=1e-6)
 
 

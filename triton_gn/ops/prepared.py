@@ -206,7 +206,7 @@ def forward(
     x and the residual are as ``layout`` has made them native; y has the strides of x. ``moments``
     (N, G, 1, 4), under settings of split: normalise by these.
     """
-    prepared = _prepare_forward(
+    prepared = prepare_forward(
         y.device, tuple(map(_traits, operands)), y.dtype, stats is not None, moments is not None,
         groups, eps, activation, settings.batch_invariant, settings.plan_override, config,
     )  # fmt: skip
@@ -214,7 +214,7 @@ def forward(
 
 
 @functools.lru_cache(maxsize=4096)
-def _prepare_forward(
+def prepare_forward(
     device: torch.device,
     traits: tuple[_Traits, ...],
     y_dtype: torch.dtype | None,
@@ -243,7 +243,7 @@ def moments(operands: Operands, groups: int, settings: Settings) -> Tensor:
     x is as ``layout`` has made it native.
     """
     x = operands.x
-    prepared = _prepare_forward(
+    prepared = prepare_forward(
         x.device, tuple(map(_traits, operands)), None, False, True, groups, 0.0, "none",
         settings.batch_invariant, settings.plan_override, None,
     )  # fmt: skip
@@ -267,7 +267,7 @@ def backward(
     The residual's gradient may be asked for only with an activation; without one it is dy. x, the
     residual and dy are as ``layout`` has made them native; so are their gradients.
     """
-    prepared = _prepare_backward(
+    prepared = prepare_backward(
         dy.device, tuple(map(_traits, operands)), _traits(dy), tuple(grads), False, groups,
         activation, settings.batch_invariant, settings.plan_override, config,
     )  # fmt: skip
@@ -287,7 +287,7 @@ def apply_backward(
 
     Returned: parts (N, G, slots, 2) of sum(dx_hat) and sum(dx_hat * x_hat).
     """
-    prepared = _prepare_backward(
+    prepared = prepare_backward(
         dy.device, tuple(map(_traits, operands)), _traits(dy), tuple(grads), True, groups,
         activation, settings.batch_invariant, settings.plan_override, None,
     )  # fmt: skip
@@ -305,7 +305,7 @@ def moments_backward(
     settings: Settings,
 ) -> None:
     """Fill the gradients of x and pre_add that sums (N, G, 1, 2) give, under settings of split."""
-    prepared = _prepare_backward(
+    prepared = prepare_backward(
         sums.device, tuple(map(_traits, operands)), None, tuple(grads), True, groups, "none",
         settings.batch_invariant, settings.plan_override, None,
     )  # fmt: skip
@@ -313,7 +313,7 @@ def moments_backward(
 
 
 @functools.lru_cache(maxsize=4096)
-def _prepare_backward(
+def prepare_backward(
     device: torch.device,
     traits: tuple[_Traits, ...],
     dy_traits: _Traits,
@@ -347,5 +347,5 @@ def _config(
 
 def forget() -> None:
     """Plan the next calls anew: tables of plans have changed."""
-    _prepare_forward.cache_clear()
-    _prepare_backward.cache_clear()
+    prepare_forward.cache_clear()
+    prepare_backward.cache_clear()

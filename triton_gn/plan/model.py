@@ -78,13 +78,18 @@ def programs_at_a_time(
     return max(1, min(bounds))
 
 
+def guessed_at_a_time(problem: Problem, config: Config, device: Device) -> int:
+    """``programs_at_a_time`` of a plan that is not compiled."""
+    guess = registers(problem, config, device) + _OTHER_REGISTERS
+    return programs_at_a_time(device, config.num_warps, guess)
+
+
 def estimate(
     problem: Problem, config: Config, device: Device, at_a_time: int | None = None
 ) -> Estimate:
     """What a plan should take; compiling it tells how many programs run ``at_a_time``."""
     if at_a_time is None:
-        guess = registers(problem, config, device) + _OTHER_REGISTERS
-        at_a_time = programs_at_a_time(device, config.num_warps, guess)
+        at_a_time = guessed_at_a_time(problem, config, device)
     tensor = problem.n * problem.channels * problem.pixels * problem.itemsize
     again = second_passes(problem, config) * tensor
     touched = sum(passes(problem)) * tensor + again

@@ -9,7 +9,7 @@ from typing import Any
 from . import tuned
 from .devices import Device
 from .limits import excess_registers, fits, is_always_resident
-from .model import estimate, group_bytes
+from .model import estimate, group_bytes, guessed_at_a_time
 from .problem import Config, Problem
 from .tiles import (
     OWN_FIELDS,
@@ -181,16 +181,15 @@ def _pipelined_configs(
     """The ways of ``split_configs``, one stretch for each piece of work, as pipelines of all
     programs that run at a time."""
     for split in split_configs(problem, counts, num_warps, device.warp_size, _MANY):
-        units = math.ceil(problem.groups / split.tile.groups)
-        unit_bytes = split.tile.groups * group_bytes(problem)
         blocks = 1
         if problem.channels_last:  # side by side they make whole pages of DRAM
-            most = int(_UNIT_SHARE * device.l2_bytes / unit_bytes)
-            blocks = max((b for b in range(1, most + 1) if units % b == 0), default=1)
-        config = replace(split, strategy="pipelined", blocks=blocks)
-        at_a_time = estimate(problem, config, device).programs_at_a_time
-        workers = min(config.programs(problem), at_a_time * device.multiprocessors)
-        yield replace(config, workers=workers)
+            count = math.ceil(problem.groups / split.tile.groups)
+            held = int(_UNIT_SHARE * device.l2_bytes)
+            most = min(count, held // (split.tile.groups * group_bytes(problem)))
+            blocks = next((b for b in range(most, 1, -1) if count % b == 0), 1)
+        workers = guessed_at_a_time(problem, split, device) * device.multiprocessors
+        workers = min(workers, split.programs(problem))
+        yield replace(split, strategy="pipelined", blocks=blocks, workers=workers)
 
 
 def _resident_warps(problem: Problem, elements: int, warp_size: int) -> int:

@@ -163,6 +163,7 @@ def make_split(problem: Problem, tile: Tile, num_warps: int, chunks: int) -> Con
     if problem.channels_last:
         length, step = problem.pixels, tile.rows * tile.pixel_tiles
     else:
+        # less than a vector is refused by ``fits``
         length, step = problem.row_vecs, max(1, tile.cols * tile.pixel_tiles // tile.vec)
     chunk_vecs = math.ceil(math.ceil(length / step) / chunks) * step
     return Config("split", tile, num_warps, math.ceil(length / chunk_vecs), chunk_vecs)
@@ -207,10 +208,10 @@ def config_of(
     tiles = (col_tiles, row_tiles) if problem.channels_last else (row_tiles, col_tiles)
     if strategy != "resident":
         tile = make_tile(problem, groups, rows, cols, 1, min(pixel_tiles, tiles[1]))
-        split = make_split(problem, tile, num_warps, chunks)
+        split = replace(make_split(problem, tile, num_warps, chunks), strategy=strategy)
         if strategy == "pipelined":
-            return replace(split, strategy=strategy, blocks=blocks, workers=workers)
-        return replace(split, strategy=strategy)
+            return replace(split, blocks=blocks, workers=workers)
+        return split
     tile = make_tile(problem, groups, rows, cols, *tiles, stacked)
     extent = problem.pixels if problem.channels_last else problem.row_vecs
     return Config(strategy, tile, num_warps, 1, extent)
