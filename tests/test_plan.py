@@ -132,7 +132,7 @@ def test_sub_tiles_and_chunks_cover_the_block_and_none_is_empty(problem: Problem
         assert rest == 0
         assert_covers(channels, per_channel_tile * tile.channel_tiles, parts)
         # merged as a power of two of slots by one of groups
-        at_a_time = slots_at_a_time(config)
+        at_a_time = slots_at_a_time(config.slots, config.tile.group_slots)
         assert at_a_time.bit_count() == 1
         assert at_a_time * tile.group_slots <= MAX_SLOTS
     blocks = math.ceil(problem.groups / tile.groups)

@@ -212,7 +212,7 @@ def test_bytes(
             torch.autograd.grad(stats.m2.sum(), x)
     slots = [one.config.slots for one in calls]
     assert [one.loaded["x"] for one in (taken, applied)] == [x.nbytes] * 2
-    assert taken.stored["other"] == 4 * 4 * groups * slots[0]
+    assert taken.stored["other"] == 4 * 4 * groups * (slots[0] + 1)  # merged: one part more
     assert applied.stored["other"] == y.nbytes + 4 * 3 * groups  # and what backward needs
     assert apply_backward.loaded["x"] == apply_backward.loaded["dy"] == 2 * x.nbytes
     assert apply_backward.stored["other"] == x.nbytes + 4 * 2 * groups * slots[2]

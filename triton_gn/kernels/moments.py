@@ -123,13 +123,13 @@ def combine(a, b):
 def combine_all(parts):
     """Moments of all parts of each group at once: ``[group_slots, parts]`` to ``[group_slots]``.
 
-    Flat and in a fixed order, relative to the first part. Parts of count 0 do not matter.
+    Flat and in a fixed order, relative to the largest mean. Parts of count 0 do not matter.
     """
-    first = tl.arange(0, parts.mean.shape[1])[None, :] == 0
-    reference = tl.sum(tl.where(first, parts.mean, 0.0), axis=1)
     there = parts.count > 0
-    difference = tl.where(there, (parts.mean - reference[:, None]) + parts.mean_lo, 0.0)
     count = tl.sum(parts.count, axis=1)
+    reference = tl.max(tl.where(there, parts.mean, float("-inf")), axis=1)
+    reference = tl.where(count > 0, reference, 0.0)
+    difference = tl.where(there, (parts.mean - reference[:, None]) + parts.mean_lo, 0.0)
     step = divide(tl.sum(difference * parts.count, axis=1), tl.maximum(count, 1.0))
     rest = difference - step[:, None]
     m2 = tl.sum(tl.where(there, parts.m2 + parts.count * (rest * rest), 0.0), axis=1)

@@ -55,11 +55,10 @@ def _window(pid, cut, TILE: tl.constexpr):
 
 
 @triton.jit
-def _slots(window, cut, first, SLOTS: tl.constexpr, TILE: tl.constexpr):
-    """Indices and mask ``[group_slots, SLOTS]`` of partials ``first`` onwards of the groups."""
-    group, mask = groups_of(window, cut.groups, TILE)
+def _slots_of(group, mask, slots, first, SLOTS: tl.constexpr):
+    """Indices and mask ``[groups, SLOTS]`` of partials ``first`` onwards of the groups."""
     slot = first + tl.arange(0, SLOTS)[None, :]
-    return group[:, None] * cut.slots + slot, mask[:, None] & (slot < cut.slots)
+    return group[:, None] * slots + slot, mask[:, None] & (slot < slots)
 
 
 @triton.jit
@@ -69,19 +68,17 @@ def _load_partial(ptr, mask):
 
 
 @triton.jit
-def _merged_moments(
-    partials_ptr, window, cut, dtype: tl.constexpr, SLOTS: tl.constexpr, TILE: tl.constexpr
-):
-    """Moments of the window's groups, from all their partials."""
-    none = tl.zeros([TILE.group_slots], dtype)
+def _merged_moments(partials_ptr, group, mask, slots, dtype: tl.constexpr, SLOTS: tl.constexpr):
+    """Moments of the groups, from all their partials."""
+    none = tl.zeros([group.shape[0]], dtype)
     count, mean, mean_lo, m2 = none, none, none, none
-    for first in range(0, cut.slots, SLOTS):
-        index, mask = _slots(window, cut, first, SLOTS, TILE)
+    for first in range(0, slots, SLOTS):
+        index, there = _slots_of(group, mask, slots, first, SLOTS)
         parts = Moments(
-            _load_partial(partials_ptr + index * 4, mask),
-            _load_partial(partials_ptr + index * 4 + 1, mask),
-            _load_partial(partials_ptr + index * 4 + 2, mask),
-            _load_partial(partials_ptr + index * 4 + 3, mask),
+            _load_partial(partials_ptr + index * 4, there),
+            _load_partial(partials_ptr + index * 4 + 1, there),
+            _load_partial(partials_ptr + index * 4 + 2, there),
+            _load_partial(partials_ptr + index * 4 + 3, there),
         )
         merged = combine(Moments(count, mean, mean_lo, m2), combine_all(parts))
         count, mean, mean_lo, m2 = merged.count, merged.mean, merged.mean_lo, merged.m2
@@ -121,7 +118,8 @@ def apply_moments(
     """y of the ``pid``-th chunk, and the stats of its groups where it is their first."""
     dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     window = _window(pid, cut, TILE)
-    moments = _merged_moments(partials_ptr, window, cut, dtype, SLOTS, TILE)
+    group, mask = groups_of(window, cut.groups, TILE)
+    moments = _merged_moments(partials_ptr, group, mask, cut.slots, dtype, SLOTS)
     rstd = rstd_of(moments, eps)
     if stats_ptr is not None:
         if window.slot == 0:
@@ -179,10 +177,11 @@ def apply_sums(
     dx_hat_sum = tl.zeros([TILE.group_slots], dtype)
     dx_hat_x_hat_sum = tl.zeros([TILE.group_slots], dtype)
     if partials_ptr is not None:
+        group, mask = groups_of(window, cut.groups, TILE)
         for first in range(0, cut.slots, SLOTS):
-            index, mask = _slots(window, cut, first, SLOTS, TILE)
-            dx_hat_sum += tl.sum(_load_partial(partials_ptr + index * 2, mask), axis=1)
-            dx_hat_x_hat_sum += tl.sum(_load_partial(partials_ptr + index * 2 + 1, mask), axis=1)
+            index, there = _slots_of(group, mask, cut.slots, first, SLOTS)
+            dx_hat_sum += tl.sum(_load_partial(partials_ptr + index * 2, there), axis=1)
+            dx_hat_x_hat_sum += tl.sum(_load_partial(partials_ptr + index * 2 + 1, there), axis=1)
     count = group_count(cut.pixels, TILE, dtype)
     dx_hat_mean = over_groups(divide(dx_hat_sum, count), TILE)
     dx_hat_x_hat_mean = over_groups(divide(dx_hat_x_hat_sum, count), TILE)
@@ -213,6 +212,24 @@ def group_norm_forward_split_moments_kernel(
     """
     cut = Cut(groups, pixels, row_vecs, chunks, chunk_vecs, slots)
     leave_moments(tl.program_id(0), x_ptr, coeffs, partials_ptr, cut, TILE, "")
+
+
+@triton.jit
+def group_norm_merge_moments_kernel(
+    partials_ptr, merged_ptr, groups, slots, SLOTS: tl.constexpr, GROUPS: tl.constexpr
+):
+    """One program per ``GROUPS`` of all samples' ``groups``.
+
+    Reads partials (groups, slots, 4), writes merged (4, groups): count, mean, mean_lo, m2.
+    """
+    group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
+    mask = group < groups
+    dtype: tl.constexpr = partials_ptr.dtype.element_ty
+    moments = _merged_moments(partials_ptr, group, mask, slots, dtype, SLOTS)
+    tl.store(merged_ptr + group, moments.count, mask=mask)
+    tl.store(merged_ptr + groups + group, moments.mean, mask=mask)
+    tl.store(merged_ptr + 2 * groups + group, moments.mean_lo, mask=mask)
+    tl.store(merged_ptr + 3 * groups + group, moments.m2, mask=mask)
 
 
 @triton.jit

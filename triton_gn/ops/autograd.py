@@ -50,13 +50,16 @@ def backward(
     return list(grads.values())
 
 
-def empty_gradients(operands: Operands, needs: Sequence[bool]) -> dict[str, Tensor]:
-    """Uninitialised gradients of the operands asked for, by name, each of its operand's dtype: x's
-    and the residual's with the strides of x, the others dense."""
+def empty_gradients(
+    operands: Operands, needs: Sequence[bool], dtype: torch.dtype | None = None
+) -> dict[str, Tensor]:
+    """Uninitialised gradients of the operands asked for, by name: x's and the residual's with the
+    strides of x, the others dense; each of its operand's dtype, but those others of ``dtype`` if it
+    is given."""
     return {
         name: layout.empty_like(operands.x, operand.dtype)
         if name in ("x", "residual")
-        else torch.empty(operand.shape, dtype=operand.dtype, device=operand.device)
+        else torch.empty(operand.shape, dtype=dtype or operand.dtype, device=operand.device)
         for (name, operand), needed in zip(operands._asdict().items(), needs, strict=True)
         if needed
     }

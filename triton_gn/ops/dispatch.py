@@ -5,6 +5,7 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from triton_gn import reference
 from triton_gn.ops import autograd, context, layout, library, settings, statistics, torch_path
 from triton_gn.ops.settings import Settings
 from triton_gn.reference import Moments, Operands
+
+if TYPE_CHECKING:
+    from triton_gn.ops.sharded import Shards
 
 # Triton reads it when a kernel is defined; set later, it has no effect
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes")
@@ -174,3 +178,31 @@ def group_norm_apply(operands: Operands, given: Moments, eps: float, activation:
         return y if context.is_compiling() else layout.like(y, layout.native(x)[0])
     call = autograd.Call(given.mean.shape[1], float(eps), activation, y_dtype, current)
     return statistics.apply(operands, given, call)
+
+
+def sharded_group_norm(
+    operands: Operands, num_groups: int, eps: float, activation: str, shards: "Shards"
+) -> Tensor:
+    """y of x's shape, for operands that ``functional`` has checked, of which x and the residual are
+    this process's part."""
+    # nothing of it is for a graph: launches, and collectives of processes that may differ
+    run = _sharded_group_norm
+    if context.is_compiling():
+        run = torch.compiler.disable(run, reason="its processes' parts may differ")
+    return run(operands, num_groups, eps, activation, shards)
+
+
+def _sharded_group_norm(
+    operands: Operands, num_groups: int, eps: float, activation: str, shards: "Shards"
+) -> Tensor:
+    from triton_gn.ops import sharded
+
+    x, current = operands.x, settings.current()
+    if x.shape[0] == 0:
+        return group_norm(operands, num_groups, eps, activation)
+    by_kernels = x.numel() > 0 and uses_kernels(x, current.backend)
+    way = sharded.ByKernels() if by_kernels else sharded.ByFormulas()
+    y_dtype = _y_dtype(x, current.autocast_policy)
+    split = statistics.split_settings(current)
+    call = autograd.Call(num_groups, float(eps), activation, y_dtype, split)
+    return sharded.group_norm(operands, call, way, shards)

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,7 +16,10 @@ from triton_gn.reference import Operands, compute_dtype
 _PARAM_COLS = 32  # channels per program that sums parameter gradients up: one 128-byte line
 _PARAM_ROWS = 64
 _PARAM_WARPS = 4
-_ONE_SLOT: dict[str, Any] = {"slots": 1, "SLOTS": 1}  # partials that are already added up
+_MERGE_WARPS = 4
+
+# which part of a backward by split, cut where the sums over groups are known; None for the whole
+Half = Literal["first", "second"] | None
 
 
 @dataclass(frozen=True)
@@ -121,16 +124,20 @@ def _sizes(problem: Problem, config: Config) -> dict[str, Any]:
     return sizes
 
 
+def _slots(config: Config, slots: int) -> dict[str, Any]:
+    """How many partials there are of each group, for a launch that merges them."""
+    return {"slots": slots, "SLOTS": slots_at_a_time(slots, config.tile.group_slots)}
+
+
 def _pipeline(problem: Problem, config: Config, x: Tensor) -> dict[str, Any]:
     """Counters, zeros before each call, and what goes through a pipeline in which order."""
     in_sample = config.units_in_sample(problem)
     units = problem.n * in_sample
-    return {
+    return _slots(config, config.slots) | {
         "counters_ptr": torch.zeros(1 + units, dtype=torch.int32, device=x.device),
         "order": _kernels().pipelined.Units(
             units, in_sample, config.blocks * config.slots, config.lag(problem)
         ),
-        "SLOTS": slots_at_a_time(config),
     }
 
 
@@ -160,8 +167,8 @@ def forward_launches(
 ) -> list[Launch]:
     """Launches that fill y and, unless None, stats (N, G, 3).
 
-    ``moments``, only of split: what the two launches have between them. From those that are given,
-    (N, G, 1, 4), only the second; without y only the first, which fills (N, G, slots, 4).
+    ``moments``, only of split: what the two launches have between them. With y they are given in
+    any number of parts, (N, G, parts, 4); without y, filled: (4, N, G), of all that x has.
     """
     programs = config.programs(problem)
     sizes = _sizes(problem, config)
@@ -173,8 +180,8 @@ def forward_launches(
     if config.strategy == "resident":
         kernel = _kernels().resident.group_norm_forward_resident_kernel
         return [Launch(kernel, programs, x | apply | sizes, config.num_warps)]
-    workspace = statistics(operands.x, problem.n * problem.groups * config.slots, 4)
-    partials = {"partials_ptr": workspace if moments is None else moments}
+    groups = problem.n * problem.groups
+    partials = {"partials_ptr": statistics(operands.x, groups * config.slots, 4)}
     if config.strategy == "pipelined":
         kernel = _kernels().pipelined.group_norm_forward_pipelined_kernel
         arguments = x | apply | partials | sizes | _pipeline(problem, config, operands.x)
@@ -185,16 +192,26 @@ def forward_launches(
         x | partials | sizes,
         config.num_warps,
     )
-    one_slot = _ONE_SLOT if moments is not None else {}
+    if y is None:
+        return [first, _merge_launch(groups, config.slots, partials | {"merged_ptr": moments})]
+    slots = config.slots
+    if moments is not None:
+        partials, slots = {"partials_ptr": moments}, moments.shape[2]
     second = Launch(
         _kernels().split.group_norm_forward_split_apply_kernel,
         programs,
-        x | apply | partials | sizes | {"SLOTS": slots_at_a_time(config)} | one_slot,
+        x | apply | partials | sizes | _slots(config, slots),
         config.num_warps,
     )
-    if y is None:
-        return [first]
     return [first, second] if moments is None else [second]
+
+
+def _merge_launch(groups: int, slots: int, tensors: dict[str, Any]) -> Launch:
+    at_a_time = slots_at_a_time(slots, 1)
+    per_program = max(1, 32 * _MERGE_WARPS // at_a_time)
+    sizes = {"groups": groups, "slots": slots, "SLOTS": at_a_time, "GROUPS": per_program}
+    kernel = _kernels().split.group_norm_merge_moments_kernel
+    return Launch(kernel, -(-groups // per_program), tensors | sizes, _MERGE_WARPS)
 
 
 def _parts(problem: Problem, config: Config) -> int:
@@ -260,12 +277,13 @@ def backward_launches(
     stats: Tensor,
     grads: Mapping[str, Tensor],
     sums: Tensor | None = None,
+    half: Half = None,
 ) -> list[Launch]:
     """Launches that fill ``grads``, named as the operands; residual's only with an activation.
 
-    ``sums``, only of split: sum(dx_hat), sum(dx_hat * x_hat) apart from the rest. What ``grads``
-    are at given statistics, and the sums in parts (N, G, slots, 2); or, without dy, what the sums
-    (N, G, 1, 2) alone give x and pre_add.
+    ``sums``, of a half: sum(dx_hat), sum(dx_hat * x_hat) of each group. The first half leaves them
+    in parts (N, G, slots, 2), and its ``grads`` are those at given statistics; the second takes
+    them, (N, G, 1, 2), for the gradients of x and pre_add, to which dy need not add anything.
     """
     programs = config.programs(problem)
     parts, reductions = _param_parts(problem, config, operands.x, grads)
@@ -299,9 +317,8 @@ def backward_launches(
         outputs |= {"dx_ptr": grads.get("x")} | _pipeline(problem, config, operands.x)
         launch = Launch(kernel, config.workers, inputs | outputs, config.num_warps)
         return [launch, *_param_launches(problem, config, reductions)]
-    apart: dict[str, Any] = {}
-    if sums is not None:
-        apart = _ONE_SLOT if dy is None else {"partials_ptr": None}
+    slots = _slots(config, 1 if half == "second" else config.slots)
+    at_given_statistics = {"partials_ptr": None} if half == "first" else {}
     # the apply launch writes the parts of dpre_add, and sums up what the launch before has left
     dpre_add = reductions.pop("pre_add", None)
     last = {} if dpre_add is None else {"pre_add": dpre_add}
@@ -313,10 +330,11 @@ def backward_launches(
         | arguments
         | {
             "dx_ptr": grads.get("x"), "dpre_add_ptr": parts.get("pre_add"), "samples": problem.n,
-            "apply_programs": programs, "SLOTS": slots_at_a_time(config),
+            "apply_programs": programs,
         }
-        | apart,
+        | slots
+        | at_given_statistics,
         config.num_warps,
     )  # fmt: skip
-    before = [] if dy is None else [first]
+    before = [] if half == "second" else [first]
     return [*before, apply, *_param_launches(problem, config, last)]

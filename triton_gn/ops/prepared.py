@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from triton_gn.ops import launch, layout
-from triton_gn.ops.launch import Launch
+from triton_gn.ops.launch import Half, Launch
 from triton_gn.ops.settings import Settings
 from triton_gn.plan import Config, Problem, plan
 from triton_gn.reference import Operands
@@ -204,10 +204,11 @@ def forward(
     """Fill y and, unless None, stats (N, G, 3), by ``config`` or the plan under the settings.
 
     x and the residual are as ``layout`` has made them native; y has the strides of x. ``moments``
-    (N, G, 1, 4), under settings of split: normalise by these.
+    (N, G, parts, 4), under settings of split: normalise by these.
     """
+    parts = None if moments is None else moments.shape[2]
     prepared = prepare_forward(
-        y.device, tuple(map(_traits, operands)), y.dtype, stats is not None, moments is not None,
+        y.device, tuple(map(_traits, operands)), y.dtype, stats is not None, parts,
         groups, eps, activation, settings.batch_invariant, settings.plan_override, config,
     )  # fmt: skip
     prepared(*operands, y, stats, moments)
@@ -219,7 +220,7 @@ def prepare_forward(
     traits: tuple[_Traits, ...],
     y_dtype: torch.dtype | None,
     with_stats: bool,
-    with_moments: bool,
+    moments_parts: int | None,
     groups: int,
     eps: float,
     activation: str,
@@ -231,25 +232,28 @@ def prepare_forward(
     config = _config(problem, device, *plan_settings)
     y = None if y_dtype is None else layout.empty_like(x, y_dtype)
     stats = launch.statistics(x, n, groups, 3) if with_stats else None
-    slots = config.slots if y is None else 1
-    moments = launch.statistics(x, n, groups, slots, 4) if with_moments else None
+    moments = None
+    if y is None:
+        moments = launch.statistics(x, 4, n, groups)
+    elif moments_parts is not None:
+        moments = launch.statistics(x, n, groups, moments_parts, 4)
     launches = launch.forward_launches(problem, config, operands, y, stats, eps, moments)
     return Prepared(problem, config, launches, (*operands, y, stats, moments), device)
 
 
 def moments(operands: Operands, groups: int, settings: Settings) -> Tensor:
-    """Parts (N, G, slots, 4) of the moments of x + pre_add, under settings of split.
+    """(4, N, G): the moments of x + pre_add, under settings of split; the count as it rounds.
 
     x is as ``layout`` has made it native.
     """
     x = operands.x
     prepared = prepare_forward(
-        x.device, tuple(map(_traits, operands)), None, False, True, groups, 0.0, "none",
+        x.device, tuple(map(_traits, operands)), None, False, None, groups, 0.0, "none",
         settings.batch_invariant, settings.plan_override, None,
     )  # fmt: skip
-    parts = launch.statistics(x, x.shape[0], groups, prepared.config.slots, 4)
-    prepared(*operands, None, None, parts)
-    return parts
+    found = launch.statistics(x, 4, x.shape[0], groups)
+    prepared(*operands, None, None, found)
+    return found
 
 
 def backward(
@@ -268,13 +272,13 @@ def backward(
     residual and dy are as ``layout`` has made them native; so are their gradients.
     """
     prepared = prepare_backward(
-        dy.device, tuple(map(_traits, operands)), _traits(dy), tuple(grads), False, groups,
+        dy.device, tuple(map(_traits, operands)), _traits(dy), _dtypes(grads), None, groups,
         activation, settings.batch_invariant, settings.plan_override, config,
     )  # fmt: skip
     prepared(*operands, dy, stats, *grads.values(), None)
 
 
-def apply_backward(
+def first_half(
     dy: Tensor,
     stats: Tensor,
     operands: Operands,
@@ -288,7 +292,7 @@ def apply_backward(
     Returned: parts (N, G, slots, 2) of sum(dx_hat) and sum(dx_hat * x_hat).
     """
     prepared = prepare_backward(
-        dy.device, tuple(map(_traits, operands)), _traits(dy), tuple(grads), True, groups,
+        dy.device, tuple(map(_traits, operands)), _traits(dy), _dtypes(grads), "first", groups,
         activation, settings.batch_invariant, settings.plan_override, None,
     )  # fmt: skip
     sums = launch.statistics(operands.x, dy.shape[0], groups, prepared.config.slots, 2)
@@ -296,20 +300,29 @@ def apply_backward(
     return sums
 
 
-def moments_backward(
+def second_half(
+    dy: Tensor | None,
     sums: Tensor,
     stats: Tensor,
     operands: Operands,
     grads: Mapping[str, Tensor],
     groups: int,
+    activation: str,
     settings: Settings,
 ) -> None:
-    """Fill the gradients of x and pre_add that sums (N, G, 1, 2) give, under settings of split."""
+    """Fill the gradients of x and pre_add from both sums (N, G, 2), under settings of split.
+
+    Without dy: what the sums alone give. They are divided by the elements of a group of x.
+    """
     prepared = prepare_backward(
-        sums.device, tuple(map(_traits, operands)), None, tuple(grads), True, groups, "none",
-        settings.batch_invariant, settings.plan_override, None,
+        sums.device, tuple(map(_traits, operands)), _traits(dy), _dtypes(grads), "second", groups,
+        activation, settings.batch_invariant, settings.plan_override, None,
     )  # fmt: skip
-    prepared(*operands, None, stats, *grads.values(), sums)
+    prepared(*operands, dy, stats, *grads.values(), sums)
+
+
+def _dtypes(grads: Mapping[str, Tensor]) -> tuple[tuple[str, torch.dtype], ...]:
+    return tuple((name, grad.dtype) for name, grad in grads.items())
 
 
 @functools.lru_cache(maxsize=4096)
@@ -317,20 +330,22 @@ def prepare_backward(
     device: torch.device,
     traits: tuple[_Traits, ...],
     dy_traits: _Traits,
-    wanted: tuple[str, ...],
-    with_sums: bool,
+    wanted: tuple[tuple[str, torch.dtype], ...],
+    half: Half,
     groups: int,
     activation: str,
     *plan_settings: Any,
 ) -> Prepared:
     operands, dy = Operands(*map(_template, traits)), _template(dy_traits)
     stats = launch.statistics(operands.x, operands.x.shape[0], groups, 3)
-    grads = {name: torch.empty_like(getattr(operands, name)) for name in wanted}
+    grads = {name: torch.empty_like(getattr(operands, name), dtype=dtype) for name, dtype in wanted}
     problem = launch.problem_of("backward", operands, groups, activation)
     config = _config(problem, device, *plan_settings)
-    slots = 1 if dy is None else config.slots
-    sums = launch.statistics(operands.x, problem.n, groups, slots, 2) if with_sums else None
-    launches = launch.backward_launches(problem, config, dy, operands, stats, grads, sums)
+    sums = None
+    if half is not None:
+        slots = config.slots if half == "first" else 1
+        sums = launch.statistics(operands.x, problem.n, groups, slots, 2)
+    launches = launch.backward_launches(problem, config, dy, operands, stats, grads, sums, half)
     templates = (*operands, dy, stats, *grads.values(), sums)
     return Prepared(problem, config, launches, templates, device)
 

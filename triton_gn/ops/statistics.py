@@ -41,9 +41,8 @@ class _MomentsFunction(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, pre_add: Tensor | None, groups: int, settings: Settings
     ) -> tuple[Tensor, ...]:
-        parts = prepared.moments(autograd.native(Operands(x, pre_add=pre_add)), groups, settings)
-        _, *found = reference.merge(*parts.unbind(-1))
-        mean, mean_lo, m2 = found
+        found = prepared.moments(autograd.native(Operands(x, pre_add=pre_add)), groups, settings)
+        _, mean, mean_lo, m2 = found.unbind()
         # the mean is one number, and all of its gradient comes by its high part
         ctx.mark_non_differentiable(mean_lo)
         ctx.save_for_backward(x, pre_add, mean, mean_lo)
@@ -68,7 +67,9 @@ class _MomentsFunction(torch.autograd.Function):
             grads = autograd.empty_gradients(operands, [f and next(asked) for f in of_fields])
             stats = torch.stack([mean, mean_lo, torch.ones_like(mean)], -1)
             sums = torch.stack([-d_mean, d_m2 * (-2 * (x[0].numel() // ctx.groups))], -1)
-            prepared.moments_backward(sums, stats, operands, grads, ctx.groups, ctx.settings)
+            prepared.second_half(
+                None, sums, stats, operands, grads, ctx.groups, "none", ctx.settings
+            )
             found = list(grads.values())
         return *_spread(found, needs), None, None
 
@@ -130,7 +131,7 @@ def _apply_backward(
     *of_operands, needs_mean, needs_m2 = needs
     operands = autograd.native(operands)
     grads = autograd.empty_gradients(operands, of_operands)
-    parts = prepared.apply_backward(
+    parts = prepared.first_half(
         layout.like(dy, operands.x), stats, operands, grads, call.groups, call.activation,
         call.settings,
     )  # fmt: skip

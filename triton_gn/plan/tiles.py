@@ -153,9 +153,9 @@ def split_configs(
             yield make_split(problem, tile, num_warps, min(chunks, stretches, most))
 
 
-def slots_at_a_time(config: Config) -> int:
-    """How many partials of each of its groups a program of split merges at a time."""
-    return min(next_power_of_2(config.slots), MAX_SLOTS // config.tile.group_slots)
+def slots_at_a_time(slots: int, groups: int) -> int:
+    """How many of the ``slots`` partials of each of its groups a program merges at a time."""
+    return min(next_power_of_2(slots), MAX_SLOTS // groups)
 
 
 def make_split(problem: Problem, tile: Tile, num_warps: int, chunks: int) -> Config:

@@ -1,0 +1,153 @@
+"""GroupNorm of inputs whose pixels are shared out among processes, by torch.distributed."""
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from triton_gn import functional
+from triton_gn.module import GroupNorm
+from triton_gn.ops import dispatch
+from triton_gn.reference import Operands
+
+ProcessGroup = dist.ProcessGroup | DeviceMesh | None
+
+
+def sharded_group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    activation: str | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    pre_add: Tensor | None = None,
+    process_group: ProcessGroup = None,
+) -> Tensor:
+    """:func:`triton_gn.group_norm` of what all processes hold together, each its own part.
+
+    The parts are of the same N and C and share out the pixels: any spatial dimension, in any cut;
+    some may be empty. Forward sends 16 bytes per sample and group (32 for float64) in one
+    all_gather; backward 8 of them, and 4 for each value of a gradient that is summed, in one
+    all_reduce, and one more of pre_add's gradient where it is asked for.
+
+    All processes of the group make the same calls in the same order, forward and backward, as for
+    any collective: also one whose part is empty, and with the same tensors to differentiate. What
+    is the same for all, weight, bias, scale, shift and pre_add, gets a gradient that is summed over
+    them and the same on each. There is no double backward. torch.compile breaks its graph here.
+
+    Args:
+        input: (N, C, *), this process's part.
+        num_groups, weight, bias, eps, activation, scale, shift, pre_add: as for ``group_norm``, the
+            same for all.
+        residual: this process's part.
+        process_group: those that share the input; None is the default group, and a DeviceMesh
+            stands for all its dimensions.
+
+    Returns:
+        This process's part of y.
+
+    Raises:
+        TypeError, ValueError: as ``group_norm``.
+        RuntimeError: torch.distributed is not initialised; another process has died, or has not
+            come within the group's timeout.
+    """
+    operands = Operands(input, weight, bias, scale, shift, pre_add, residual)
+    functional.check_operands(operands, num_groups, activation)
+    shards = [group for group in _groups(process_group) if dist.get_world_size(group) > 1]
+    constants = num_groups, eps, activation or "none"
+    if not shards:
+        functional.check(operands, num_groups, activation)
+        return dispatch.group_norm(functional.in_rows(operands), *constants)
+    return dispatch.sharded_group_norm(functional.in_rows(operands), *constants, shards)
+
+
+def _groups(process_group: ProcessGroup) -> Sequence[dist.ProcessGroup]:
+    if not dist.is_available() or not dist.is_initialized():
+        raise RuntimeError(
+            "ShardedGroupNorm: torch.distributed must be initialised before the layer is called; "
+            "it is not. Call torch.distributed.init_process_group, or take a triton_gn.GroupNorm."
+        )
+    if process_group is None:
+        return [dist.distributed_c10d._get_default_group()]
+    if isinstance(process_group, DeviceMesh):
+        return process_group.get_all_groups()
+    return [process_group]
+
+
+class ShardedGroupNorm(GroupNorm):
+    """A triton_gn.GroupNorm of inputs whose pixels are shared out among processes.
+
+    The same parameters and state_dict. Each process calls it with its part;
+    :func:`sharded_group_norm` says what is sent, what the processes must agree on, and what is
+    raised. Gradients of parameters are summed over ``process_group``: over no other.
+
+    Args:
+        num_groups: how many groups the channels are cut into.
+        num_channels: C of the input.
+        eps: added to the variance.
+        affine: whether there are a weight and a bias, each (C,).
+        device: of the parameters.
+        dtype: of the parameters.
+        activation: as for :class:`triton_gn.GroupNorm`.
+        process_group: those that share each input; None is the default group, and a DeviceMesh,
+            such as ``mesh["space"]``, stands for all its dimensions.
+        rest: what else this version of PyTorch's layer takes, such as ``bias=False``.
+    """
+
+    process_group: ProcessGroup = None
+
+    def __init__(
+        self,
+        num_groups: int,
+        num_channels: int,
+        eps: float = 1e-5,
+        affine: bool = True,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        activation: str | None = None,
+        process_group: ProcessGroup = None,
+        **rest: Any,
+    ) -> None:
+        super().__init__(
+            num_groups, num_channels, eps, affine, device, dtype, activation=activation, **rest
+        )
+        self.process_group = process_group
+
+    def forward(
+        self,
+        input: Tensor,
+        scale: Tensor | None = None,
+        shift: Tensor | None = None,
+        residual: Tensor | None = None,
+        pre_add: Tensor | None = None,
+    ) -> Tensor:
+        """Return this process's part of y, of input's shape (N, C, *), with C = num_channels."""
+        return sharded_group_norm(
+            input,
+            self.num_groups,
+            self.weight,
+            self.bias,
+            self.eps,
+            activation=self.activation,
+            scale=scale,
+            shift=shift,
+            residual=residual,
+            pre_add=pre_add,
+            process_group=self.process_group,
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ShardedGroupNorm":
+        """A copy with the same process group, which PyTorch cannot copy."""
+        copied = self.__class__.__new__(self.__class__)
+        memo |= {id(self): copied, id(self.process_group): self.process_group}
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
