@@ -1,5 +1,6 @@
 """GroupNorm for PyTorch in fused Triton kernels, forward and backward."""
 
+from triton_gn import distributed
 from triton_gn.conversion import Report, convert, unconvert
 from triton_gn.explanation import explain
 from triton_gn.functional import group_norm
@@ -17,6 +18,7 @@ __all__ = [
     "backend",
     "batch_invariant",
     "convert",
+    "distributed",
     "explain",
     "group_norm",
     "group_norm_apply",

@@ -3,6 +3,7 @@
 Modules change their class and keep all else, so hooks, optimizers and checkpoints stay valid.
 """
 
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,8 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from triton_gn.distributed import ProcessGroup, ShardedGroupNorm
 from triton_gn.module import GroupNorm
 
+_UNFOLDED = "nothing that can be folded is known to follow it"
 _NAMES: dict[type[nn.Module], str] = {
     nn.ReLU: "relu",
     nn.SiLU: "silu",
@@ -22,6 +25,11 @@ _NAMES: dict[type[nn.Module], str] = {
     nn.Sigmoid: "sigmoid",
     nn.Tanh: "tanh",
 }
+_PUBLIC_NAMES: dict[type[nn.Module], str] = {
+    GroupNorm: "triton_gn.GroupNorm",
+    ShardedGroupNorm: "triton_gn.distributed.ShardedGroupNorm",
+}
+_OURS = ("activation", "process_group")  # attributes that PyTorch's layer does not have
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -91,7 +99,9 @@ class Fold(NamedTuple):
     problem: str | None = None
 
 
-def convert(model: nn.Module, fold_activations: bool = True) -> Report:
+def convert(
+    model: nn.Module, fold_activations: bool = True, *, process_group: ProcessGroup = None
+) -> Report:
     """Make a :class:`triton_gn.GroupNorm` of every torch.nn.GroupNorm in a model, in place.
 
     The objects stay the same: parameters, hooks, modes and optimizers are untouched, and the keys
@@ -103,6 +113,10 @@ def convert(model: nn.Module, fold_activations: bool = True) -> Report:
     - in models of diffusers, the activation after the last norm of UNets, encoders and decoders
       and, in the residual blocks, activation and time embedding.
 
+    With a process group, each becomes a :class:`triton_gn.distributed.ShardedGroupNorm`, for models
+    whose inputs are shared out among its processes by their pixels; a triton_gn.GroupNorm too. One
+    that is left takes the statistics of its shard alone, which a warning says.
+
     Layers with hooks or used in several places are replaced only; subclasses of torch.nn.GroupNorm
     are left. A part of a model called by itself, such as ``net[:1]``, includes what its norms took
     over. Convert before torch.compile, which traces anew otherwise, and before torch.jit.
@@ -110,6 +124,8 @@ def convert(model: nn.Module, fold_activations: bool = True) -> Report:
     Args:
         model: any module, which may be a GroupNorm itself.
         fold_activations: whether the layers take over what follows them.
+        process_group: a ProcessGroup, such as torch.distributed.group.WORLD, or a DeviceMesh; None
+            for inputs that are whole.
 
     Returns:
         What was done to which layer, and why no more: ``print(convert(model))``.
@@ -119,16 +135,22 @@ def convert(model: nn.Module, fold_activations: bool = True) -> Report:
     """
     _check_is_module("convert", model)
     names = {module: name for name, module in model.named_modules()}
-    unfolded = "nothing that can be folded is known to follow it"
+    unfolded = _UNFOLDED if fold_activations else "folding is switched off"
     fates: dict[nn.Module, tuple[str, str]] = {}
     for module in filter(_is_group_norm, names):
-        reason = _why_left(module)
+        kind, reason = type(module), _why_left(module, process_group is not None)
         if reason is None:
-            module.__class__ = GroupNorm
-            module._converted = True
-            fates[module] = "replaced", unfolded if fold_activations else "folding is switched off"
+            # what was one of ours before has its own activation, and may have been converted before
+            fresh = kind is nn.GroupNorm
+            if process_group is not None:
+                vars(module)["process_group"] = process_group
+            module.__class__ = GroupNorm if process_group is None else ShardedGroupNorm
+            vars(module).setdefault("_converted", kind)
+            fates[module] = "replaced", unfolded if fresh else "was a triton_gn.GroupNorm"
         else:
             fates[module] = "left", reason
+    if process_group is not None:
+        _warn_of_unsharded([names[module] for module in fates if not _is_sharded(module)])
     if fold_activations:
         places = _places(names)
         for parent in names:
@@ -163,9 +185,10 @@ def unconvert(model: nn.Module) -> None:
             if type(child) is FoldedActivation:
                 module._modules[key] = child.activation.train(child.training)
         if "_converted" in vars(module):
-            for attribute in ("_converted", "activation"):
+            before = vars(module).pop("_converted")
+            for attribute in ("process_group",) if before is GroupNorm else _OURS:
                 vars(module).pop(attribute, None)
-            module.__class__ = nn.GroupNorm
+            module.__class__ = before
         elif hasattr(type(module), "unfused"):
             module.__class__ = type(module).unfused
 
@@ -194,23 +217,39 @@ def _is_group_norm(module: nn.Module) -> bool:
     return isinstance(module, nn.GroupNorm)
 
 
-def _why_left(module: nn.Module) -> str | None:
-    """Why the GroupNorm cannot be replaced; None if it can."""
+def _is_sharded(module: nn.Module) -> bool:
+    return isinstance(module, ShardedGroupNorm)
+
+
+def _warn_of_unsharded(names: list[str]) -> None:
+    if names:
+        warnings.warn(
+            "convert: under a process group every GroupNorm must be sharded; left were "
+            f"{', '.join(names)}, which take the statistics of their shard alone. The report says "
+            "why: replace them by ShardedGroupNorm by hand.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _why_left(module: nn.Module, sharded: bool) -> str | None:
+    """Why the GroupNorm cannot be replaced, by a sharded one if asked for; None if it can."""
     kind = type(module)
     if isinstance(module, torch.jit.ScriptModule):
         return "is compiled by TorchScript; convert before that"
     if parametrize.is_parametrized(module):
         return f"is parametrized, which made its class {kind.__name__}; convert before that"
-    if kind is GroupNorm:
-        return "is a triton_gn.GroupNorm already"
-    if kind is not nn.GroupNorm:
+    if kind is ShardedGroupNorm or (kind is GroupNorm and not sharded):
+        return f"is a {_PUBLIC_NAMES[kind]} already"
+    if kind not in (nn.GroupNorm, GroupNorm):
         own = kind.forward not in (nn.GroupNorm.forward, GroupNorm.forward)
         forward = " with a forward of its own" if own else ""
         return f"is a {kind.__module__}.{kind.__qualname__}, a subclass{forward}"
     if "forward" in vars(module):
         return "has its forward replaced"
-    if hasattr(module, "activation"):
-        return "has an attribute named activation, which would be in the way"
+    for name in _OURS:
+        if kind is nn.GroupNorm and hasattr(module, name):
+            return f"has an attribute named {name}, which would be in the way"
     return None
 
 
@@ -257,7 +296,7 @@ def _try(
             name = _activation_name(activation)
             vars(norm)["activation"] = name
             fates[norm] = "folded", f"{name}, {operands}" if operands else str(name)
-        elif reason is not None and fates.get(norm, "?")[0] == "replaced":
+        elif reason is not None and fates.get(norm) == ("replaced", _UNFOLDED):
             fates[norm] = "replaced", reason
     if reason is None and fold.fused is not None:
         parent.__class__ = fold.fused
