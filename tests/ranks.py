@@ -1,6 +1,7 @@
 """Processes that stay: ranks of gloo groups on this machine, for many tests."""
 
 import multiprocessing
+import os
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -17,6 +18,8 @@ TIMEOUT = 120  # seconds, for a test or for a collective in one
 
 def _work(rank: int, size: int, folder: str, commands: Connection) -> None:
     torch.set_num_threads(1)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        from tests.kernels import conftest  # noqa: F401  # what it does to the interpreter
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/meeting",
