@@ -14,6 +14,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import SequenceParallel, parallelize_module
 from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -142,9 +145,9 @@ def gradients(network: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad for name, p in network.named_parameters()}
 
 
-def gradients_of_the_whole() -> dict[str, Tensor]:
+def gradients_of_the_whole(rows: int | None = None) -> dict[str, Tensor]:
     network = make_network(nn.GroupNorm)
-    x, target = make_batch()
+    x, target = (t[:, :, :rows] for t in make_batch())
     (network(x) - target).square().sum().backward()
     return gradients(network)
 
@@ -288,6 +291,103 @@ def convert_and_back(rank: int, group: dist.ProcessGroup) -> None:
 
 def test_convert_and_back(ranks: Ranks) -> None:
     ranks.run(convert_and_back, 2)
+
+
+# DTensors
+
+
+def of_dtensors(
+    rank: int, group: dist.ProcessGroup, mesh_shape: Any, placements: Any, activation: str
+) -> None:
+    """y and gradients of DTensors, gathered, are those of whole tensors; with an activation, what
+    ranks have in common is plain."""
+    mesh = init_device_mesh("cpu", mesh_shape)
+    step = Step((3, 8, 5, 6), (5,), groups=4, dtype=DOUBLE, fused=ALL, activation=activation)
+    case, leaves = step.case(), {}
+
+    def distributed(name: str, t: Tensor) -> Tensor:
+        like_x = name in ("x", "residual")
+        leaf = t.detach()
+        if like_x or activation == "none":
+            where = placements if like_x else [Replicate()] * mesh.ndim
+            leaf = distribute_tensor(leaf, mesh, where)
+        leaves[name] = leaf.requires_grad_()
+        return leaf
+
+    operands = {n: distributed(n, t) for n, t in case.operands._asdict().items() if t is not None}
+    x, weight, bias = (operands.pop(name) for name in ("x", "weight", "bias"))
+    with CommDebugMode() as forward:
+        y = triton_gn.group_norm(x, 4, weight, bias, activation=activation, **operands)
+    assert y.placements == x.placements
+    expected = case.expected()
+    torch.testing.assert_close(y.full_tensor(), expected["y"])
+    y.backward(distribute_tensor(case.dy, mesh, placements))
+    for name, leaf in leaves.items():
+        found = leaf.grad.full_tensor() if isinstance(leaf, DTensor) else leaf.grad
+        torch.testing.assert_close(found, expected[f"d{name}"])
+    if not any(isinstance(p, Shard) and p.dim > 1 for p in placements):
+        assert forward.get_total_counts() == 0
+
+
+@pytest.mark.parametrize("activation", ["silu", "none"])
+@pytest.mark.parametrize(
+    ("mesh", "placements"),
+    [
+        ((4,), (Replicate(),)),
+        ((4,), (Shard(0),)),
+        ((4,), (Shard(1),)),
+        ((4,), (Shard(2),)),
+        ((4,), (Shard(3),)),
+        ((2, 2), (Shard(0), Shard(2))),
+        ((2, 2), (Shard(3), Shard(2))),
+        ((2, 2), (Shard(1), Shard(3))),
+        ((2, 2), (Shard(1), Shard(0))),
+        ((2, 2), (Shard(1), Shard(1))),
+    ],
+    ids=str,
+)
+def test_dtensors(ranks: Ranks, mesh: Any, placements: Any, activation: str) -> None:
+    ranks.run(of_dtensors, 4, mesh, placements, activation)
+
+
+def cut_groups(rank: int, group: dist.ProcessGroup) -> None:
+    """Shards of channels that do not keep groups whole, and sums not yet added up: gathered."""
+    mesh = init_device_mesh("cpu", (4,))
+    x = torch.randn(2, 6, 5, generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
+    expected = nn.functional.group_norm(x, 3)
+    with pytest.warns(RuntimeWarning, match="6 channels in 3 groups.*does not keep groups whole"):
+        y = triton_gn.group_norm(distribute_tensor(x, mesh, [Shard(1)]), 3)
+    torch.testing.assert_close(y.full_tensor(), expected)
+    part = DTensor.from_local(x / 4, mesh, [Partial()], run_check=False)
+    torch.testing.assert_close(triton_gn.group_norm(part, 3).full_tensor(), expected)
+    with pytest.raises(TypeError, match="whose placements say"):
+        sharded_group_norm(part, 3, process_group=group)
+    with pytest.raises(ValueError, match="num_groups must divide"):
+        triton_gn.group_norm(part, 4)
+
+
+def test_dtensors_that_are_gathered(ranks: Ranks) -> None:
+    ranks.run(cut_groups, 4)
+
+
+def parallelized(rank: int, group: dist.ProcessGroup) -> None:
+    network = make_network(triton_gn.GroupNorm)
+    mesh = init_device_mesh("cpu", (4,))
+    along_height = SequenceParallel(sequence_dim=2, use_local_output=True)
+    parallelize_module(network, mesh, {"1": along_height, "4": along_height})
+    x, target = (t[:, :, :4].chunk(4, 2)[rank] for t in make_batch())
+    (network(x) - target).square().sum().backward()
+    for name, p in network.named_parameters():
+        if isinstance(p, DTensor):
+            grad = p.grad.full_tensor()
+        else:
+            dist.all_reduce(p.grad, group=group)
+            grad = p.grad
+        torch.testing.assert_close(grad, gradients_of_the_whole(rows=4)[name])
+
+
+def test_parallelize_module(ranks: Ranks) -> None:
+    ranks.run(parallelized, 4)
 
 
 # Errors

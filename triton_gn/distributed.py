@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from triton_gn import functional
 from triton_gn.module import GroupNorm
-from triton_gn.ops import dispatch
+from triton_gn.ops import context, dispatch
 from triton_gn.reference import Operands
 
 ProcessGroup = dist.ProcessGroup | DeviceMesh | None
@@ -61,6 +61,11 @@ def sharded_group_norm(
     """
     operands = Operands(input, weight, bias, scale, shift, pre_add, residual)
     functional.check_operands(operands, num_groups, activation)
+    if context.is_dtensor(input):
+        raise TypeError(
+            "sharded_group_norm: input must be this process's part, a plain tensor; got a DTensor, "
+            "whose placements say how it is sharded. Give it to group_norm or triton_gn.GroupNorm."
+        )
     shards = [group for group in _groups(process_group) if dist.get_world_size(group) > 1]
     constants = num_groups, eps, activation or "none"
     if not shards:

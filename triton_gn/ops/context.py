@@ -40,3 +40,12 @@ def is_tracing() -> bool:
 def has_subclass(tensors: Iterable[Tensor | None]) -> bool:
     """A tensor whose class has its own idea of what an operator does."""
     return any(t is not None and type(t) not in (Tensor, Parameter) for t in tensors)
+
+
+def is_dtensor(x: Tensor) -> bool:
+    """A torch.distributed DTensor, without loading its module for the sake of the question."""
+    if type(x) in (Tensor, Parameter):
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(x, DTensor)

@@ -74,7 +74,7 @@ def is_plain(
     Few questions, for the sake of small layers on the CPU: most calls there are plain.
     """
     return (
-        isinstance(x, Tensor)
+        type(x) is Tensor
         and x.is_cpu
         and not _INTERPRETED
         and settings.current().backend != "triton"
@@ -100,6 +100,10 @@ def _y_dtype(x: Tensor, autocast_policy: str) -> torch.dtype:
 def group_norm(operands: Operands, num_groups: int, eps: float, activation: str) -> Tensor:
     """y of x's shape, for operands that ``functional`` has checked."""
     x, compiling = operands.x, context.is_compiling()
+    if context.is_dtensor(x):
+        from triton_gn.ops import dtensor
+
+        return dtensor.group_norm(operands, num_groups, eps, activation)
     if compiling:
         backend, autocast_policy, settings_text = settings.when_compiled()
     else:
