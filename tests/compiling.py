@@ -69,26 +69,33 @@ def _plan(
 def statistics_launches(
     x: torch.Tensor, num_groups: int, activation: str, target: str
 ) -> list[launch.Launch]:
-    """The launches of statistics and of apply, forward and backward, with all gradients."""
+    """The launches of statistics, of apply and, in shards, of group_norm between its collectives:
+    forward and backward, with all gradients."""
     n, channels = x.shape[:2]
     weight, pre_add = x.new_empty(channels), x.new_empty(n, channels)
     taken, applied = Operands(x, pre_add=pre_add), Operands(x, weight, pre_add=pre_add)
     stats = launch.statistics(x, n, num_groups, 3)
-    moments, sums = (launch.statistics(x, n, num_groups, 1, numbers) for numbers in (4, 2))
+    of_shards, sums = (launch.statistics(x, n, num_groups, *sizes) for sizes in ((8, 4), (1, 2)))
     grads = {name: torch.empty_like(t) for name, t in applied._asdict().items() if t is not None}
     dy = y = torch.empty_like(x)
 
     def planned(direction: str, operands: Operands, activation: str) -> tuple[Problem, Config]:
         return _plan(direction, operands, num_groups, activation, target, strategy="split")
 
-    problem, config = planned("forward", taken, "none")
-    partials = launch.statistics(x, n, num_groups, config.slots, 4)
-    launches = launch.forward_launches(problem, config, taken, None, None, 0.0, partials)
+    moments = launch.statistics(x, 4, n, num_groups)
+    forward = planned("forward", taken, "none")
+    launches = launch.forward_launches(*forward, taken, None, None, 0.0, moments)
     forward = planned("forward", applied, activation)
-    launches += launch.forward_launches(*forward, applied, y, stats, 1e-5, moments)
+    launches += launch.forward_launches(*forward, applied, y, stats, 1e-5, of_shards)
     problem, config = planned("backward", applied, activation)
     parts = launch.statistics(x, n, num_groups, config.slots, 2)
-    launches += launch.backward_launches(problem, config, dy, applied, stats, grads, parts)
-    backward = planned("backward", taken, "none")
+    launches += launch.backward_launches(
+        problem, config, dy, applied, stats, grads, parts, half="first"
+    )
     wanted = {name: grads[name] for name in ("x", "pre_add")}
-    return launches + launch.backward_launches(*backward, None, taken, stats, wanted, sums)
+    for given, operands, act in ((dy, applied, activation), (None, taken, "none")):
+        backward = planned("backward", operands, act)
+        launches += launch.backward_launches(
+            *backward, given, operands, stats, wanted, sums, half="second"
+        )
+    return launches
