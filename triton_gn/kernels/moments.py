@@ -123,12 +123,14 @@ def combine(a, b):
 def combine_all(parts):
     """Moments of all parts of each group at once: ``[group_slots, parts]`` to ``[group_slots]``.
 
-    Flat and in a fixed order, relative to the largest mean. Parts of count 0 do not matter.
+    Flat and in a fixed order, relative to the first part that has elements; those of count 0 do not
+    matter.
     """
     there = parts.count > 0
     count = tl.sum(parts.count, axis=1)
-    reference = tl.max(tl.where(there, parts.mean, float("-inf")), axis=1)
-    reference = tl.where(count > 0, reference, 0.0)
+    index = tl.arange(0, parts.mean.shape[1])[None, :]
+    first = tl.min(tl.where(there, index, parts.mean.shape[1]), axis=1)
+    reference = tl.sum(tl.where(index == first[:, None], parts.mean, 0.0), axis=1)
     difference = tl.where(there, (parts.mean - reference[:, None]) + parts.mean_lo, 0.0)
     step = divide(tl.sum(difference * parts.count, axis=1), tl.maximum(count, 1.0))
     rest = difference - step[:, None]

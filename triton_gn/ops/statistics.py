@@ -95,7 +95,8 @@ def apply(operands: Operands, given: Moments, call: Call) -> Tensor:
 def _packed(given: Moments) -> Tensor:
     """(N, G, 1, 4), as the partials of split; NaN where there is nothing to normalise by."""
     mean = given.mean.masked_fill(given.count == 0, torch.nan)
-    fields = given.count.to(mean.dtype), mean, given.mean_lo, given.m2
+    # a part without elements would be passed over
+    fields = given.count.clamp(min=1).to(mean.dtype), mean, given.mean_lo, given.m2
     return torch.stack(fields, -1)[:, :, None]
 
 
