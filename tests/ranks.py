@@ -1,4 +1,5 @@
-"""Processes that stay: ranks of gloo groups on this machine, for many tests."""
+"""Processes that stay: ranks on this machine, for many tests. Where there are GPUs enough each has
+its own, by NCCL; else gloo, and they share the one there is."""
 
 import multiprocessing
 import os
@@ -20,8 +21,11 @@ def _work(rank: int, size: int, folder: str, commands: Connection) -> None:
     torch.set_num_threads(1)
     if os.environ.get("TRITON_INTERPRET") == "1":
         from tests.kernels import conftest  # noqa: F401  # what it does to the interpreter
+    gpus = torch.cuda.device_count()
+    if gpus:
+        torch.cuda.set_device(rank % gpus)
     dist.init_process_group(
-        "gloo",
+        "nccl" if gpus >= size else "gloo",
         init_method=f"file://{folder}/meeting",
         rank=rank,
         world_size=size,

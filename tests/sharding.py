@@ -81,7 +81,15 @@ def run_step(rank: int, group: dist.ProcessGroup, step: Step) -> dict[str, Any]:
     parts = {name: step.part(getattr(whole, name), rank) for name in ("x", "dy")}
     if whole.residual is not None:
         parts["residual"] = step.part(whole.residual, rank)
-    own = Case(**vars(whole) | parts)
+    # the kernels run on the GPU if there is one
+    own = Case(
+        **{
+            name: value.cuda()
+            if isinstance(value, Tensor) and step.backend == "triton" and torch.cuda.is_available()
+            else value
+            for name, value in (vars(whole) | parts).items()
+        }
+    )
 
     def group_norm(*args: Any, **kwargs: Any) -> Tensor:
         y = sharded_group_norm(*args, process_group=group, **kwargs)
@@ -96,7 +104,7 @@ def run_step(rank: int, group: dist.ProcessGroup, step: Step) -> dict[str, Any]:
                 own.x, step.groups, own.weight, own.bias, activation=step.activation, **fused
             )
     assert torch.equal(y, results["y"])
-    return {name: (t.double().numpy(), t.dtype) for name, t in results.items()}
+    return {name: (t.double().cpu().numpy(), t.dtype) for name, t in results.items()}
 
 
 def check_step(ranks: Ranks, step: Step) -> None:

@@ -1,4 +1,4 @@
-"""The kernels of sharded GroupNorm in the interpreter of several processes, and their bytes."""
+"""The kernels of sharded GroupNorm in several processes, and their bytes."""
 
 import os
 from collections.abc import Iterator
@@ -13,9 +13,6 @@ from tests.sharding import ALL, Step, check_step
 from triton_gn.distributed import sharded_group_norm
 from triton_gn.ops import prepared
 
-pytestmark = pytest.mark.skipif(
-    os.environ.get("TRITON_INTERPRET") != "1", reason="processes of the interpreter"
-)
 HALF, BRAIN, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 
@@ -69,6 +66,7 @@ def traffic(rank: int, group: dist.ProcessGroup, channels_last: bool) -> None:
     assert backward.stored["other"] == x.nbytes + 4 * 2 * n * groups * slots[2] + of_weight
 
 
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="counts in the interpreter")
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "innermost"])
 def test_bytes(ranks: Ranks, channels_last: bool) -> None:
     ranks.run(traffic, 2, channels_last)
