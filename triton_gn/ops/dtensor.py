@@ -48,7 +48,7 @@ def _supported(x: Any, num_groups: int) -> Any:
     ways = 1
     placements: list[Placement] = []
     for i, placement in enumerate(x.placements):
-        keep = type(placement) in (Replicate, Shard)
+        keep = isinstance(placement, Replicate | Shard)
         if _sharded_dim(placement) == 1:
             ways *= x.device_mesh.size(i)
             keep = keep and num_groups % ways == 0
