@@ -21,9 +21,11 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 import triton_gn
+from perf.wire import statistics
 from tests.ranks import TIMEOUT, Ranks
 from tests.sharding import ALL, Step, check_step
 from triton_gn.distributed import ShardedGroupNorm, sharded_group_norm
+from triton_gn.workloads import Workload
 
 HALF, BRAIN, SINGLE, DOUBLE = torch.float16, torch.bfloat16, torch.float32, torch.float64
 
@@ -122,6 +124,9 @@ def test_bytes_sent_do_not_depend_on_the_pixels(ranks: Ranks, fused: tuple[str, 
             shared = 4 * 2 * channels + per_sample * len(set(fused) - {"pre_add"})
             after = [per_sample] if "pre_add" in fused else []
             assert backward == [8 * n * groups + shared, *after]
+            layer = Workload("", n, channels, groups, spatial, "float32", fused=fused)
+            assert tuple(forward) == statistics(layer, "forward")  # what perf counts on paper
+            assert tuple(backward) == statistics(layer, "backward")
 
 
 # The layer

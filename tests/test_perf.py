@@ -22,14 +22,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perf import bench, compare, demo, gpu, host, plot, providers, records, sweep
+from perf import bench, compare, demo, gpu, host, plot, providers, records, sweep, wire
 from perf.__main__ import main
 from perf.providers import PARTS, PROVIDERS, Provider, checked
 from perf.records import OURS, Record, case, save
 from triton_gn import workloads
 from triton_gn.plan import TARGETS, candidates, fields_of, plan_by_rule
 from triton_gn.trial import Trial
-from triton_gn.workloads import DTYPES, FUSED, LAYOUTS, Workload
+from triton_gn.workloads import DIRECTIONS, DTYPES, FUSED, LAYOUTS, Workload
 
 CPU = torch.device("cpu")
 H100 = TARGETS["sm_90"]
@@ -299,7 +299,7 @@ def test_errors_name_the_remedy(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["bench", "sweep", "compare", "plot", "demo", "host"])
+@pytest.mark.parametrize("command", ["bench", "sweep", "compare", "plot", "demo", "host", "wire"])
 def test_help(capsys: pytest.CaptureFixture[str], command: str) -> None:
     with pytest.raises(SystemExit, match="0"):
         main([command, "--help"])
@@ -581,6 +581,80 @@ def test_costs_are_ratios_of_rounds() -> None:
     found = host.cost({name: partial(calls.append, name) for name in "ab"}, number=2, rounds=2)
     assert "".join(calls) == "ab" + "aabb" * 2
     assert [len(of_rounds) for of_rounds in found.values()] == [2, 2]
+
+
+# What sharding sends
+
+SHARDED = Workload("", 2, 64, 32, (128, 4096), "bfloat16", activation="silu")
+
+
+def test_wire_counts_bytes() -> None:
+    one = wire.cost(SHARDED, "forward", 8, wire.Network())
+    assert one.collectives == (16 * 2 * 32,)
+    assert one.halo == 2 * 64 * 128 * 2  # a slice across the longest dimension, of 16 bits
+    double = replace(SHARDED, dtype="float64", fused=("scale", "shift", "pre_add"))
+    assert wire.statistics(double, "forward") == (32 * 2 * 32,)
+    summed = 8 * (2 * 2 * 32 + 2 * 64 + 2 * 2 * 64)
+    assert wire.statistics(double, "backward") == (summed, 8 * 2 * 64)
+
+
+def test_wire_follows_the_formulas() -> None:
+    network = wire.Network(4, 10, 1, 2, 4, 7, gb_per_s=100, network_gb_per_s=10)
+    assert network.all_gather_us(4, 100_000) == 10 + 3 * 1 + 3
+    assert network.all_gather_us(8, 10_000) == 10 + 6 * 2 + 4 + 7
+    assert network.all_reduce_us(4, 100_000) == 10 + 2 * 3 * 1 + 1.5
+    # up a tree of 3 steps in each node and 2 over the network, and down again
+    assert network.all_reduce_us(16, 10_000) == 10 + 2 * (3 + 2 * 7 + 1)
+    assert network.halo_us(4, 100_000) == 10 + 1 + 2
+    assert network.halo_us(8, 100_000) == 10 + 4 + 10
+    forward, backward = (
+        wire.collectives_us(network, 8, [10_000], direction, mesh=True)
+        for direction in ("forward", "backward")
+    )
+    # over the network first: what two nodes have gathered then goes around in each
+    assert forward == (10 + 4 + 1) + (10 + 3 + 0.6)
+    assert backward == pytest.approx((10 + 2 * 4 + 1) + (10 + 2 * 3 + 0.15))
+
+
+def test_wire_shards_what_is_largest() -> None:
+    for direction in DIRECTIONS:
+        whole = wire.kernels_us(SHARDED, direction)
+        few, many = (wire.cost(SHARDED, direction, n, wire.Network()) for n in (8, 64))
+        assert whole > few.kernels_us > many.kernels_us
+        assert few.collectives == many.collectives
+        part = replace(SHARDED, spatial=(128, 64))
+        assert many.kernels_us == wire.kernels_us(part, direction, ("split",))
+        assert few.added == few.collective_us / (few.kernels_us + few.halo_us)
+
+
+def test_wire_tables(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["wire"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("predicted, not measured") == 2
+    for number, name in enumerate(wire.LAYERS, 1):
+        assert re.search(rf"^{number}: {re.escape(name[:32])}", said, re.M)
+        assert len(re.findall(rf"^ ?{number} +1 +[\d.]+ *$", said, re.M)) == 2
+    for gpus in (8, 64):
+        cells = r"[\d.]+ (bytes|kB) +[\d.]+ [kM]B( +[\d.]+){4} %"
+        assert len(re.findall(rf"^ +{gpus} +{cells}", said, re.M)) == 2 * len(wire.LAYERS)
+    assert main(["wire", "--mesh", "--gpus", "16", "--match", "C=320"]) == 2
+    assert main(["wire", "--mesh", "--gpus", "8", "--match", "stage C=320"]) == 0
+    assert re.match(r"Left out, .*: 1$", capsys.readouterr().out, re.M)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--gpus", "8,many"], "such as 8,64; got '8,many'"),
+        (["--gpus", "1"], "at least 2"),
+        (["--match", "nothing"], "no layer has 'nothing' in its name"),
+        (["--gpus", "4096"], "fewer --gpus"),
+        (["--gb-per-s", "0"], "more than 0"),
+    ],
+)
+def test_wire_refuses(capsys: pytest.CaptureFixture[str], flags: list[str], message: str) -> None:
+    assert main(["wire", *flags]) == 2
+    assert message in capsys.readouterr().err
 
 
 def gpu_run(monkeypatch: pytest.MonkeyPatch, out: Path, codes: dict[str, str], *flags: str) -> int:
