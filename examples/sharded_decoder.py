@@ -55,7 +55,7 @@ class Swap(Function):
         ctx.group = group
         transfers, received = [], []
         for peer, rows in ((group.rank() - 1, up), (group.rank() + 1, down)):
-            # channels last on the way, so that torch.cat keeps the format, either, of the own rows
+            # channels last on the way: torch.cat then keeps either format of the own rows
             sent = rows.movedim(1, -1).contiguous()
             got = torch.zeros_like(sent)
             received.append(got.movedim(-1, 1))
