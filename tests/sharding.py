@@ -60,7 +60,7 @@ class Step:
             if there:
                 params[name] = draw(channels) + 1.5
         dtype = self.param_dtype or self.dtype
-        operands = {name: values.to(dtype) for name, values in params.items()}
+        operands: dict[str, Any] = {name: values.to(dtype) for name, values in params.items()}
         if "residual" in self.fused:
             operands["residual"] = whole(draw(*self.shape))
         return Case(
@@ -69,7 +69,7 @@ class Step:
 
     def part(self, t: Tensor, rank: int) -> Tensor:
         """Of a tensor like x: the rank's own, in memory of its own and the same format."""
-        part = t.split(self.cut, self.dim)[rank]
+        part: Tensor = t.split(self.cut, self.dim)[rank]
         if self.channels_last:
             return part.movedim(1, -1).contiguous().movedim(-1, 1)
         return part.contiguous()
@@ -83,7 +83,7 @@ def run_step(rank: int, group: dist.ProcessGroup, step: Step) -> dict[str, Any]:
         parts["residual"] = step.part(whole.residual, rank)
     # the kernels run on the GPU if there is one
     own = Case(
-        **{
+        **{  # type: ignore[arg-type]  # fields of a Case
             name: value.cuda()
             if isinstance(value, Tensor) and step.backend == "triton" and torch.cuda.is_available()
             else value
