@@ -6,14 +6,15 @@ import torch
 from torch import Tensor
 
 _GUARD = 128  # elements on each side: keeps the tensor's 16-byte alignment
-# a NaN of each dtype that no arithmetic produces
+# a NaN of each dtype that no arithmetic produces; of integers, a number that no counter reaches
 _BITS = {
     torch.float16: (torch.int16, 0x7EBE),
     torch.bfloat16: (torch.int16, 0x7FBE),
     torch.float32: (torch.int32, 0x7FC0BEEF),
     torch.float64: (torch.int64, 0x7FF8BEEFBEEFBEEF),
+    torch.int32: (torch.int32, 0x7FC0BEEF),
 }
-_empty = torch.empty
+_empty, _empty_strided = torch.empty, torch.empty_strided
 
 
 class GuardedMemory:
@@ -24,7 +25,7 @@ class GuardedMemory:
         self, shape: Any, stride: Any, *, dtype: torch.dtype, device: Any = "cpu"
     ) -> Tensor:
         if torch.device(device).type == "meta" or dtype not in _BITS:
-            return torch.empty_like(_empty(0, dtype=dtype, device=device)).as_strided(shape, stride)
+            return _empty_strided(shape, stride, dtype=dtype, device=device)
         extent = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
         extent = 0 if 0 in shape else extent
         bits_dtype, bits = _BITS[dtype]
