@@ -26,6 +26,7 @@ from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
+from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
 import triton_gn
@@ -499,6 +500,54 @@ def test_autocast_gives_the_dtype_of_the_operations_one_by_one(
         assert ours.dtype is theirs.dtype
         ours.sum()
     torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.05)
+
+
+class Seen(TorchFunctionMode):
+    """Which functions are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.functions: list[Any] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.functions.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+def test_function_modes_see_one_function_with_all_operands() -> None:
+    input, *rest = make_operands()
+    operands = dict(zip(NAMES[1:], rest, strict=True))
+    layer = triton_gn.GroupNorm(GROUPS, input.shape[1], dtype=input.dtype)
+    expected = triton_gn.group_norm(input, GROUPS, activation="gelu", eps=1e-3, **operands)
+    with Seen() as seen:
+        y = triton_gn.group_norm(input, GROUPS, activation="gelu", eps=1e-3, **operands)
+        layer(input)
+    assert seen.functions == [triton_gn.group_norm] * 2
+    assert torch.equal(y, expected)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_subclasses_are_kept(compiled: bool) -> None:
+    class Image(Tensor):
+        pass
+
+    def normalise(x: Tensor) -> Tensor:
+        return triton_gn.group_norm(x, GROUPS, activation="silu")
+
+    x = make_operands()[0]
+    called = torch.compile(normalise, fullgraph=True, backend="eager") if compiled else normalise
+    y = called(x.as_subclass(Image))
+    assert type(y) is Image
+    torch.testing.assert_close(y.as_subclass(Tensor), normalise(x))
+
+
+def test_compiled_in_the_context_of_a_device() -> None:
+    x, *_ = make_operands()
+    compiled = torch.compile(triton_gn.group_norm, fullgraph=True, backend="eager")
+    with torch.device("cpu"):
+        torch.testing.assert_close(compiled(x, GROUPS), triton_gn.group_norm(x, GROUPS))
 
 
 # Parallelism: two processes on half a batch each are one process on the whole

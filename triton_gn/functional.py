@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from triton_gn.ops import dispatch
 from triton_gn.reference import ACTIVATIONS, Operands
@@ -56,6 +57,23 @@ def group_norm(
         ValueError: the shapes or devices do not fit together, there is one value per group, or the
             activation is none of those above.
     """
+    # as PyTorch's own functions, for modes and subclasses; torch.compile sees through this one
+    if has_torch_function_unary(input) and not torch.compiler.is_compiling():
+        y = handle_torch_function(
+            group_norm,
+            (input,),
+            input,
+            num_groups,
+            weight,
+            bias,
+            eps,
+            activation=activation,
+            scale=scale,
+            shift=shift,
+            residual=residual,
+            pre_add=pre_add,
+        )
+        return y
     bare = scale is None and shift is None and residual is None and pre_add is None
     try:
         if bare and dispatch.is_plain(input, num_groups, weight, bias, activation):
