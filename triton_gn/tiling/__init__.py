@@ -1,0 +1,304 @@
+"""A model tile by tile, as exact as in one piece: for decoders of images and videos.
+
+Each tile runs the model's own forward, in a thread, one at a time. A mode sees every function of
+PyTorch that it calls: where one needs pixels of others, the tile waits until all have come there.
+"""
+
+import contextlib
+import functools
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
+from torch.utils import _pytree as pytree
+from torch.utils._device import DeviceContext
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from triton_gn.ops import context, settings
+from triton_gn.tiling.baton import Baton
+from triton_gn.tiling.layout import Axis, Layout, NotExactError, is_cut, whole
+from triton_gn.tiling.rules import ALWAYS_ASKED, RULES
+from triton_gn.tiling.tile import Tile, assembled, leaves, refuse
+
+__all__ = ["NotExactError", "exact_tiles"]
+
+_IN_PLACE = {"__setitem__", "__set__", "__delitem__"} | {
+    f"__i{name}__"
+    for name in [
+        "add",
+        "sub",
+        "mul",
+        "truediv",
+        "div",
+        "floordiv",
+        "mod",
+        "pow",
+        "and",
+        "or",
+        "xor",
+        "lshift",
+        "rshift",
+        "matmul",
+    ]
+}
+_thread = threading.local()  # has a tile while it runs one
+
+
+@contextlib.contextmanager
+def exact_tiles(model: nn.Module, tile_size: int | tuple[int, ...] = 64) -> Iterator[None]:
+    """Run the model's forward tile by tile, with the result that it has in one piece.
+
+    Of its first input (N, C, *) the last two spatial dimensions are cut, or as many as
+    ``tile_size`` has sizes; an input that is no larger runs as it is. GroupNorm takes statistics of
+    all tiles, convolutions get the neighbours' pixels, attention all keys: results and gradients
+    differ by rounding only. The model reads the sizes of the whole. What is not known to stay exact
+    raises. At each such layer tiles wait for each other: what they then keep of activations stays
+    in memory, temporaries are those of one tile at a time.
+
+    Args:
+        model: of which only the own forward is changed, until the context ends: hooks see whole
+            tensors, and ``with exact_tiles(vae.decoder): vae.decode(z)`` works. It must depend on
+            nothing random, and keep no state.
+        tile_size: the largest tile, in pixels of the model's input; all are of nearly one size.
+
+    Raises:
+        TypeError, ValueError: the model is no module, a size no positive integer, or no input has
+            as many spatial dimensions.
+        RuntimeError: the model is in such a context already, or is called within another tile,
+            under a compiler, a transform of torch.func or a mode.
+        NotExactError: an operation needs pixels of other tiles, or is not known not to.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"exact_tiles: model must be an nn.Module; got {type(model).__name__}.")
+    sizes = tile_size if isinstance(tile_size, tuple) else (tile_size,)
+    for size in sizes:
+        if not isinstance(size, int) or isinstance(size, bool):
+            raise TypeError(f"exact_tiles: tile_size must be of integers; got {tile_size!r}.")
+        if size < 1:
+            raise ValueError(f"exact_tiles: tile_size must be at least 1; got {tile_size!r}.")
+    if not sizes:
+        raise ValueError("exact_tiles: tile_size must have a size or several; got ().")
+    original = model.forward
+    if getattr(original, "is_tiled", False):
+        raise RuntimeError(
+            "exact_tiles: the model is in such a context already. Leave that one first."
+        )
+
+    @functools.wraps(original)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return _forward(model, original, tile_size, args, kwargs)
+
+    forward.is_tiled = True  # type: ignore[attr-defined]
+    own = vars(model).get("forward")  # of the module itself, as accelerate's hooks set it
+    model.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del model.forward
+        else:
+            model.forward = own
+
+
+def _forward(
+    model: nn.Module,
+    original: Callable[..., Any],
+    tile_size: int | tuple[int, ...],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    _check_surroundings()
+    values = [*args, *kwargs.values()]
+    rank = len(tile_size) if isinstance(tile_size, tuple) else 1
+    at = next(
+        (i for i, v in enumerate(values) if isinstance(v, Tensor) and v.ndim >= rank + 2), None
+    )
+    if at is None:
+        raise ValueError(
+            f"exact_tiles: an argument must be a tensor (N, C, *) with {rank} or more spatial "
+            f"dimensions; got {', '.join(type(value).__name__ for value in values) or 'none'}."
+        )
+    x: Tensor = values[at]
+    layout = _cut(x, tile_size)
+    axes = [factor for dim in layout for factor in dim if isinstance(factor, Axis)]
+    if not axes or x.numel() == 0:
+        return original(*args, **kwargs)
+
+    def call(part: Tensor) -> Any:
+        given = [*values[:at], part, *values[at + 1 :]]
+        named = zip(kwargs, given[len(args) :], strict=True)
+        return original(*given[: len(args)], **dict(named))
+
+    others = leaves([*values[:at], *values[at + 1 :]], Tensor)
+    known = WeakTensorKeyDictionary(dict.fromkeys([*others, *model.buffers()]))
+    grid = list(itertools.product(*(range(len(axis.sizes)) for axis in axes)))
+    baton = Baton(len(grid))
+    tiles = [Tile(baton, grid, index, known) for index in range(len(grid))]
+    surroundings = _surroundings(x)
+
+    def run(tile: Tile) -> Any:
+        with surroundings():
+            _thread.tile = tile
+            part = x
+            for dim, factors in enumerate(layout):
+                for axis in factors:
+                    if isinstance(axis, Axis):
+                        place = tile.coords[axis.number]
+                        part = part.narrow(dim, axis.edges[place], axis.sizes[place])
+            tile.mark(part, layout)
+            with _Mode(tile):
+                return call(part)
+
+    return _whole_of(baton.run([functools.partial(run, tile) for tile in tiles]), tiles, grid)
+
+
+def _check_surroundings() -> None:
+    if hasattr(_thread, "tile"):
+        raise RuntimeError(
+            "exact_tiles: the forward of a tiled model is called within a tile of another. "
+            "Tile the outer one only."
+        )
+    if context.is_compiling() or context.in_functorch() or context.in_forward_mode():
+        raise RuntimeError(
+            "exact_tiles: it works in eager mode, not under torch.compile, torch.func or in "
+            "forward mode. Call the model outside of these."
+        )
+    modes = _get_current_function_mode_stack()
+    if context.has_mode() or not all(isinstance(mode, DeviceContext) for mode in modes):
+        raise RuntimeError(
+            "exact_tiles: a mode is active, which would not see what happens in the tiles. "
+            "Call the model outside of it."
+        )
+
+
+def _cut(x: Tensor, tile_size: int | tuple[int, ...]) -> Layout:
+    """Into as few tiles as ``tile_size`` allows, of nearly one size."""
+    sizes = tile_size if isinstance(tile_size, tuple) else (tile_size,) * min(2, x.ndim - 2)
+    layout = [whole(size) for size in x.shape]
+    number = 0
+    for dim, size in enumerate(sizes, start=x.ndim - len(sizes)):
+        count = -(-x.shape[dim] // size)
+        if count > 1:
+            small, larger = divmod(x.shape[dim], count)
+            parts = [small + 1] * larger + [small] * (count - larger)
+            layout[dim] = (Axis(number, tuple(parts)),)
+            number += 1
+    return tuple(layout)
+
+
+def _surroundings(x: Tensor) -> Callable[[], contextlib.ExitStack]:
+    """What a thread does not inherit, as it is here: gradients, autocast, settings, devices."""
+    grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    cache = torch.is_autocast_cache_enabled()
+    autocasts = [
+        (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+        for kind in {"cpu", x.device.type}
+        if torch.amp.is_autocast_available(kind)
+    ]
+    chosen, device = vars(settings.current()), torch.get_default_device()
+    stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
+
+    def enter() -> contextlib.ExitStack:
+        stack = contextlib.ExitStack()
+        if stream is not None:
+            stack.enter_context(torch.cuda.device(x.device))
+            stack.enter_context(torch.cuda.stream(stream))
+        stack.enter_context(torch.inference_mode(inference))
+        stack.enter_context(torch.set_grad_enabled(grad))
+        for kind, dtype, enabled in autocasts:
+            stack.enter_context(torch.autocast(kind, dtype, enabled, cache))
+        stack.enter_context(settings.Setting(chosen))
+        stack.enter_context(device)
+        # a checkpoint would run its part of the backward without the other tiles
+        stack.enter_context(
+            torch.autograd.graph.disable_saved_tensors_hooks(
+                "exact_tiles: hooks on saved tensors, such as those of torch.utils.checkpoint, do "
+                "not see the other tiles. Turn checkpointing off."
+            )
+        )
+        return stack
+
+    return enter
+
+
+class _Mode(TorchFunctionMode):
+    """Sees each of PyTorch's functions that a tile calls, and lets none pass that is not known."""
+
+    def __init__(self, tile: Tile) -> None:
+        super().__init__()
+        self._tile = tile
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Call it by its rule; where nothing is cut, as it is."""
+        kwargs = kwargs or {}
+        tile, rule = self._tile, RULES.get(func)
+        tensors = list(leaves((args, kwargs), Tensor))
+        tile.check(func, tensors)
+        is_cut = any(map(tile.is_cut, tensors))
+        target = args[0] if _is_in_place(func) else kwargs.get("out")
+        if target is not None and not tile.is_cut(target):
+            refuse(func, "changes what belongs to no tile: each tile would change it again")
+        if is_cut and rule is None:
+            refuse(func, "is not known to need pixels of its own tile only")
+        if rule is not None and (is_cut or rule in ALWAYS_ASKED):
+            return rule(tile, func, *args, **kwargs)
+        if kwargs.get("generator") is not None or _is_random(_name(func)):
+            refuse(func, "draws random numbers: each tile would draw its own")
+        return tile.mark(func(*args, **kwargs))
+
+
+def _name(func: Any) -> str:
+    return getattr(func, "__name__", "")
+
+
+def _is_in_place(func: Any) -> bool:
+    name = _name(func)
+    return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+
+
+@functools.cache
+def _is_random(name: str) -> bool:
+    """Whether PyTorch's operator of this name draws random numbers."""
+    packet = getattr(torch.ops.aten, name.split(".")[0], None)
+    overloads = [] if packet is None else [getattr(packet, each) for each in packet.overloads()]
+    is_tagged = any(torch.Tag.nondeterministic_seeded in each.tags for each in overloads)
+    return is_tagged or name == "gumbel_softmax"
+
+
+def _whole_of(results: list[Any], tiles: list[Tile], grid: list[tuple[int, ...]]) -> Any:
+    """The model's output of those of its tiles."""
+    flat = [pytree.tree_flatten(result) for result in results]
+    spec = flat[0][1]
+    if any(other != spec for _, other in flat):
+        raise NotExactError("exact_tiles: the tiles gave outputs of different structures.")
+    outputs = []
+    for parts in zip(*(leaf for leaf, _ in flat), strict=True):
+        outputs.append(_put_together(parts, tiles, grid))
+    return pytree.tree_unflatten(outputs, spec)
+
+
+def _put_together(parts: tuple[Any, ...], tiles: list[Tile], grid: list[tuple[int, ...]]) -> Any:
+    if not isinstance(parts[0], Tensor):
+        if any(part != parts[0] for part in parts):
+            raise NotExactError(f"exact_tiles: an output is each tile's own: {parts[0]!r}.")
+        return parts[0]
+    (layout,) = {tile.output_layout(part) for tile, part in zip(tiles, parts, strict=True)}
+    if not any(map(is_cut, layout)):
+        return parts[0]
+    places = {
+        dim[0].number: i
+        for i, dim in enumerate(layout)
+        if len(dim) == 1 and isinstance(dim[0], Axis)
+    }
+    if len(places) != len(grid[0]):
+        raise NotExactError(
+            f"exact_tiles: an output of shape {tuple(parts[0].shape)} in a tile is not spatial. "
+            "Tile a part of the model whose outputs are (N, C, *)."
+        )
+    return assembled(dict(zip(grid, parts, strict=True)), [places[i] for i in sorted(places)])
