@@ -23,6 +23,7 @@ NEVER = {
         "triton_gn.functional",
         "triton_gn.module",
         "triton_gn.statistics",
+        "triton_gn.tiling",
         "triton_gn.tune",
     },
 }

@@ -1,7 +1,12 @@
 """exact_tiles on the CPU: equal to the whole, or refused."""
 
+import contextvars
 import math
+import os
+import signal
 import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,9 +14,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import triton_gn
-from triton_gn.tiling import NotExactError, exact_tiles
+from triton_gn.ops import settings
+from triton_gn.tiling import NotExactError, exact_tiles, rules
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
@@ -359,3 +367,312 @@ def test_what_is_not_local_is_refused_by_name(name: str) -> None:
     with exact_tiles(model, (3, 4)), pytest.raises(NotExactError, match=rf"\b{name}\b"):
         model(x)
     assert "forward" not in vars(model)
+
+
+def test_gradients_need_all_tiles() -> None:
+    conv = fill(nn.Conv2d(4, 4, 3, padding=1))
+    x = random(2, 4, 6, 7).requires_grad_()
+    reentrant = Run(lambda x: checkpoint(conv, x, use_reentrant=True), conv)
+    with exact_tiles(reentrant, 3), pytest.raises(NotExactError, match=r"conv2d .* checkpoint"):
+        reentrant(x)
+    saving = Run(lambda x: checkpoint(conv, x, use_reentrant=False), conv)
+    with exact_tiles(saving, 3), pytest.raises(RuntimeError, match="Turn checkpointing off"):
+        saving(x)
+
+
+def test_tensors_from_elsewhere_are_refused() -> None:
+    """Plain attributes may hold what another tile has put there; parameters and buffers do not."""
+    model = Run(lambda x: x * model.constant)
+    model.constant = random(4, 1, 1)
+    with exact_tiles(model, 3), pytest.raises(NotExactError, match="register_buffer"):
+        model(random(2, 4, 6, 7))
+    del model.constant
+    model.register_buffer("constant", random(4, 1, 1))
+    check(model, random(2, 4, 6, 7))
+
+
+def test_state_is_refused() -> None:
+    model = Run(lambda x: model.get_buffer("total").add_(1) * x)
+    model.register_buffer("total", torch.zeros((), dtype=torch.float64))
+    with exact_tiles(model, 3), pytest.raises(NotExactError, match=r"add_ .* each tile"):
+        model(random(2, 4, 6, 7))
+    assert not model.get_buffer("total")
+
+
+@pytest.mark.parametrize("ends", [False, True], ids=["elsewhere", "at its end"])
+def test_tiles_that_part_ways_are_refused(ends: bool) -> None:
+    calls: list[int] = []
+
+    def model(x: Tensor) -> Tensor:
+        calls.append(1)
+        if len(calls) == 2:
+            return x if ends else F.conv2d(x, torch.ones(3, 3, 1, 3, dtype=x.dtype), padding="same")
+        return F.group_norm(x, 1)
+
+    with exact_tiles(run := Run(model), 4), pytest.raises(NotExactError, match="must do the same"):
+        run(random(2, 3, 6, 7))
+
+
+OUTPUTS: dict[str, Callable[[Tensor], Any]] = {
+    "not spatial": lambda x: x.flatten(2),
+    "each tile's own": lambda x: object(),
+    "register_buffer": lambda x: torch.utils.dlpack.from_dlpack(torch.ones(2)),
+}
+
+
+@pytest.mark.parametrize("message", OUTPUTS)
+def test_outputs_that_cannot_be_put_together(message: str) -> None:
+    model = Run(OUTPUTS[message])
+    with exact_tiles(model, 3), pytest.raises(NotExactError, match=message):
+        model(random(2, 3, 6, 7))
+
+
+def test_structured_outputs() -> None:
+    constant = random(3)
+    model = Run(lambda x, c: {"y": (x * 2, [c + 1]), "none": None, "size": x.shape[-1]})
+    with exact_tiles(model, 3):
+        found = model(random(2, 3, 6, 7), c=constant)
+    assert torch.equal(found["y"][0], random(2, 3, 6, 7) * 2)
+    assert torch.equal(found["y"][1][0], constant + 1)
+    assert (found["none"], found["size"]) == (None, 7)
+
+
+# The context
+
+
+def test_model_is_restored() -> None:
+    model = make_decoder()
+    own = model.forward
+    vars(model)["forward"] = replaced = lambda x: own(x) * 2
+    x = random(2, 3, 6, 7)
+    expected = model(x)
+    with exact_tiles(model, 3):
+        assert difference(model(x), expected) < 1e-12
+    assert vars(model)["forward"] is replaced
+    del model.forward
+    with pytest.raises(KeyError), exact_tiles(model, 3):
+        raise KeyError
+    assert "forward" not in vars(model)
+
+
+def test_nested_use_is_refused() -> None:
+    model = make_decoder()
+    with (
+        exact_tiles(model, 3),
+        pytest.raises(RuntimeError, match="already"),
+        exact_tiles(model, 2),
+    ):
+        pass
+    inner = model.get_submodule("0")
+    with (
+        exact_tiles(model, 3),
+        exact_tiles(inner, 2),
+        pytest.raises(RuntimeError, match="within a tile"),
+    ):
+        model(random(2, 3, 6, 7))
+
+
+def test_hooks_see_whole_tensors() -> None:
+    model, seen = make_decoder(), []
+    model.register_forward_hook(lambda _, args, y: seen.append((args[0].shape, y.shape)))
+    with exact_tiles(model, 3):
+        model(random(2, 3, 6, 7))
+    assert seen == [((2, 3, 6, 7), (2, 3, 24, 28))]
+
+
+class Fault(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("error", [ValueError, Fault, KeyboardInterrupt])
+@pytest.mark.parametrize("failing", [0, 1, 5])
+def test_an_error_in_a_tile_stops_all(error: type[BaseException], failing: int) -> None:
+    calls: list[int] = []
+
+    def fail_here(x: Tensor) -> Tensor:
+        calls.append(1)
+        if len(calls) == failing + 1:
+            raise error("at fault")
+        return x
+
+    norm = nn.GroupNorm(1, 3)
+    model = Run(lambda x: fail_here(norm(x)), norm).double()
+    with exact_tiles(model, 3), pytest.raises(error, match="at fault") as raised:
+        model(random(2, 3, 6, 7))
+    assert raised.traceback[-1].name == "fail_here"
+    assert len(calls) == failing + 1
+
+
+def test_an_interrupted_caller_stops_all() -> None:
+    """Ctrl-C is raised in the main thread, while a tile runs."""
+    calls: list[int] = []
+
+    def model(x: Tensor) -> Tensor:
+        calls.append(1)
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(1)  # until the main thread has it
+        return F.group_norm(x, 1)
+
+    run = Run(model)
+    with exact_tiles(run, 3), pytest.raises(KeyboardInterrupt):
+        run(random(2, 3, 6, 7))
+    assert calls == [1]
+
+
+def test_tiles_run_in_the_surroundings_of_the_call() -> None:
+    seen = []
+
+    def model(x: Tensor) -> Tensor:
+        seen.append(
+            (
+                torch.is_grad_enabled(),
+                torch.is_inference_mode_enabled(),
+                torch.is_autocast_enabled("cpu"),
+                torch.get_autocast_dtype("cpu"),
+                torch.get_default_device().type,
+                settings.current(),
+                variable.get(),
+            )
+        )
+        return x
+
+    variable = contextvars.ContextVar("variable", default=0)
+    run, x = Run(model), random(2, 3, 6, 7)
+
+    def compare() -> None:
+        seen.clear()
+        run(x)
+        with exact_tiles(run, 3):
+            run(x)
+        assert len(seen) == 7
+        assert len(set(seen)) == 1
+
+    compare()
+    variable.set(1)
+    with torch.no_grad(), triton_gn.backend("torch"), triton_gn.batch_invariant():
+        compare()
+    with torch.inference_mode(), torch.device("meta"):
+        compare()
+    with torch.autocast("cpu", torch.float16):
+        compare()
+
+
+def test_autocast_is_as_in_one_piece() -> None:
+    decoder, x = make_decoder().float(), random(2, 3, 6, 7, dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        check(decoder, x, bound=4e-2)
+
+
+def test_two_passes_per_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each tile is read once for its statistics and once to normalise it."""
+    calls = []
+    for name in ("group_norm_stats", "group_norm_apply"):
+        original = getattr(rules, name)
+
+        def counted(*args: Any, _name: str = name, _of: Any = original, **kwargs: Any) -> Any:
+            calls.append(_name)
+            return _of(*args, **kwargs)
+
+        monkeypatch.setattr(rules, name, counted)
+    check(make_decoder(), random(2, 3, 6, 7), tile_size=3)
+    tiles, norms = 6, 2
+    assert calls.count("group_norm_stats") == calls.count("group_norm_apply") == tiles * norms
+
+
+def test_a_small_input_runs_as_it_is() -> None:
+    threads = []
+
+    def flipped(x: Tensor) -> Tensor:
+        threads.append(threading.current_thread())
+        return x.flip(-1)
+
+    with exact_tiles(model := Run(flipped)):
+        y = model(random(2, 3, 64, 64))
+    assert torch.equal(y, random(2, 3, 64, 64).flip(-1))
+    assert threads == [threading.main_thread()]
+
+
+def test_tiles_are_of_nearly_one_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = set()
+    stats_of = vars(rules)["group_norm_stats"]
+
+    def seen(x: Tensor, *args: Any) -> Any:
+        shapes.add(tuple(x.shape))
+        return stats_of(x, *args)
+
+    monkeypatch.setattr(rules, "group_norm_stats", seen)
+    check(nn.GroupNorm(1, 2).double(), random(1, 2, 9, 13), tile_size=(4, 6))
+    assert shapes == {(1, 2, 3, 5), (1, 2, 3, 4)}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((lambda x: x,), TypeError, "nn.Module; got function"),
+        ((nn.Identity(), 0), ValueError, "at least 1; got 0"),
+        ((nn.Identity(), ()), ValueError, "a size or several"),
+        ((nn.Identity(), 2.0), TypeError, "integers; got 2.0"),
+        ((nn.Identity(), (2, True)), TypeError, "integers"),
+    ],
+)
+def test_wrong_arguments(arguments: Any, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message), exact_tiles(*arguments):
+        pass
+
+
+def test_wrong_inputs_and_surroundings() -> None:
+    model = nn.Identity()
+    with exact_tiles(model, 3):
+        for args in ((), (random(2, 3),), ("image",)):
+            with pytest.raises(ValueError, match="must be a tensor"):
+                model(*args)
+        with pytest.raises(RuntimeError, match="eager"):
+            torch.func.vmap(model)(random(2, 2, 3, 6, 7))
+        with pytest.raises(RuntimeError, match="mode"), FlopCounterMode(display=False):
+            model(random(2, 3, 6, 7))
+    with exact_tiles(model, (3, 3, 3)), pytest.raises(ValueError, match="3 or more spatial"):
+        model(random(2, 3, 6, 7))
+
+
+# Memory
+
+
+def live_bytes(monkeypatch: pytest.MonkeyPatch, offload: bool) -> int:
+    """The most bytes that the inputs and outputs of norms have had at a time, in all tiles."""
+    seen: list[weakref.ref[Tensor]] = []
+    most = [0]
+    apply = vars(rules)["group_norm_apply"]
+
+    def counted(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        y: Tensor = apply(x, *args, **kwargs)
+        seen.extend([weakref.ref(x), weakref.ref(y)])
+        alive = [t.untyped_storage() for ref in seen if (t := ref()) is not None]
+        most.append(sum({s.data_ptr(): s.nbytes() for s in alive}.values()))
+        return y
+
+    conv, norm = fill(nn.Conv2d(4, 4, 3, padding=1)), nn.GroupNorm(2, 4).double()
+    model = Run(lambda x: x + conv(norm(conv(norm(conv(x))))), conv, norm)
+    x = random(1, 4, 16, 16)
+    expected = model(x)
+    with monkeypatch.context() as patch, torch.no_grad(), exact_tiles(model, 4, offload=offload):
+        patch.setattr(rules, "group_norm_apply", counted)
+        assert difference(model(x), expected) < 1e-12
+    return max(most)
+
+
+def test_waiting_tiles_are_offloaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = 16 * 16 * 4 * 8
+    assert live_bytes(monkeypatch, offload=False) > whole
+    assert live_bytes(monkeypatch, offload=True) == 2 * whole // 16
+
+
+def test_offloaded_autoencoder() -> None:
+    """With attention, whose keys and values must stay, and views of one storage."""
+    vae = make_autoencoder(torch.float64)
+    latents = random(2, 4, 9, 7)
+    expected = vae.decode(latents).sample
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode(), exact_tiles(vae.decoder, 4, offload=True):
+            assert difference(vae.decode(latents).sample, expected) < 1e-12
+    with exact_tiles(vae.decoder, 4, offload=True), pytest.raises(RuntimeError, match="no_grad"):
+        vae.decode(latents)

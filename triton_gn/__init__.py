@@ -1,6 +1,6 @@
 """GroupNorm for PyTorch in fused Triton kernels, forward and backward."""
 
-from triton_gn import distributed
+from triton_gn import distributed, tiling
 from triton_gn.conversion import Report, convert, unconvert
 from triton_gn.explanation import explain
 from triton_gn.functional import group_norm
@@ -24,5 +24,6 @@ __all__ = [
     "group_norm_apply",
     "group_norm_stats",
     "plan_override",
+    "tiling",
     "unconvert",
 ]

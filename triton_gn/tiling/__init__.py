@@ -49,7 +49,9 @@ _thread = threading.local()  # has a tile while it runs one
 
 
 @contextlib.contextmanager
-def exact_tiles(model: nn.Module, tile_size: int | tuple[int, ...] = 64) -> Iterator[None]:
+def exact_tiles(
+    model: nn.Module, tile_size: int | tuple[int, ...] = 64, *, offload: bool = False
+) -> Iterator[None]:
     """Run the model's forward tile by tile, with the result that it has in one piece.
 
     Of its first input (N, C, *) the last two spatial dimensions are cut, or as many as
@@ -64,6 +66,8 @@ def exact_tiles(model: nn.Module, tile_size: int | tuple[int, ...] = 64) -> Iter
             tensors, and ``with exact_tiles(vae.decoder): vae.decode(z)`` works. It must depend on
             nothing random, and keep no state.
         tile_size: the largest tile, in pixels of the model's input; all are of nearly one size.
+        offload: keep what waiting tiles have in host memory, pinned for a GPU: the GPU holds one
+            tile's activations at a time, at the price of copies. Without gradients only.
 
     Raises:
         TypeError, ValueError: the model is no module, a size no positive integer, or no input has
@@ -90,7 +94,7 @@ def exact_tiles(model: nn.Module, tile_size: int | tuple[int, ...] = 64) -> Iter
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return _forward(model, original, tile_size, args, kwargs)
+        return _forward(model, original, tile_size, offload, args, kwargs)
 
     forward.is_tiled = True  # type: ignore[attr-defined]
     own = vars(model).get("forward")  # of the module itself, as accelerate's hooks set it
@@ -108,10 +112,16 @@ def _forward(
     model: nn.Module,
     original: Callable[..., Any],
     tile_size: int | tuple[int, ...],
+    offload: bool,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
     _check_surroundings()
+    if offload and torch.is_grad_enabled():
+        raise RuntimeError(
+            "exact_tiles: offload=True works without gradients, whose activations must stay. "
+            "Call the model under torch.no_grad() or torch.inference_mode()."
+        )
     values = [*args, *kwargs.values()]
     rank = len(tile_size) if isinstance(tile_size, tuple) else 1
     at = next(
@@ -137,7 +147,7 @@ def _forward(
     known = WeakTensorKeyDictionary(dict.fromkeys([*others, *model.buffers()]))
     grid = list(itertools.product(*(range(len(axis.sizes)) for axis in axes)))
     baton = Baton(len(grid))
-    tiles = [Tile(baton, grid, index, known) for index in range(len(grid))]
+    tiles = [Tile(baton, grid, index, known, offload) for index in range(len(grid))]
     surroundings = _surroundings(x)
 
     def run(tile: Tile) -> Any:
@@ -149,7 +159,7 @@ def _forward(
                     if isinstance(axis, Axis):
                         place = tile.coords[axis.number]
                         part = part.narrow(dim, axis.edges[place], axis.sizes[place])
-            tile.mark(part, layout)
+            tile.start(part, layout)
             with _Mode(tile):
                 return call(part)
 

@@ -3,6 +3,7 @@
 import contextvars
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from triton_gn.tiling.layout import NotExactError
@@ -52,7 +53,9 @@ class Baton:
                 thread.start()
                 started.append(thread)
             self._turns[0].release()
-            self._done.wait()
+            # a Ctrl-C just before it waits is seen after it
+            while not self._done.wait(0.1):
+                pass
         except BaseException as error:
             self._stop(error)
         finally:
@@ -66,9 +69,17 @@ class Baton:
         return results
 
     def exchange(
-        self, tile: int, key: tuple[Any, ...], part: Any, combine: Callable[[list[Any]], Any]
+        self,
+        tile: int,
+        key: tuple[Any, ...],
+        part: Any,
+        combine: Callable[[list[Any]], Any],
+        waiting: AbstractContextManager[Any],
     ) -> Any:
-        """Hand in ``part``; once all tiles have, return ``combine`` of all parts, made once."""
+        """Hand in ``part``; once all tiles have, return ``combine`` of all parts, made once.
+
+        A tile is in the context ``waiting`` while others run.
+        """
         if self._hand_in(tile, key, part):
             parts = [self._parts[i] for i in range(len(self._turns))]
             self._parts.clear()
@@ -76,8 +87,9 @@ class Baton:
             self._takers = len(parts)
             self._step = -self._step
         else:
-            self._turns[tile + self._step].release()
-            self._wait(tile)
+            with waiting:
+                self._turns[tile + self._step].release()
+                self._wait(tile)
         shared = self._shared
         self._takers -= 1
         if not self._takers:

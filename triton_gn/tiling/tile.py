@@ -1,5 +1,6 @@
 """One tile: the layouts of its tensors, and what it asks of the others."""
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn
@@ -37,6 +38,10 @@ def leaves(value: Any, kind: type) -> Iterator[Any]:
         yield from leaves((value.start, value.stop, value.step), kind)
 
 
+def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
 def assembled(parts: Mapping[tuple[int, ...], Tensor], dims: Sequence[int]) -> Tensor:
     """One tensor of parts that lie on a grid over some dimensions."""
     if not dims:
@@ -62,14 +67,20 @@ class Tile:
         grid: Sequence[tuple[int, ...]],
         index: int,
         known: WeakTensorKeyDictionary,
+        offload: bool,
     ) -> None:
         self.coords = grid[index]
         self._baton = baton
         self._index = index
         self._indices = {coords: i for i, coords in enumerate(grid)}
         self._known = known
+        self._offload = offload
         self._records = torch.is_grad_enabled()
         self._layouts = WeakTensorKeyDictionary()  # None: not cut
+
+    def start(self, input: Tensor, layout: Layout) -> None:
+        """Take the tile's part of the model's input, which shares its memory."""
+        self.input = self.mark(input, layout)
 
     def check(self, func: Any, tensors: Sequence[Tensor]) -> None:
         """Unwind if another tile failed; refuse tensors that came from elsewhere."""
@@ -160,7 +171,30 @@ class Tile:
                 "autograd.Function or under no_grad, whose backward would not see other tiles",
                 "Turn checkpointing off, or call the model under torch.no_grad().",
             )
-        return self._baton.exchange(self._index, (func.__name__, *key), part, combine)
+        waiting = self._waiting(part)
+        return self._baton.exchange(self._index, (func.__name__, *key), part, combine, waiting)
+
+    @contextlib.contextmanager
+    def _waiting(self, kept: Any) -> Iterator[None]:
+        """Offload what this tile has made, but not ``kept`` and what is part of the input."""
+        if not self._offload:
+            yield
+            return
+        stays = {tensor.untyped_storage()._cdata for tensor in [self.input, *leaves(kept, Tensor)]}
+        storages = [t.untyped_storage() for t in list(self._layouts) if self.is_cut(t)]
+        copies = []
+        for storage in {storage._cdata: storage for storage in storages}.values():
+            if storage._cdata not in stays:
+                host = torch.empty(
+                    storage.nbytes(), dtype=torch.uint8, pin_memory=storage.is_cuda
+                ).copy_(_bytes_of(storage), non_blocking=True)
+                copies.append((storage, host))
+                storage.resize_(0)
+        yield
+        while copies:
+            storage, host = copies.pop()
+            storage.resize_(host.nbytes)
+            _bytes_of(storage).copy_(host, non_blocking=True)
 
     def gather(self, func: Any, x: Tensor, needs: Needs) -> Tensor:
         """The pixels of the whole that this tile needs, zeros where there are none.
