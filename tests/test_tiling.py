@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import triton_gn
 from triton_gn.ops import settings
-from triton_gn.tiling import NotExactError, exact_tiles, rules
+from triton_gn.tiling import NotExactError, exact_tiles, spatial
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
@@ -166,6 +166,13 @@ def test_padding_modes_in_a_residual_block(mode: Any) -> None:
     check(Run(lambda x: x + conv(x), conv), random(2, 4, 9, 7))
 
 
+def test_reflection_of_more_than_a_tile_is_refused() -> None:
+    model = Run(lambda x: F.pad(x, (2, 2, 0, 0), mode="reflect"))
+    check(model, random(2, 3, 6, 7), tile_size=(2, 4))
+    with exact_tiles(model, 2), pytest.raises(NotExactError, match="Use larger tiles"):
+        model(random(2, 3, 6, 7))
+
+
 def test_padding_before_a_strided_convolution() -> None:
     conv = fill(nn.Conv2d(4, 6, 3, stride=2))
     check(Run(lambda x: conv(F.pad(x, (0, 1, 0, 1))), conv), random(2, 4, 10, 7))
@@ -229,6 +236,22 @@ def test_sizes_are_those_of_the_whole_where_they_are_values() -> None:
         return y.view(x.shape)
 
     check(model, random(2, 3, 9, 7))
+
+
+def test_views_of_the_input() -> None:
+    check(lambda x: x.view(2, -1, 7).view(2, 3, 5, 7), random(2, 3, 5, 7))
+
+
+def test_changes_in_place_come_after_the_neighbours_copies() -> None:
+    conv = fill(nn.Conv2d(3, 3, 3, padding=1).requires_grad_(False))
+
+    def model(x: Any) -> Any:
+        x = x * 2
+        y = conv(x)
+        y += conv(x.relu_())
+        return y.mul_(x)
+
+    check(Run(model, conv), random(2, 3, 5, 7))
 
 
 def test_one_dimension_at_a_time() -> None:
@@ -378,6 +401,12 @@ def test_gradients_need_all_tiles() -> None:
     saving = Run(lambda x: checkpoint(conv, x, use_reentrant=False), conv)
     with exact_tiles(saving, 3), pytest.raises(RuntimeError, match="Turn checkpointing off"):
         saving(x)
+
+
+def test_compiled_parts_are_refused() -> None:
+    conv = torch.compile(nn.Conv2d(3, 3, 3, padding=1), backend="eager")
+    with exact_tiles(model := Run(conv), 3), pytest.raises(NotExactError, match="compile no part"):
+        model(random(2, 3, 6, 7, dtype=torch.float32))
 
 
 def test_tensors_from_elsewhere_are_refused() -> None:
@@ -567,13 +596,13 @@ def test_two_passes_per_norm(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each tile is read once for its statistics and once to normalise it."""
     calls = []
     for name in ("group_norm_stats", "group_norm_apply"):
-        original = getattr(rules, name)
+        original = getattr(spatial, name)
 
         def counted(*args: Any, _name: str = name, _of: Any = original, **kwargs: Any) -> Any:
             calls.append(_name)
             return _of(*args, **kwargs)
 
-        monkeypatch.setattr(rules, name, counted)
+        monkeypatch.setattr(spatial, name, counted)
     check(make_decoder(), random(2, 3, 6, 7), tile_size=3)
     tiles, norms = 6, 2
     assert calls.count("group_norm_stats") == calls.count("group_norm_apply") == tiles * norms
@@ -594,13 +623,13 @@ def test_a_small_input_runs_as_it_is() -> None:
 
 def test_tiles_are_of_nearly_one_size(monkeypatch: pytest.MonkeyPatch) -> None:
     shapes = set()
-    stats_of = vars(rules)["group_norm_stats"]
+    stats_of = vars(spatial)["group_norm_stats"]
 
     def seen(x: Tensor, *args: Any) -> Any:
         shapes.add(tuple(x.shape))
         return stats_of(x, *args)
 
-    monkeypatch.setattr(rules, "group_norm_stats", seen)
+    monkeypatch.setattr(spatial, "group_norm_stats", seen)
     check(nn.GroupNorm(1, 2).double(), random(1, 2, 9, 13), tile_size=(4, 6))
     assert shapes == {(1, 2, 3, 5), (1, 2, 3, 4)}
 
@@ -641,7 +670,7 @@ def live_bytes(monkeypatch: pytest.MonkeyPatch, offload: bool) -> int:
     """The most bytes that the inputs and outputs of norms have had at a time, in all tiles."""
     seen: list[weakref.ref[Tensor]] = []
     most = [0]
-    apply = vars(rules)["group_norm_apply"]
+    apply = vars(spatial)["group_norm_apply"]
 
     def counted(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         y: Tensor = apply(x, *args, **kwargs)
@@ -655,7 +684,7 @@ def live_bytes(monkeypatch: pytest.MonkeyPatch, offload: bool) -> int:
     x = random(1, 4, 16, 16)
     expected = model(x)
     with monkeypatch.context() as patch, torch.no_grad(), exact_tiles(model, 4, offload=offload):
-        patch.setattr(rules, "group_norm_apply", counted)
+        patch.setattr(spatial, "group_norm_apply", counted)
         assert difference(model(x), expected) < 1e-12
     return max(most)
 

@@ -159,7 +159,7 @@ def _forward(
                     if isinstance(axis, Axis):
                         place = tile.coords[axis.number]
                         part = part.narrow(dim, axis.edges[place], axis.sizes[place])
-            tile.start(part, layout)
+            tile.mark(part := part.clone(), layout)  # dense, as the whole is
             with _Mode(tile):
                 return call(part)
 

@@ -78,10 +78,6 @@ class Tile:
         self._records = torch.is_grad_enabled()
         self._layouts = WeakTensorKeyDictionary()  # None: not cut
 
-    def start(self, input: Tensor, layout: Layout) -> None:
-        """Take the tile's part of the model's input, which shares its memory."""
-        self.input = self.mark(input, layout)
-
     def check(self, func: Any, tensors: Sequence[Tensor]) -> None:
         """Unwind if another tile failed; refuse tensors that came from elsewhere."""
         self._baton.check()
@@ -93,7 +89,7 @@ class Tile:
                     f"got a tensor of shape {tuple(tensor.shape)} that is no parameter, buffer or "
                     "argument of the model, nor made by PyTorch's functions in this tile: it may "
                     "hold pixels",
-                    "Register a constant with register_buffer; keep no state between tiles.",
+                    "Register a constant with register_buffer, keep no state, compile no part.",
                 )
 
     def layout(self, tensor: Tensor) -> Layout:
@@ -176,11 +172,11 @@ class Tile:
 
     @contextlib.contextmanager
     def _waiting(self, kept: Any) -> Iterator[None]:
-        """Offload what this tile has made, but not ``kept`` and what is part of the input."""
+        """Offload what this tile has made, but not ``kept``."""
         if not self._offload:
             yield
             return
-        stays = {tensor.untyped_storage()._cdata for tensor in [self.input, *leaves(kept, Tensor)]}
+        stays = {tensor.untyped_storage()._cdata for tensor in leaves(kept, Tensor)}
         storages = [t.untyped_storage() for t in list(self._layouts) if self.is_cut(t)]
         copies = []
         for storage in {storage._cdata: storage for storage in storages}.values():
@@ -269,3 +265,30 @@ def _described(dims: set[Dim]) -> str:
         for dim in dims
     )
     return " beside ".join(sorted(texts))
+
+
+def each(value: Any, rank: int) -> list[Any]:
+    """One value for each dimension, of one or of as many."""
+    values = list(value) if isinstance(value, tuple | list) else [value] * rank
+    return values * rank if len(values) == 1 else values
+
+
+def axis_of(func: Any, dim: Dim) -> Axis:
+    """The axis that a cut dimension is; refuses flattened ones."""
+    if len(dim) == 1 and isinstance(dim[0], Axis):
+        return dim[0]
+    refuse(func, "works along a dimension in which pixels are flattened")
+
+
+def scaled(axis: Axis, factor: int) -> Axis:
+    """With ``factor`` pixels in place of each."""
+    return Axis(axis.number, tuple(size * factor for size in axis.sizes))
+
+
+def relaid(tile: Tile, y: Tensor, kept: dict[int, Any]) -> Any:
+    """Mark a result whose dimensions are as in ``kept``, the others not cut."""
+    dims = (kept.get(i) for i in range(y.ndim))
+    layout = tuple(
+        whole(size) if dim is None else dim for size, dim in zip(y.shape, dims, strict=True)
+    )
+    return tile.mark(y, layout)

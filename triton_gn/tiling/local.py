@@ -1,0 +1,250 @@
+"""Operations that need the pixels of their own tile only, and when that is so."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from triton_gn.tiling.layout import Dim, Layout, is_cut, joined, reshaped, size_of, whole
+from triton_gn.tiling.tile import Tile, each, leaves, refuse, relaid
+
+# Products
+
+
+def linear(tile: Tile, func: Any, input: Tensor, weight: Tensor, bias: Any = None) -> Any:
+    """Along the last dimension."""
+    tile.require_uncut(func, (weight, bias))
+    tile.require_whole(func, input, (-1,))
+    y = func(input, weight, bias)
+    return tile.mark(y, (*tile.layout(input)[:-1], whole(y.shape[-1])))
+
+
+def matmul(tile: Tile, func: Any, input: Tensor, other: Tensor) -> Any:
+    """Of matrices with an uncut inner dimension; only one may have pixels."""
+    if min(input.ndim, other.ndim) < 2:
+        refuse(func, "is known for matrices only")
+    tile.require_whole(func, input, (-1,))
+    tile.require_whole(func, other, (-2,))
+    a, b = tile.layout(input), tile.layout(other)
+    if is_cut(a[-2]) and is_cut(b[-1]):
+        refuse(
+            func,
+            "multiplies each pixel with each other one",
+            "Use torch.nn.functional.scaled_dot_product_attention.",
+        )
+    y = func(input, other)
+    return tile.mark(y, (*tile.broadcast(func, (a[:-2], b[:-2])), a[-2], b[-1]))
+
+
+# Value by value
+
+
+def pointwise(tile: Tile, func: Any, *args: Any, **kwargs: Any) -> Any:
+    """Operands broadcast."""
+    layout = tile.broadcast(func, [tile.layout(t) for t in leaves((args, kwargs), Tensor)])
+    y = func(*args, **kwargs)
+    if not isinstance(y, Tensor):
+        refuse(func, "is known with one result only")
+    return tile.mark(y, layout)
+
+
+def like_first(tile: Tile, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Conversions, copies, constants of the same size."""
+    return tile.mark(func(input, *args, **kwargs), tile.layout(input))
+
+
+def dropout(
+    tile: Tile,
+    func: Any,
+    input: Tensor,
+    p: float = 0.5,
+    training: bool = True,
+    inplace: bool = False,
+) -> Any:
+    """Nothing in evaluation."""
+    if training and p:
+        refuse(func, "draws random numbers in training", "Call model.eval() first.")
+    return tile.mark(func(input, p, False), tile.layout(input))
+
+
+# Along one dimension, which must not be cut
+
+
+def softmax(tile: Tile, func: Any, input: Tensor, dim: Any = None, *args: Any, **kw: Any) -> Any:
+    """Keeps the sizes."""
+    if not isinstance(dim, int):
+        refuse(func, "was called without a dimension", "Say which: dim=...")
+    tile.require_whole(func, input, (dim,))
+    return tile.mark(func(input, dim, *args, **kw), tile.layout(input))
+
+
+def normalize(
+    tile: Tile, func: Any, input: Tensor, p: float = 2.0, dim: Any = 1, *args: Any, **kw: Any
+) -> Any:
+    """Keeps the sizes."""
+    tile.require_whole(func, input, each(dim, 1))
+    return tile.mark(func(input, p, dim, *args, **kw), tile.layout(input))
+
+
+def reduce(
+    tile: Tile, func: Any, input: Tensor, dim: Any = None, keepdim: bool = False, **kwargs: Any
+) -> Any:
+    """Takes dimensions away."""
+    dims = range(input.ndim) if dim is None or dim == () else each(dim, 1)
+    tile.require_whole(func, input, dims)
+    reduced = {d % input.ndim for d in dims}
+    layout = [
+        () if i in reduced else dim
+        for i, dim in enumerate(tile.layout(input))
+        if keepdim or i not in reduced
+    ]
+    return tile.mark(func(input, dim, keepdim, **kwargs), tuple(layout))
+
+
+def split(tile: Tile, func: Any, input: Tensor, *args: Any, dim: int = 0, **kwargs: Any) -> Any:
+    """split and chunk."""
+    size, dim = args[:1], (*args, dim)[1 if len(args) == 2 else -1]
+    tile.require_whole(func, input, (dim,))
+    kept = dict(enumerate(tile.layout(input)))
+    del kept[dim % input.ndim]
+    parts = func(input, *size, dim=dim, **kwargs)
+    for part in parts:
+        relaid(tile, part, kept)
+    return parts
+
+
+def unbind(tile: Tile, func: Any, input: Tensor, dim: int = 0) -> Any:
+    """All slices along a dimension."""
+    tile.require_whole(func, input, (dim,))
+    layout = list(tile.layout(input))
+    del layout[dim]
+    return tile.mark(func(input, dim), tuple(layout))
+
+
+def cat(tile: Tile, func: Any, tensors: Sequence[Tensor], dim: int = 0) -> Any:
+    """Of tensors that are cut alike."""
+    dim %= tensors[0].ndim
+    for tensor in tensors:
+        tile.require_whole(func, tensor, (dim,))
+    layouts = {tuple({**dict(enumerate(tile.layout(t))), dim: ()}.values()) for t in tensors}
+    layout = _only(func, layouts)
+    kept = {i: part for i, part in enumerate(layout) if i != dim}
+    return relaid(tile, func(tensors, dim), kept)
+
+
+def stack(tile: Tile, func: Any, tensors: Sequence[Tensor], dim: int = 0) -> Any:
+    """Of tensors that are cut alike."""
+    layout = list(_only(func, {tile.layout(tensor) for tensor in tensors}))
+    layout.insert(dim % (len(layout) + 1), whole(len(tensors)))
+    return tile.mark(func(tensors, dim), tuple(layout))
+
+
+def getitem(tile: Tile, func: Any, input: Tensor, index: Any) -> Any:
+    """By numbers and slices of what is not cut."""
+    items = list(index) if isinstance(index, tuple) else [index]
+    if not all(i is None or i is Ellipsis or type(i) in (int, slice) for i in items):
+        refuse(func, "is known with numbers, slices, None and ... only")
+    missing = input.ndim - sum(type(i) in (int, slice) for i in items)
+    at = items.index(...) if ... in items else len(items)
+    items[at : at + 1] = [slice(None)] * missing
+    kept: dict[int, Dim] = {}
+    taken = made = 0
+    for item in items:
+        if item == slice(None):
+            kept[made] = tile.layout(input)[taken]
+        elif item is not None:
+            tile.require_whole(func, input, (taken,))
+        taken += item is not None
+        made += type(item) is not int
+    return relaid(tile, func(input, index), kept)
+
+
+# Shapes
+
+
+def rearrange(tile: Tile, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Permutes dimensions, adds some of size 1 or takes them away: as with sizes all different."""
+    layout = tile.layout(input)
+    sizes = [i + 2 if dim else 1 for i, dim in enumerate(layout)]
+    shape = func(torch.empty(sizes, device="meta"), *args, **kwargs).shape
+    y = func(input, *args, **kwargs)
+    if y.ndim != len(shape):
+        refuse(func, "takes away a dimension of which other tiles have the rest", "Name others.")
+    return tile.mark(y, tuple(() if size == 1 else layout[size - 2] for size in shape))
+
+
+def reshape(tile: Tile, func: Any, input: Tensor, *shape: Any) -> Any:
+    """Splits and joins dimensions; the sizes are those of the whole."""
+    sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape
+    if not all(isinstance(size, int) for size in sizes):
+        refuse(func, "is known with sizes only")
+    layout = _reshaped(func, tile.layout(input), sizes)
+    return tile.mark(func(input, tile.own_sizes(layout)), layout)
+
+
+def flatten(tile: Tile, func: Any, input: Tensor, start_dim: int = 0, end_dim: int = -1) -> Any:
+    """Joins dimensions."""
+    layout = tile.layout(input)
+    start, end = start_dim % input.ndim, end_dim % input.ndim + 1
+    inner = joined(itertools.chain.from_iterable(layout[start:end]))
+    y = func(input, start_dim, end_dim)
+    return tile.mark(y, (*layout[:start], inner, *layout[end:]))
+
+
+def unflatten(tile: Tile, func: Any, input: Tensor, dim: int, sizes: Sequence[int]) -> Any:
+    """Splits a dimension."""
+    layout = tile.layout(input)
+    at = dim % input.ndim
+    inner = _reshaped(func, (layout[at],), sizes)
+    y = func(input, dim, tile.own_sizes(inner))
+    return tile.mark(y, (*layout[:at], *inner, *layout[at + 1 :]))
+
+
+def expand(tile: Tile, func: Any, input: Tensor, *shape: Any) -> Any:
+    """Repeats what has size 1 in the whole."""
+    sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape
+    layout = [()] * (len(sizes) - input.ndim) + list(tile.layout(input))
+    for i, size in enumerate(sizes):
+        if size not in (-1, size_of(layout[i])):
+            if layout[i]:
+                refuse(func, f"to {tuple(sizes)} does not fit")
+            layout[i] = whole(size)
+    return tile.mark(func(input, tile.own_sizes(tuple(layout))), tuple(layout))
+
+
+def shape(tile: Tile, func: Any, input: Tensor, dim: int | None = None) -> Any:
+    """Of the whole, so that the model computes with the sizes that it has in one piece."""
+    sizes = torch.Size(map(size_of, tile.layout(input)))
+    return sizes if dim is None else sizes[dim]
+
+
+def numel(tile: Tile, func: Any, input: Tensor) -> int:
+    """Of the whole."""
+    return math.prod(map(size_of, tile.layout(input)))
+
+
+def length(tile: Tile, func: Any, input: Tensor) -> int:
+    """Of the whole."""
+    return size_of(tile.layout(input)[0])
+
+
+def query(tile: Tile, func: Any, *args: Any, **kwargs: Any) -> Any:
+    """What is no tensor and the same for all tiles."""
+    return func(*args, **kwargs)
+
+
+def _reshaped(func: Any, layout: Layout, sizes: Sequence[int]) -> Layout:
+    found = reshaped(layout, sizes)
+    if found is None:
+        before = tuple(map(size_of, layout))
+        refuse(func, f"from {before} to {tuple(sizes)} mixes pixels of several tiles")
+    return found
+
+
+def _only(func: Any, layouts: set[Layout]) -> Layout:
+    if len(layouts) > 1:
+        refuse(func, "got tensors that are not cut alike")
+    return layouts.pop()

@@ -1,0 +1,284 @@
+"""Operations that need the pixels of other tiles, or change how many there are."""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from triton_gn.ops import settings
+from triton_gn.statistics import group_norm_apply, group_norm_stats
+from triton_gn.tiling.layout import Axis, Dim, is_cut, size_of, whole
+from triton_gn.tiling.tile import Tile, axis_of, each, refuse, relaid, scaled
+
+# Norms
+
+
+def norm(
+    tile: Tile,
+    func: Any,
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Tensor:
+    """PyTorch's group_norm."""
+    with settings.autocast_policy("torch"):
+        return fused_norm(tile, func, input, num_groups, weight, bias, eps)
+
+
+def fused_norm(
+    tile: Tile,
+    func: Any,
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    **per_channel: Any,
+) -> Tensor:
+    """Two passes: the statistics of all tiles together, then each of them by these."""
+    tile.require_whole(func, input, (0, 1))
+    tile.require_uncut(func, (weight, bias, per_channel))
+    layout = tile.layout(input)
+    if residual is not None and tile.layout(residual) != layout:
+        refuse(func, "got a residual that is not cut as its input is")
+    stats = group_norm_stats(input, num_groups, per_channel.get("pre_add"))
+    total = tile.exchange(func, (layout,), stats, lambda parts: parts[0].merge(*parts[1:]))
+    y = group_norm_apply(
+        *(input, total, weight, bias, eps),
+        activation=activation,
+        residual=residual,
+        **per_channel,
+    )
+    return tile.mark(y, layout)  # type: ignore[no-any-return]
+
+
+def batch_norm(
+    tile: Tile,
+    func: Any,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Any:
+    """In evaluation only: an affine function of each channel."""
+    if training or running_mean is None:
+        refuse(func, "takes statistics of the pixels in training", "Call model.eval() first.")
+    tile.require_whole(func, input, (1,))
+    y = func(input, running_mean, running_var, weight, bias, training, momentum, eps)
+    return tile.mark(y, tile.layout(input))
+
+
+def trailing_norm(
+    tile: Tile, func: Any, input: Tensor, normalized_shape: Sequence[int], *args: Any, **kw: Any
+) -> Any:
+    """layer_norm and rms_norm: over the last dimensions."""
+    tile.require_whole(func, input, range(-len(normalized_shape), 0))
+    return tile.mark(func(input, normalized_shape, *args, **kw), tile.layout(input))
+
+
+# What looks beyond a pixel
+
+
+def conv(
+    tile: Tile,
+    func: Any,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> Any:
+    """On the tile with the neighbours' pixels around it, zeros at the true border only."""
+    tile.require_uncut(func, (weight, bias))
+    if input.ndim != weight.ndim:
+        refuse(func, "got an input without a batch dimension", "Add one with unsqueeze(0).")
+    tile.require_whole(func, input, (1,))
+    rank = input.ndim - 2
+    strides, dilations = each(stride, rank), each(dilation, rank)
+    reaches = [d * (k - 1) for d, k in zip(dilations, weight.shape[2:], strict=True)]
+    if isinstance(padding, str):
+        margins = [(r // 2, r - r // 2) if padding == "same" else (0, 0) for r in reaches]
+    else:
+        margins = [(p, p) for p in each(padding, rank)]
+    cut: dict[int, Dim] = {}
+    needs, pads = {}, []
+    for i, dim in enumerate(tile.layout(input)[2:]):
+        before, after = margins[i]
+        if is_cut(dim):
+            axis = axis_of(func, dim)
+            cut[i + 2], needs[i + 2] = _windows(func, axis, reaches[i], strides[i], before, after)
+            before = after = 0
+        elif before != after:
+            refuse(func, "pads one end of an uncut dimension more than the other", "Use F.pad.")
+        pads.append(before)
+    gathered = tile.gather(func, input, needs) if needs else input
+    y = func(gathered, weight, bias, strides, pads, dilations, groups)
+    return relaid(tile, y, {0: tile.layout(input)[0], **cut})
+
+
+def _windows(
+    func: Any, axis: Axis, reach: int, stride: int, before: int, after: int
+) -> tuple[Dim, list[tuple[int, int]]]:
+    """The axis after a convolution, and what each tile needs of the axis before it.
+
+    Where there is an output for each pixel, or for each one in ``stride``, a tile makes those of
+    its own pixels, so that residuals fit; else those of the windows with their centre in it.
+    """
+    edges = axis.edges
+    outputs = (edges[-1] + before + after - reach - 1) // stride + 1
+    fits = outputs == -((sum(axis.padding) - edges[-1]) // stride)
+    first_home = axis.padding[0] if fits else reach // 2 - before
+    inner = [min(max(-((first_home - edge) // stride), 0), outputs) for edge in edges[1:-1]]
+    spans = list(itertools.pairwise([0, *inner, outputs]))
+    if any(first >= last for first, last in spans):
+        refuse(func, f"leaves a tile of {axis.sizes} pixels without output", "Use larger tiles.")
+    needs = [
+        (first * stride - before, (last - 1) * stride - before + reach + 1) for first, last in spans
+    ]
+    return (Axis(axis.number, tuple(last - first for first, last in spans)),), needs
+
+
+def attention(
+    tile: Tile,
+    func: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    **kwargs: Any,
+) -> Any:
+    """Each query of the tile over all keys: those of all tiles if they are cut."""
+    if dropout_p:
+        refuse(func, "draws random numbers with dropout_p > 0", "Call model.eval() first.")
+    for tensor in (query, key, value):
+        tile.require_whole(func, tensor, (-1,))
+    q, k, v = (tile.layout(tensor) for tensor in (query, key, value))
+    cut_tokens = is_cut(q[-2]) or is_cut(k[-2]) or is_cut(v[-2])
+    cut_batch = any(map(is_cut, (*q[:-2], *k[:-2], *v[:-2])))
+    if (attn_mask is not None and (cut_tokens or cut_batch)) or (is_causal and cut_tokens):
+        refuse(func, "got a mask, which is of all pixels", "Attend without a mask.")
+    if cut_batch and not q[:-2] == k[:-2] == v[:-2]:
+        refuse(func, "got queries, keys and values whose batches are not cut alike")
+    if k[-2] != v[-2]:
+        refuse(func, "got keys and values that are not cut alike")
+    if is_cut(k[-2]):
+        if cut_batch:
+            refuse(func, "got keys whose tokens and batch are both cut")
+        # the softmax does not care about the order of the keys
+        key, value = tile.exchange(
+            func,
+            (q, k),
+            (key, value),
+            lambda parts: [torch.cat(tensors, -2) for tensors in zip(*parts, strict=True)],
+        )
+    y = func(query, key, value, attn_mask, 0.0, is_causal, **kwargs)
+    if not (cut_tokens or cut_batch):
+        return tile.mark(y)
+    return tile.mark(y, (*q[:-1], whole(y.shape[-1])))
+
+
+def pad(
+    tile: Tile,
+    func: Any,
+    input: Tensor,
+    pad: Sequence[int],
+    mode: str = "constant",
+    value: float | None = None,
+) -> Any:
+    """By the tiles at the border only: these have the pixels that are mirrored."""
+    layout = tile.layout(input)
+    local, cut = list(pad), {}
+    for i, dim in enumerate(reversed(layout[-(len(pad) // 2) :])):
+        before, after = pad[2 * i : 2 * i + 2]
+        if not is_cut(dim) or not (before or after):
+            cut[input.ndim - 1 - i] = dim if not (before or after) else None
+            continue
+        if mode == "circular" or before < 0 or after < 0:
+            refuse(func, f"takes pixels of the other end or removes some: {mode} {tuple(pad)}")
+        axis = axis_of(func, dim)
+        if mode == "reflect" and (before >= axis.sizes[0] or after >= axis.sizes[-1]):
+            refuse(func, f"reflects more than a tile: {tuple(pad)}", "Use larger tiles.")
+        sizes = list(axis.sizes)
+        sizes[0] += before
+        sizes[-1] += after
+        padding = (axis.padding[0] + before, axis.padding[1] + after)
+        cut[input.ndim - 1 - i] = (Axis(axis.number, tuple(sizes), padding),)
+        place = tile.coords[axis.number]
+        local[2 * i] = before if place == 0 else 0
+        local[2 * i + 1] = after if place == len(sizes) - 1 else 0
+    kept = dict(enumerate(layout[: input.ndim - len(pad) // 2]))
+    return relaid(tile, func(input, local, mode, value), kept | cut)
+
+
+def interpolate(
+    tile: Tile,
+    func: Any,
+    input: Tensor,
+    size: Any = None,
+    scale_factor: Any = None,
+    mode: str = "nearest",
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """To the nearest pixel and by powers of two, which the rounding of indices cannot disturb."""
+    layout = tile.layout(input)
+    rank = input.ndim - 2
+    if mode not in ("nearest", "nearest-exact"):
+        refuse(func, f"in mode {mode!r} weighs pixels of other tiles", "Use nearest.")
+    cut = {0: layout[0], 1: layout[1]}
+    sizes = []
+    for i, dim in enumerate(layout[2:]):
+        before = size_of(dim)
+        if size is not None:
+            after = each(size, rank)[i]
+        else:
+            after = int(before * each(scale_factor, rank)[i])
+        factor = after // before
+        if after != before * factor or factor.bit_count() != 1:
+            refuse(func, f"from {before} to {after} pixels is by no power of two", "Use 2, 4, 8...")
+        if is_cut(dim):
+            cut[i + 2] = (scaled(axis_of(func, dim), factor),)
+            after = input.shape[i + 2] * factor
+        sizes.append(after)
+    return relaid(tile, func(input, tuple(sizes), mode=mode), cut)
+
+
+def pixel_shuffle(tile: Tile, func: Any, input: Tensor, upscale_factor: int) -> Any:
+    """From channels to pixels."""
+    tile.require_whole(func, input, (-3,))
+    *rest, _, high, wide = tile.layout(input)
+    cut = dict(enumerate(rest))
+    for i, dim in enumerate((high, wide), start=len(rest) + 1):
+        if is_cut(dim):
+            cut[i] = (scaled(axis_of(func, dim), upscale_factor),)
+    return relaid(tile, func(input, upscale_factor), cut)
+
+
+def repeat_interleave(
+    tile: Tile, func: Any, input: Tensor, repeats: int, dim: int | None = None
+) -> Any:
+    """Each value several times along a dimension."""
+    if dim is None or not isinstance(repeats, int):
+        refuse(func, "is known with one number of repeats and a dimension only")
+    layout = dict(enumerate(tile.layout(input)))
+    at = dim % input.ndim
+    before = layout.pop(at)
+    if is_cut(before):
+        layout[at] = (scaled(axis_of(func, before), repeats),)
+    return relaid(tile, func(input, repeats, dim), layout)
