@@ -420,6 +420,25 @@ def test_tensors_from_elsewhere_are_refused() -> None:
     check(model, random(2, 4, 6, 7))
 
 
+def test_pixels_as_parameters_are_refused() -> None:
+    """Of what is itself not cut, and so would not be looked at."""
+    uncut = random(3, 3, 3, 3)
+
+    def masked(x: Tensor, u: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(u, u, u, x > 0)
+
+    for function in (
+        masked,
+        lambda x, u: F.conv2d(u, x),
+        lambda x, u: F.layer_norm(u, (3, 3), x[0, 0], None),
+        lambda x, u: F.group_norm(u, 1, x.flatten()),
+        lambda x, u: F.linear(u, x[0, 0]),
+        lambda x, u: nn.Parameter(x) * u,
+    ):
+        with exact_tiles(model := Run(function), 3), pytest.raises(NotExactError):
+            model(random(3, 3, 6, 3), uncut)
+
+
 def test_state_is_refused() -> None:
     model = Run(lambda x: model.get_buffer("total").add_(1) * x)
     model.register_buffer("total", torch.zeros((), dtype=torch.float64))

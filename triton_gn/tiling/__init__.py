@@ -144,7 +144,7 @@ def _forward(
         return original(*given[: len(args)], **dict(named))
 
     others = leaves([*values[:at], *values[at + 1 :]], Tensor)
-    known = WeakTensorKeyDictionary(dict.fromkeys([*others, *model.buffers()]))
+    known = WeakTensorKeyDictionary(dict.fromkeys([*others, *model.parameters(), *model.buffers()]))
     grid = list(itertools.product(*(range(len(axis.sizes)) for axis in axes)))
     baton = Baton(len(grid))
     tiles = [Tile(baton, grid, index, known, offload) for index in range(len(grid))]

@@ -76,6 +76,7 @@ def batch_norm(
     if training or running_mean is None:
         refuse(func, "takes statistics of the pixels in training", "Call model.eval() first.")
     tile.require_whole(func, input, (1,))
+    tile.require_uncut(func, (running_mean, running_var, weight, bias))
     y = func(input, running_mean, running_var, weight, bias, training, momentum, eps)
     return tile.mark(y, tile.layout(input))
 
@@ -85,6 +86,7 @@ def trailing_norm(
 ) -> Any:
     """layer_norm and rms_norm: over the last dimensions."""
     tile.require_whole(func, input, range(-len(normalized_shape), 0))
+    tile.require_uncut(func, (args, kw))
     return tile.mark(func(input, normalized_shape, *args, **kw), tile.layout(input))
 
 
@@ -166,6 +168,7 @@ def attention(
     """Each query of the tile over all keys: those of all tiles if they are cut."""
     if dropout_p:
         refuse(func, "draws random numbers with dropout_p > 0", "Call model.eval() first.")
+    tile.require_uncut(func, attn_mask)
     for tensor in (query, key, value):
         tile.require_whole(func, tensor, (-1,))
     q, k, v = (tile.layout(tensor) for tensor in (query, key, value))

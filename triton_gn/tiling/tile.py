@@ -7,7 +7,6 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from torch.nn import functional as F
 from torch.overrides import resolve_name
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -58,7 +57,7 @@ class Tile:
     """Knows of each tensor that it has made which dimensions are cut.
 
     ``known`` are the other tensors that a model may use, the same for all tiles. One that is none
-    of these, nor a parameter, came into being unseen, and may hold pixels.
+    of these came into being unseen, and may hold pixels.
     """
 
     def __init__(
@@ -82,8 +81,7 @@ class Tile:
         """Unwind if another tile failed; refuse tensors that came from elsewhere."""
         self._baton.check()
         for tensor in tensors:
-            is_known = tensor in self._layouts or tensor in self._known
-            if not is_known and not isinstance(tensor, Parameter):
+            if tensor not in self._layouts and tensor not in self._known:
                 refuse(
                     func,
                     f"got a tensor of shape {tuple(tensor.shape)} that is no parameter, buffer or "
