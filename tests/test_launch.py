@@ -13,6 +13,9 @@ from triton_gn.ops.settings import Settings
 from triton_gn.workloads import FUSED, Workload
 
 _HANDLES = 9  # grid, stream, function, metadata and hooks come before a kernel's own arguments
+CLUSTERS = pytest.mark.skipif(
+    launch.target("sm_90").clusters == 1, reason="this Triton has no sums over clusters"
+)
 Launches = list[tuple[str, tuple[Any, ...]]]
 
 
@@ -28,10 +31,12 @@ def launches() -> Iterator[Launches]:
     prepared.forget()
 
 
-def run(direction: str, workload: Workload, strategy: str, seed: int = 0) -> list[Tensor]:
+def run(
+    direction: str, workload: Workload, strategy: str, seed: int = 0, **fields: Any
+) -> list[Tensor]:
     """The tensors of a call, in no order."""
     operands = workload.operands("cpu", seed)
-    settings = Settings(plan_override=(("strategy", strategy),))
+    settings = Settings(plan_override=(*fields.items(), ("strategy", strategy)))
     x = operands.x
     stats = launch.statistics(x, workload.n, workload.groups, 3)
     given = [t for t in operands if t is not None]
@@ -80,6 +85,23 @@ def test_a_repeated_call_launches_what_the_first_did(
         if isinstance(value, Tensor)
     }  # fmt: skip
     assert set(range(len(first))) <= places, "a tensor of the call reaches no kernel"
+
+
+@CLUSTERS
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_the_grid_counts_clusters_and_the_launcher_hears_of_their_size(direction: str) -> None:
+    """The grid is of programs: Triton's launcher multiplies it by the CTAs of the metadata."""
+    seen: list[tuple[Any, ...]] = []
+    workload = Workload("", 2, 24, 3, (32, 32))
+    prepared.forget()
+    with standin.active(lambda *handed: seen.append(handed)):
+        for seed in range(2):  # through Triton's own launch, then past it
+            run(direction, workload, "resident", seed, ctas=2)
+    prepared.forget()
+    resident = [handed for handed in seen if "resident" in handed[4]]
+    assert [handed[:3] for handed in resident] == [(6, 1, 1)] * 2
+    assert [handed[5][1] for handed in resident] == [2, 2]
+    assert {handed[5][1] for handed in seen if handed not in resident} <= {1}
 
 
 def test_the_second_call_is_past_triton(

@@ -159,7 +159,9 @@ def test_unknown_autocast_policy_is_refused(name: Any) -> None:
 
 
 def test_unknown_override_is_refused() -> None:
-    message = "unknown field stages, warps; fields are strategy, .*groups, rows, cols, num_warps"
+    message = (
+        "unknown field stages, warps; fields are strategy, groups, rows, cols, num_warps, ctas"
+    )
     with pytest.raises(TypeError, match=message):
         triton_gn.plan_override(warps=4, stages=2, rows=8)
     assert changes() == {}
@@ -218,6 +220,11 @@ def test_explain_says_why_there_are_no_kernels() -> None:
             (4, 64, 8, 8),
             {"strategy": "split"},
             r"plan_override\(strategy='split'\)\nsplit on .*, 1 chunk a group$",
+        ),
+        (
+            (4, 64, 60, 60),
+            {"strategy": "pipelined"},
+            r"\npipelined on .*\nno GPU has proven plans of this kind yet$",
         ),
     ],
 )

@@ -33,10 +33,11 @@ class Kernel:
 
     name: str
     grid: int
-    num_warps: int
+    ctas: int  # of a program
+    num_warps: int  # of a CTA
     registers: int  # of a thread
     spill_bytes: int  # of a thread
-    shared_bytes: int  # of a program
+    shared_bytes: int  # of a CTA
     access_bytes: dict[str, int]
 
 
@@ -70,6 +71,7 @@ def compile_launch(one: Launch, target: str) -> Kernel:
     return Kernel(
         one.kernel.__name__,
         one.grid,
+        one.ctas,
         one.num_warps,
         registers,
         spills,

@@ -7,7 +7,16 @@ from torch import Tensor
 from triton_gn.functional import check
 from triton_gn.ops import dispatch, launch, layout, settings
 from triton_gn.ops.settings import Settings
-from triton_gn.plan import Config, Device, Problem, is_always_resident, plan, rivals, tuned
+from triton_gn.plan import (
+    Config,
+    Device,
+    Problem,
+    is_always_resident,
+    is_verified,
+    plan,
+    rivals,
+    tuned,
+)
 from triton_gn.reference import Operands
 
 
@@ -27,15 +36,18 @@ class Explanation:
     def __str__(self) -> str:
         tile = self.config.tile
         sub_tiles = _count(tile.channel_tiles * tile.pixel_tiles, "sub-tile")
+        cluster = f"{self.config.ctas} CTAs of " if self.config.ctas > 1 else ""
         text = (
             f"{self.path} path, {self.problem.direction}: {self.reason}\n"
             f"{self.config.strategy} on {self.device}: "
             f"{_count(self.config.grid(self.problem), 'program')} of "
-            f"{_count(self.config.num_warps, 'warp')}, "
+            f"{cluster}{_count(self.config.num_warps, 'warp')}, "
             f"each {sub_tiles} of {tile.rows} x {tile.cols}"
         )
         if self.config.strategy != "resident":
             text += f", {_count(self.config.chunks, 'chunk')} a group"
+        if not is_verified(self.config):
+            text += "\nno GPU has proven plans of this kind yet"
         return text
 
 

@@ -7,7 +7,7 @@ import argparse
 import json
 import multiprocessing
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
@@ -20,17 +20,17 @@ from triton_gn.compiling import Kernel, compile_launch, pointers_of
 from triton_gn.ops import launch, layout
 from triton_gn.ops.launch import Launch
 from triton_gn.plan import (
-    STRATEGIES,
     TARGETS,
     UNVERIFIED,
     Config,
     Device,
     Estimate,
     Problem,
+    ctas_at_a_time,
     estimate,
     fields_of,
     plan_by_rule,
-    programs_at_a_time,
+    plan_unverified,
 )
 from triton_gn.reference import Operands
 from triton_gn.workloads import Workload
@@ -115,9 +115,9 @@ class Inspection:
         }
 
     def kernel_json(self, kernel: Kernel) -> dict[str, Any]:
-        """One of the kernels as data, with how many programs run at a time and how often."""
+        """One of the kernels as data, with how many CTAs run at a time and how often."""
         at_a_time = _at_a_time(kernel, self.device)
-        waves = kernel.grid / (self.device.multiprocessors * at_a_time)
+        waves = kernel.grid * kernel.ctas / (self.device.multiprocessors * at_a_time)
         return asdict(kernel) | {"ctas_per_multiprocessor": at_a_time, "waves": round(waves, 2)}
 
 
@@ -134,7 +134,7 @@ def inspect(
     """
     if target not in TARGETS:
         raise ValueError(f"the target must be one of {', '.join(TARGETS)}; got {target!r}.")
-    device, problem = TARGETS[target], workload.problem(direction)
+    device, problem = launch.target(target), workload.problem(direction)
     config = config or plan_by_rule(problem, device)
     one, launches = _planned(workload, target, problem, config)
     kernels = tuple(compile_launch(each, target) for each in launches)
@@ -152,15 +152,16 @@ def _planned(
 ) -> tuple[Inspection, list[Launch]]:
     """What is known of a plan before it is compiled, and its launches."""
     tensors, launches = _launches(workload, problem, config)
+    device = launch.target(target)
     planned = Inspection(
         target,
-        TARGETS[target],
+        device,
         workload,
         problem.direction,
         problem,
         config,
         kernels=(),
-        estimate=estimate(problem, config, TARGETS[target]),
+        estimate=estimate(problem, config, device),
         bytes_minimum=sum(tensor.nbytes for tensor in tensors),
         bytes_moved=sum(_bytes_moved(one, problem, config) for one in launches),
     )
@@ -186,7 +187,7 @@ def _launches(
 
 
 def _at_a_time(kernel: Kernel, device: Device) -> int:
-    return programs_at_a_time(device, kernel.num_warps, kernel.registers, kernel.shared_bytes)
+    return ctas_at_a_time(device, kernel.num_warps, kernel.registers, kernel.shared_bytes)
 
 
 def _bytes_moved(one: Launch, problem: Problem, config: Config) -> int:
@@ -222,16 +223,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--allow-unverified",
         action="store_true",
-        help="let the rule choose strategies that no GPU has proven yet",
+        help="let the rule choose plans of kinds that no GPU has proven yet",
     )
     parser.add_argument("--json", action="store_true", help="one line of JSON for each direction")
 
 
 def run(options: argparse.Namespace) -> int:
     """Inspect what the flags ask for; 1 where a plan does not compile or a kernel spills."""
-    strategies = STRATEGIES + (UNVERIFIED if options.allow_unverified else ())
+    choose = plan_unverified if options.allow_unverified else plan_by_rule
     cases = [
-        (workload, direction, options.target, strategies)
+        (workload, direction, options.target, choose)
         for workload in workloads.from_arguments(options)
         for direction in workloads.directions_of(options)
     ]
@@ -239,17 +240,17 @@ def run(options: argparse.Namespace) -> int:
     if len(cases) > 1:
         print(Totals.of(found), file=sys.stderr)
     if len(cases) > 1 and not options.allow_unverified:
-        names, allowed = ", ".join(UNVERIFIED), _with_unverified(cases)
+        names, allowed = ", ".join((*UNVERIFIED, "clusters")), _with_unverified(cases)
         print(f"all, were {names} allowed: {_ratios(_bytes_of(allowed))}", file=sys.stderr)
     return int(any(isinstance(one, Failure) or one.spill_bytes for one in found))
 
 
 def _with_unverified(cases: Sequence["_Case"]) -> list[Inspection]:
-    """What the rule would plan if it could choose any strategy; not compiled."""
+    """What the rule would plan if it could choose any kind of plan; not compiled."""
     found = []
     for workload, direction, target, _ in cases:
         problem = workload.problem(direction)
-        config = plan_by_rule(problem, TARGETS[target], STRATEGIES + UNVERIFIED)
+        config = plan_unverified(problem, launch.target(target))
         found.append(_planned(workload, target, problem, config)[0])
     return found
 
@@ -268,7 +269,7 @@ class Failure:
         return {"problem": problem, "direction": self.direction, "error": self.error}
 
 
-_Case = tuple[Workload, str, str, tuple[str, ...]]
+_Case = tuple[Workload, str, str, Callable[[Problem, Device], Config]]
 
 
 def _inspected(cases: Sequence[_Case]) -> Iterator[Inspection | Failure]:
@@ -281,8 +282,8 @@ def _inspected(cases: Sequence[_Case]) -> Iterator[Inspection | Failure]:
 
 
 def _inspect_case(case: _Case) -> Inspection | Failure:
-    workload, direction, target, strategies = case
-    config = plan_by_rule(workload.problem(direction), TARGETS[target], strategies)
+    workload, direction, target, choose = case
+    config = choose(workload.problem(direction), launch.target(target))
     try:
         return inspect(workload, direction, target, config)
     except Exception as error:  # the other rows are worth seeing
@@ -327,7 +328,8 @@ def _print_details(one: Inspection) -> None:
         f"plan: {fields}"
     )
     table = Table()
-    for title in ("kernel", "grid", "warps", "registers", "spilled", "shared", "CTAs/SM", "waves"):
+    titles = "grid", "CTAs", "warps", "registers", "spilled", "shared", "CTAs/SM", "waves"
+    for title in ("kernel", *titles):
         table.add_column(title, justify="left" if title == "kernel" else "right")
     for kernel in one.kernels:
         numbers = one.kernel_json(kernel)
@@ -336,7 +338,7 @@ def _print_details(one: Inspection) -> None:
             *(
                 str(numbers[name])
                 for name in (
-                    "grid", "num_warps", "registers", "spill_bytes", "shared_bytes",
+                    "grid", "ctas", "num_warps", "registers", "spill_bytes", "shared_bytes",
                     "ctas_per_multiprocessor", "waves",
                 )
             ),

@@ -9,6 +9,7 @@ from .params import store_param_grads
 from .tile import (
     channel_sums,
     group_count,
+    group_sums,
     load_tiles,
     no_channel_sums,
     over_groups,
@@ -55,17 +56,19 @@ def group_norm_backward_resident_kernel(
     dzs = load_dzs(
         dy_ptr, residual_ptr, dresidual_ptr, xs, coeffs, stats, window, TILE, ACTIVATION, NVIDIA, ""
     )
-    dx_hat_sum = tl.zeros([TILE.group_slots], dtype)
-    dx_hat_x_hat_sum = tl.zeros([TILE.group_slots], dtype)
     for c in tl.static_range(TILE.channel_tiles):
         sums = add_dz_sums(no_dz_sums(TILE, dtype), dzs, xs, coeffs, stats, window, c, TILE)
         first, second = store_param_grads(sums, coeffs, grads, window, c, groups, 1, TILE, dtype)
-        dx_hat_sum += first
-        dx_hat_x_hat_sum += second
+        if c == 0:
+            dx_hat_sums, dx_hat_x_hat_sums = first, second
+        else:
+            dx_hat_sums += first
+            dx_hat_x_hat_sums += second
     if dx_ptr is not None or grads.pre_add is not None:
         count = group_count(pixels, TILE, dtype)
-        dx_hat_mean = over_groups(divide(dx_hat_sum, count), TILE)
-        dx_hat_x_hat_mean = over_groups(divide(dx_hat_x_hat_sum, count), TILE)
+        # once: on a cluster each of these sums waits for all of its CTAs
+        dx_hat_mean = over_groups(divide(group_sums(dx_hat_sums, TILE), count), TILE)
+        dx_hat_x_hat_mean = over_groups(divide(group_sums(dx_hat_x_hat_sums, TILE), count), TILE)
         for c in tl.static_range(TILE.channel_tiles):
             dx_sums = write_dx(
                 no_channel_sums(TILE, dtype), dzs, xs, coeffs, stats, dx_hat_mean,

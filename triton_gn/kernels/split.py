@@ -26,6 +26,7 @@ from .params import store_param_grads, sum_params
 from .tile import (
     channel_sums,
     group_count,
+    group_sums,
     groups_of,
     load_tiles,
     no_channel_sums,
@@ -152,13 +153,13 @@ def leave_sums(
         dz_sums, dz_x_hat_sums = add_dz_sums(
             (dz_sums, dz_x_hat_sums), dzs, xs, coeffs, stats, part, 0, TILE
         )
-    dx_hat_sum, dx_hat_x_hat_sum = store_param_grads(
+    dx_hat_sums, dx_hat_x_hat_sums = store_param_grads(
         (dz_sums, dz_x_hat_sums), coeffs, grads, window, 0, cut.groups, cut.chunks, TILE, dtype
     )
     group, mask = groups_of(window, cut.groups, TILE)
     index = (group * cut.slots + window.slot) * 2
-    tl.store(partials_ptr + index, dx_hat_sum, mask=mask)
-    tl.store(partials_ptr + index + 1, dx_hat_x_hat_sum, mask=mask)
+    tl.store(partials_ptr + index, group_sums(dx_hat_sums, TILE), mask=mask)
+    tl.store(partials_ptr + index + 1, group_sums(dx_hat_x_hat_sums, TILE), mask=mask)
 
 
 @triton.jit

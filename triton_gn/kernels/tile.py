@@ -333,6 +333,12 @@ def channel_sums(sums, TILE: tl.constexpr):
 
 
 @triton.jit
+def row_sums(values):
+    """Sum of each row, which is a group's of a stack: ``[rows, 1]``."""
+    return tl.sum(values, axis=1, keep_dims=True)
+
+
+@triton.jit
 def _group_columns(TILE: tl.constexpr):
     """``[group_slots, cols]``: does the column belong to the group?"""
     cols = tl.arange(0, TILE.cols)[None, :] // TILE.group_channels
@@ -341,7 +347,7 @@ def _group_columns(TILE: tl.constexpr):
 
 @triton.jit
 def group_sums(values, TILE: tl.constexpr):
-    """Sum of a sub-tile, or of per-channel values, over each group: ``[group_slots]``.
+    """Sum of a sub-tile, or of sums per channel or row, over each group: ``[group_slots]``.
 
     Groups are told apart by selection, never by multiplying with zero, so that a NaN in one group
     stays there.

@@ -24,12 +24,13 @@ Half = Literal["first", "second"] | None
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch, described in full."""
+    """One kernel launch, described in full: ``grid`` programs, each a cluster of ``ctas`` CTAs."""
 
     kernel: Any
     grid: int
     arguments: dict[str, Any]
-    num_warps: int
+    num_warps: int  # of a CTA
+    ctas: int = 1
 
     def arguments_on(self, nvidia: bool) -> dict[str, Any]:
         """All of the kernel's arguments, on an NVIDIA GPU or elsewhere."""
@@ -42,6 +43,8 @@ class Launch:
         if nvidia:
             # all the registers there are: else ptxas spills a few for occupancy's sake
             options["maxnreg"] = min(255, 65536 // (32 * self.num_warps))
+        if self.ctas > 1:
+            options["num_ctas"] = self.ctas
         return options
 
 
@@ -59,17 +62,34 @@ def _device_tile(tile: Tile) -> Any:
     return _kernels().tile.Tile(**asdict(tile))
 
 
+def target(name: str) -> Device:
+    """The GPU of a target ("sm_90", "gfx942", ... of ``TARGETS``) to the Triton that is here."""
+    known = TARGETS[name]
+    return known if _sums_over_clusters() else replace(known, clusters=1)
+
+
+@functools.cache
+def _sums_over_clusters() -> bool:
+    """Whether Triton can reduce over the CTAs of a cluster: from 3.8 on."""
+    try:
+        import triton
+    except ImportError:
+        return False
+    major, minor, *_ = triton.__version__.split(".")
+    return (int(major), int(minor)) >= (3, 8)
+
+
 @functools.cache
 def gpu(device: torch.device) -> Device:
     """What plans need to know of a device; they are made for an H100 where it is no GPU."""
     if device.type != "cuda":
-        return Device()
+        return target("sm_90")
     properties = torch.cuda.get_device_properties(device)
-    target = f"sm_{properties.major}{properties.minor}"
+    name = f"sm_{properties.major}{properties.minor}"
     if torch.version.hip is not None:
-        target = properties.gcnArchName.partition(":")[0]
+        name = properties.gcnArchName.partition(":")[0]
     return replace(
-        TARGETS.get(target, Device()),
+        target(name) if name in TARGETS else Device(clusters=1),
         name=properties.name,
         multiprocessors=properties.multi_processor_count,
         l2_bytes=properties.L2_cache_size,
@@ -179,7 +199,7 @@ def forward_launches(
     }  # fmt: skip
     if config.strategy == "resident":
         kernel = _kernels().resident.group_norm_forward_resident_kernel
-        return [Launch(kernel, programs, x | apply | sizes, config.num_warps)]
+        return [Launch(kernel, programs, x | apply | sizes, config.num_warps, config.ctas)]
     groups = problem.n * problem.groups
     partials = {"partials_ptr": statistics(operands.x, groups * config.slots, 4)}
     if config.strategy == "pipelined":
@@ -295,9 +315,8 @@ def backward_launches(
     outputs = {"dresidual_ptr": grads.get("residual"), "grads": _all_params(parts)}
     if config.strategy == "resident":
         kernel = _kernels().resident.group_norm_backward_resident_kernel
-        launch = Launch(
-            kernel, programs, inputs | outputs | {"dx_ptr": grads.get("x")}, config.num_warps
-        )
+        outputs |= {"dx_ptr": grads.get("x")}
+        launch = Launch(kernel, programs, inputs | outputs, config.num_warps, config.ctas)
         return [launch, *_param_launches(problem, config, reductions)]
 
     inputs["partials_ptr"] = sums

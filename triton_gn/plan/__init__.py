@@ -2,14 +2,24 @@
 
 from .devices import TARGETS, Device
 from .limits import fits, is_always_resident
-from .model import Estimate, estimate, launches, passes, programs_at_a_time
-from .planner import STRATEGIES, UNVERIFIED, candidates, plan, plan_by_rule, rivals
+from .model import Estimate, ctas_at_a_time, estimate, launches, passes
+from .planner import (
+    STRATEGIES,
+    UNVERIFIED,
+    UNVERIFIED_CTAS,
+    candidates,
+    is_verified,
+    plan,
+    plan_by_rule,
+    plan_unverified,
+    rivals,
+)
 from .problem import Config, Problem, Tile
 from .tiles import FIELDS, config_of, fields_of, next_power_of_2, slots_at_a_time
 
 __all__ = [
-    "FIELDS", "STRATEGIES", "TARGETS", "UNVERIFIED", "Config", "Device", "Estimate", "Problem",
-    "Tile", "candidates", "config_of", "estimate", "fields_of", "fits", "is_always_resident",
-    "launches", "next_power_of_2", "passes", "plan", "plan_by_rule", "programs_at_a_time", "rivals",
-    "slots_at_a_time",
+    "FIELDS", "STRATEGIES", "TARGETS", "UNVERIFIED", "UNVERIFIED_CTAS", "Config", "Device",
+    "Estimate", "Problem", "Tile", "candidates", "config_of", "ctas_at_a_time", "estimate",
+    "fields_of", "fits", "is_always_resident", "is_verified", "launches", "next_power_of_2",
+    "passes", "plan", "plan_by_rule", "plan_unverified", "rivals", "slots_at_a_time",
 ]  # fmt: skip

@@ -17,24 +17,28 @@ class Device:
     shared_bytes: int = 228 * 1024
     max_warps: int = 64
     max_ctas: int = 32
+    # that a cluster may have, 1 where there are none: 8, or more where a GPU is known to take more
+    clusters: int = 16
 
 
 def _amd(name: str, multiprocessors: int, l2_bytes: int, dram_gb_per_s: int) -> Device:
-    return Device(name, multiprocessors, l2_bytes, 64, dram_gb_per_s, 131072, 65536, 32, 32)
+    return Device(name, multiprocessors, l2_bytes, 64, dram_gb_per_s, 131072, 65536, 32, 32, 1)
 
 
 # one GPU for each target that Triton compiles for
 TARGETS = {
-    "sm_75": Device("NVIDIA T4", 40, 4 * 2**20, 32, 320, 65536, 64 * 1024, 32, 16),
-    "sm_80": Device("NVIDIA A100-SXM4-80GB", 108, 40 * 2**20, 32, 2039, 65536, 164 * 1024, 64, 32),
-    "sm_86": Device("NVIDIA A10", 72, 6 * 2**20, 32, 600, 65536, 100 * 1024, 48, 16),
+    "sm_75": Device("NVIDIA T4", 40, 4 * 2**20, 32, 320, 65536, 64 * 1024, 32, 16, 1),
+    "sm_80": Device(
+        "NVIDIA A100-SXM4-80GB", 108, 40 * 2**20, 32, 2039, 65536, 164 * 1024, 64, 32, 1
+    ),
+    "sm_86": Device("NVIDIA A10", 72, 6 * 2**20, 32, 600, 65536, 100 * 1024, 48, 16, 1),
     "sm_89": Device(
-        "NVIDIA GeForce RTX 4090", 128, 72 * 2**20, 32, 1008, 65536, 100 * 1024, 48, 24
+        "NVIDIA GeForce RTX 4090", 128, 72 * 2**20, 32, 1008, 65536, 100 * 1024, 48, 24, 1
     ),
     "sm_90": Device(),
     "sm_100": Device("NVIDIA B200", 148, 126 * 2**20, 32, 8000, 65536, 228 * 1024, 64, 32),
     "sm_120": Device(
-        "NVIDIA GeForce RTX 5090", 170, 96 * 2**20, 32, 1792, 65536, 100 * 1024, 48, 24
+        "NVIDIA GeForce RTX 5090", 170, 96 * 2**20, 32, 1792, 65536, 100 * 1024, 48, 24, 8
     ),
     "gfx90a": _amd("AMD Instinct MI250X", 110, 8 * 2**20, 1638),
     "gfx942": _amd("AMD Instinct MI300X", 304, 4 * 2**20, 5300),

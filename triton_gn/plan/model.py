@@ -14,6 +14,7 @@ _DRAM_SHARE = 0.9  # of the maker's figure, that a copy achieves
 _L2_BYTES_PER_US = 45_000  # of one multiprocessor, all of them drawing
 _SOLO_BYTES_PER_US = 57_000  # of one multiprocessor while the others are idle
 _PROGRAM_US = 1.5  # from a program's first load to its last store, besides its bytes
+_CLUSTER_SUM_US = 0.5  # of a sum over a cluster: two barriers, a read of another multiprocessor
 _L2_SHARE = 0.5  # of L2 that holds what was just read
 _SECTOR_BYTES = 32  # L2 hands out no less
 _OTHER_REGISTERS = 40  # of a thread, for addresses, masks and sums
@@ -28,8 +29,8 @@ class Estimate:
     bound: str  # the longest of "dram", "l2", "occupancy" and "launch"
     dram_bytes: int
     l2_bytes: int
-    programs_at_a_time: int  # on one multiprocessor
-    waves: int  # how often the programs of a launch fill the GPU
+    ctas_at_a_time: int  # on one multiprocessor
+    waves: int  # how often the CTAs of a launch fill the GPU
 
 
 def passes(problem: Problem) -> tuple[int, int]:
@@ -62,10 +63,10 @@ def floor(moved: int, device: Device) -> tuple[float, str]:
     return _LAUNCH_US + us, "dram" if us > _LAUNCH_US else "launch"
 
 
-def programs_at_a_time(
+def ctas_at_a_time(
     device: Device, num_warps: int, registers_per_thread: int, shared_bytes: int = 0
 ) -> int:
-    """How many programs a multiprocessor holds; at least one, or they could not run at all."""
+    """How many CTAs a multiprocessor holds; at least one, or they could not run at all."""
     per_warp = registers_per_thread * device.warp_size
     per_warp = math.ceil(per_warp / _REGISTER_UNIT) * _REGISTER_UNIT
     bounds = [
@@ -79,15 +80,25 @@ def programs_at_a_time(
 
 
 def guessed_at_a_time(problem: Problem, config: Config, device: Device) -> int:
-    """``programs_at_a_time`` of a plan that is not compiled."""
+    """``ctas_at_a_time`` of a plan that is not compiled."""
     guess = registers(problem, config, device) + _OTHER_REGISTERS
-    return programs_at_a_time(device, config.num_warps, guess)
+    return ctas_at_a_time(device, config.num_warps, guess)
+
+
+def cluster_sums(problem: Problem, config: Config) -> int:
+    """How many sums of a program run over all CTAs of its cluster."""
+    if config.ctas == 1:
+        return 0
+    if problem.direction == "forward":
+        return 3  # of x, of its deviations and of their squares
+    # of dx_hat and of dx_hat * x_hat; per channel only if it does not lie in one CTA
+    return 2 + (config.tile.rows == 1) * config.tile.channel_tiles * (2 + problem.pre_add)
 
 
 def estimate(
     problem: Problem, config: Config, device: Device, at_a_time: int | None = None
 ) -> Estimate:
-    """What a plan should take; compiling it tells how many programs run ``at_a_time``."""
+    """What a plan should take; compiling it tells how many CTAs run ``at_a_time``."""
     if at_a_time is None:
         at_a_time = guessed_at_a_time(problem, config, device)
     tensor = problem.n * problem.channels * problem.pixels * problem.itemsize
@@ -97,10 +108,11 @@ def estimate(
     l2_bytes = int(touched * _sector_waste(problem, config))
 
     rounds = 2 if again else 1
-    programs = config.programs(problem)
-    waves = math.ceil(programs / (device.multiprocessors * at_a_time))
-    neighbours = min(at_a_time, math.ceil(programs / device.multiprocessors))
-    share = touched / rounds / programs * _padding(problem, config)
+    ctas = config.programs(problem) * config.ctas
+    waves = math.ceil(ctas / (device.multiprocessors * at_a_time))
+    neighbours = min(at_a_time, math.ceil(ctas / device.multiprocessors))
+    share = touched / rounds / ctas * _padding(problem, config)
+    program_us = _PROGRAM_US + _CLUSTER_SUM_US * cluster_sums(problem, config)
     launch_us = _LAUNCH_US + (launches(problem, config) - 1) * _NEXT_LAUNCH_US
     launch_us += _ZEROS_US * (config.strategy == "pipelined")
     narrow = math.sqrt(ACCESS_BYTES / problem.access_bytes(config.tile.groups))
@@ -108,7 +120,7 @@ def estimate(
         "launch": launch_us,
         "dram": dram_bytes / (device.dram_gb_per_s * 1e3 * _DRAM_SHARE),
         "l2": l2_bytes * narrow / (device.multiprocessors * _L2_BYTES_PER_US),
-        "occupancy": rounds * waves * (_PROGRAM_US + neighbours * share / _SOLO_BYTES_PER_US),
+        "occupancy": rounds * waves * (program_us + neighbours * share / _SOLO_BYTES_PER_US),
     }
     bound = max(times, key=times.__getitem__)
     del times["launch"]  # the others overlap

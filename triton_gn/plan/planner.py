@@ -8,7 +8,7 @@ from typing import Any
 
 from . import tuned
 from .devices import Device
-from .limits import excess_registers, fits, is_always_resident
+from .limits import excess_registers, fits, is_always_resident, no_cluster
 from .model import estimate, group_bytes, guessed_at_a_time
 from .problem import Config, Problem
 from .tiles import (
@@ -21,7 +21,9 @@ from .tiles import (
 )
 
 STRATEGIES = ("resident", "split")
-UNVERIFIED = ("pipelined",)  # not yet seen right on a GPU: only measured tables choose these
+# not yet seen right on a GPU: only measured tables choose these
+UNVERIFIED = ("pipelined",)
+UNVERIFIED_CTAS = (2, 4, 8, 16)  # of a cluster
 _ELEMENTS_PER_THREAD = 32
 _FLOAT64_PER_THREAD = 8
 _FEW_SUB_TILES = 8  # up to here small ones are better: their accumulators take fewer registers
@@ -61,8 +63,10 @@ def plan(
     for name, value in fixed.items():
         if type(value) is not int or value < 1:
             raise ValueError(f"plan_override: {name} must be an int of at least 1; got {value!r}.")
-    groups = fixed.pop("groups", None)
-    config = plan_by_rule(problem, device, strategies, groups)
+    groups, ctas = fixed.pop("groups", None), fixed.get("ctas", 1)
+    if reason := no_cluster(problem, ctas, device):
+        raise ValueError(f"plan_override: {reason}.")
+    config = plan_by_rule(problem, device, strategies, groups, (ctas,))
     return _overridden(problem, config, device, fixed) if fixed else config
 
 
@@ -77,8 +81,11 @@ def plan_by_rule(
     device: Device,
     strategies: tuple[str, ...] = STRATEGIES,
     groups: int | None = None,
+    ctas: tuple[int, ...] = (1,),
 ) -> Config:
     """The fastest plan by the model, of these strategies, for blocks of so many whole groups.
+
+    ``ctas``: how many a program may be, where it can be a cluster.
 
     Raises:
         ValueError: there is none.
@@ -86,7 +93,7 @@ def plan_by_rule(
     best = [
         config
         for strategy in strategies
-        if (config := _best(strategy, problem, device, groups)) is not None
+        if (config := _best(strategy, problem, device, groups, ctas)) is not None
     ]
     if not best:
         raise ValueError(_no_plan(problem, strategies, groups))
@@ -96,6 +103,16 @@ def plan_by_rule(
     return min(best, key=lambda config: estimate(problem, config, device).us)
 
 
+def plan_unverified(problem: Problem, device: Device) -> Config:
+    """The fastest plan by the model, were every kind of plan seen right on a GPU."""
+    return plan_by_rule(problem, device, STRATEGIES + UNVERIFIED, ctas=(1, *UNVERIFIED_CTAS))
+
+
+def is_verified(config: Config) -> bool:
+    """Whether plans of its kind have been seen right on a GPU, so that the rule may choose it."""
+    return config.strategy in STRATEGIES and config.ctas == 1
+
+
 def _is_wide(problem: Problem, config: Config) -> bool:
     """Whether its accesses are as wide as those of any plan."""
     return problem.access_bytes(config.tile.groups) == problem.vec * problem.itemsize
@@ -103,7 +120,7 @@ def _is_wide(problem: Problem, config: Config) -> bool:
 
 def rivals(problem: Problem, device: Device) -> dict[str, float]:
     """The model's time for the best plan of each strategy that can run, in microseconds."""
-    best = {strategy: _best(strategy, problem, device, None) for strategy in STRATEGIES}
+    best = {strategy: _best(strategy, problem, device) for strategy in STRATEGIES}
     return {
         strategy: estimate(problem, config, device).us
         for strategy, config in best.items()
@@ -123,18 +140,25 @@ def candidates(problem: Problem, device: Device) -> list[Config]:
                 split_configs(problem, counts, num_warps, device.warp_size, programs)
             )
         found |= dict.fromkeys(_pipelined_configs(problem, counts, num_warps, device))
+    found |= dict.fromkeys(_resident_configs(problem, counts, device, UNVERIFIED_CTAS))
     return sorted(
         (config for config in found if fits(problem, config, device) is None),
         key=lambda config: estimate(problem, config, device).us,
     )
 
 
-def _best(strategy: str, problem: Problem, device: Device, groups: int | None) -> Config | None:
+def _best(
+    strategy: str,
+    problem: Problem,
+    device: Device,
+    groups: int | None = None,
+    ctas: tuple[int, ...] = (1,),
+) -> Config | None:
     """The fastest plan of a strategy by the model, among those with the widest accesses; of equals,
     the one with the least code."""
     candidates = [
         config
-        for config in _candidates(strategy, problem, device, groups)
+        for config in _candidates(strategy, problem, device, groups, ctas)
         if fits(problem, config, device) is None
     ]
     if not candidates:
@@ -145,6 +169,7 @@ def _best(strategy: str, problem: Problem, device: Device, groups: int | None) -
         key=lambda config: (
             excess_registers(problem, config, device),
             round(estimate(problem, config, device).us, 1),
+            config.ctas,
             config.parts(problem),  # each reads weight and bias, and leaves parts of gradients
             max(_FEW_SUB_TILES, config.tile.channel_tiles * config.tile.pixel_tiles),
             config.tile.elements,
@@ -155,16 +180,11 @@ def _best(strategy: str, problem: Problem, device: Device, groups: int | None) -
 
 
 def _candidates(
-    strategy: str, problem: Problem, device: Device, groups: int | None
+    strategy: str, problem: Problem, device: Device, groups: int | None, ctas: tuple[int, ...]
 ) -> Iterator[Config]:
     counts = group_counts(problem) if groups is None else [groups]
     if strategy == "resident":
-        num_warps = 1
-        while num_warps <= _MAX_WARPS:
-            for config in resident_configs(problem, counts, num_warps, device.warp_size):
-                if num_warps == _resident_warps(problem, config.tile.elements, device.warp_size):
-                    yield config
-            num_warps *= 2
+        yield from _resident_configs(problem, counts, device, ctas)
     elif strategy == "split":
         programs = device.multiprocessors * _SPLIT_PROGRAMS_PER_MULTIPROCESSOR
         yield from split_configs(problem, counts, _SPLIT_WARPS, device.warp_size, programs)
@@ -173,6 +193,22 @@ def _candidates(
     else:
         known = ", ".join(STRATEGIES + UNVERIFIED)
         raise ValueError(f"plan_override: strategy must be one of {known}; got {strategy!r}.")
+
+
+def _resident_configs(
+    problem: Problem, counts: list[int], device: Device, ctas: tuple[int, ...]
+) -> Iterator[Config]:
+    """Those of ``resident_configs`` with as many warps as their elements take."""
+    for count in ctas:
+        if no_cluster(problem, count, device):
+            continue
+        num_warps = 1
+        while num_warps <= _MAX_WARPS:
+            for config in resident_configs(problem, counts, num_warps, device.warp_size, count):
+                elements = config.tile.elements // count
+                if num_warps == _resident_warps(problem, elements, device.warp_size):
+                    yield config
+            num_warps *= 2
 
 
 def _pipelined_configs(
