@@ -87,12 +87,15 @@ def guessed_at_a_time(problem: Problem, config: Config, device: Device) -> int:
 
 def cluster_sums(problem: Problem, config: Config) -> int:
     """How many sums of a program run over all CTAs of its cluster."""
+    tile = config.tile
     if config.ctas == 1:
         return 0
     if problem.direction == "forward":
         return 3  # of x, of its deviations and of their squares
-    # of dx_hat and of dx_hat * x_hat; per channel only if it does not lie in one CTA
-    return 2 + (config.tile.rows == 1) * config.tile.channel_tiles * (2 + problem.pre_add)
+    if tile.rows > 1:
+        return 2  # of dx_hat and of dx_hat * x_hat: each channel lies in one CTA
+    of_channels = tile.channel_tiles * (2 + problem.pre_add)
+    return of_channels if tile.span == 1 else 2 + of_channels * tile.pixel_tiles * tile.span
 
 
 def estimate(
