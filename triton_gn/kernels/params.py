@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .epilogue import load_gain
-from .tile import channel_sums, load_channels, row_sums, store_channels
+from .tile import begin_group_sums, channel_sums, load_channels, store_channels
 
 
 class Reduction(NamedTuple):
@@ -28,8 +28,8 @@ def store_param_grads(
     """Write what the window adds to each gradient but dpre_add, for channel tile ``c``.
 
     ``sums``: the accumulators of dz and dz * x_hat. Each gradient is (N * chunks, C), or None.
-    Returned: sum(dx_hat) and sum(dx_hat * x_hat) per channel, of a stack per row; ``group_sums``
-    makes those of each group of them, or of what several channel tiles add up to.
+    Returned: sum(dx_hat) and sum(dx_hat * x_hat) over the window's part of each group, begun by
+    ``begin_group_sums``.
     """
     dz_sum = channel_sums(sums[0], TILE)
     dz_x_hat_sum = channel_sums(sums[1], TILE)
@@ -53,9 +53,8 @@ def store_param_grads(
         store_channels(grads.bias, dbias, window, c, groups, chunks, TILE)
     gain = load_gain(coeffs, window, c, TILE, dtype)
     if TILE.stacked:  # of each row its own, which only the accumulators still tell apart
-        return row_sums(sums[0] * gain), row_sums(sums[1] * gain)
-    else:
-        return dz_sum * gain, dz_x_hat_sum * gain
+        dz_sum, dz_x_hat_sum = sums
+    return begin_group_sums(dz_sum * gain, TILE), begin_group_sums(dz_x_hat_sum * gain, TILE)
 
 
 @triton.jit

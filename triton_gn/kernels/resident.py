@@ -8,8 +8,8 @@ from .moments import divide, load_stats, rstd_of, spread_stats, store_stats, win
 from .params import store_param_grads
 from .tile import (
     channel_sums,
+    end_group_sums,
     group_count,
-    group_sums,
     load_tiles,
     no_channel_sums,
     over_groups,
@@ -66,9 +66,10 @@ def group_norm_backward_resident_kernel(
             dx_hat_x_hat_sums += second
     if dx_ptr is not None or grads.pre_add is not None:
         count = group_count(pixels, TILE, dtype)
-        # once: on a cluster each of these sums waits for all of its CTAs
-        dx_hat_mean = over_groups(divide(group_sums(dx_hat_sums, TILE), count), TILE)
-        dx_hat_x_hat_mean = over_groups(divide(group_sums(dx_hat_x_hat_sums, TILE), count), TILE)
+        dx_hat_sum = end_group_sums(dx_hat_sums, TILE)
+        dx_hat_x_hat_sum = end_group_sums(dx_hat_x_hat_sums, TILE)
+        dx_hat_mean = over_groups(divide(dx_hat_sum, count), TILE)
+        dx_hat_x_hat_mean = over_groups(divide(dx_hat_x_hat_sum, count), TILE)
         for c in tl.static_range(TILE.channel_tiles):
             dx_sums = write_dx(
                 no_channel_sums(TILE, dtype), dzs, xs, coeffs, stats, dx_hat_mean,

@@ -25,8 +25,8 @@ from .moments import (
 from .params import store_param_grads, sum_params
 from .tile import (
     channel_sums,
+    end_group_sums,
     group_count,
-    group_sums,
     groups_of,
     load_tiles,
     no_channel_sums,
@@ -158,8 +158,8 @@ def leave_sums(
     )
     group, mask = groups_of(window, cut.groups, TILE)
     index = (group * cut.slots + window.slot) * 2
-    tl.store(partials_ptr + index, group_sums(dx_hat_sums, TILE), mask=mask)
-    tl.store(partials_ptr + index + 1, group_sums(dx_hat_x_hat_sums, TILE), mask=mask)
+    tl.store(partials_ptr + index, end_group_sums(dx_hat_sums, TILE), mask=mask)
+    tl.store(partials_ptr + index + 1, end_group_sums(dx_hat_x_hat_sums, TILE), mask=mask)
 
 
 @triton.jit

@@ -333,12 +333,6 @@ def channel_sums(sums, TILE: tl.constexpr):
 
 
 @triton.jit
-def row_sums(values):
-    """Sum of each row, which is a group's of a stack: ``[rows, 1]``."""
-    return tl.sum(values, axis=1, keep_dims=True)
-
-
-@triton.jit
 def _group_columns(TILE: tl.constexpr):
     """``[group_slots, cols]``: does the column belong to the group?"""
     cols = tl.arange(0, TILE.cols)[None, :] // TILE.group_channels
@@ -347,7 +341,7 @@ def _group_columns(TILE: tl.constexpr):
 
 @triton.jit
 def group_sums(values, TILE: tl.constexpr):
-    """Sum of a sub-tile, or of sums per channel or row, over each group: ``[group_slots]``.
+    """Sum of a sub-tile, or of per-channel values, over each group: ``[group_slots]``.
 
     Groups are told apart by selection, never by multiplying with zero, so that a NaN in one group
     stays there.
@@ -359,6 +353,28 @@ def group_sums(values, TILE: tl.constexpr):
     else:
         of_channel = tl.sum(values, axis=0, keep_dims=True)
         return tl.sum(tl.where(_group_columns(TILE), of_channel, 0.0), axis=1)
+
+
+@triton.jit
+def begin_group_sums(values, TILE: tl.constexpr):
+    """``group_sums`` as far as channel tiles can be added up before ``end_group_sums``.
+
+    Contiguous, that is not at all: on a cluster of CTAs each sum over the rows waits for all of
+    them. Channels-last, the channels would take registers until the end.
+    """
+    if TILE.channels_last:
+        return group_sums(values, TILE)
+    else:
+        return values
+
+
+@triton.jit
+def end_group_sums(begun, TILE: tl.constexpr):
+    """``group_sums`` of what ``begin_group_sums`` has returned, added up over channel tiles."""
+    if TILE.channels_last:
+        return begun
+    else:
+        return group_sums(begun, TILE)
 
 
 @triton.jit
