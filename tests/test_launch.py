@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from torch import Tensor
 
 from perf import standin
@@ -102,6 +103,18 @@ def test_the_grid_counts_clusters_and_the_launcher_hears_of_their_size(direction
     assert [handed[:3] for handed in resident] == [(6, 1, 1)] * 2
     assert [handed[5][1] for handed in resident] == [2, 2]
     assert {handed[5][1] for handed in seen if handed not in resident} <= {1}
+
+
+@pytest.mark.parametrize(
+    ("version", "most"), [("3.6.0", 1), ("3.7.2+git1a2b", 1), ("3.8.0", 16), ("4.0.0.dev1", 16)]
+)
+def test_clusters_take_triton_3_8(version: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "__version__", version)
+    monkeypatch.setattr(
+        launch, "_sums_over_clusters", launch._sums_over_clusters.__wrapped__
+    )  # uncached
+    assert launch.target("sm_90").clusters == most
+    assert launch.target("sm_80").clusters == launch.target("gfx942").clusters == 1
 
 
 def test_the_second_call_is_past_triton(
