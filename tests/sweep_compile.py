@@ -10,6 +10,7 @@ triton_gn/plan/limits.py come from here. Too long for every run of the tests.
 import argparse
 import random
 from concurrent.futures import ProcessPoolExecutor
+from typing import Any
 
 import torch
 
@@ -55,7 +56,7 @@ def draw(count: int, target: str, ctas: int) -> list[Case]:
 
 def launches(case: Case) -> list[Launch]:
     direction, shape, groups, dtype, channels_last, target, activation, fused, ctas = case
-    override = {"strategy": "resident", "ctas": ctas} if ctas > 1 else {}
+    override: dict[str, Any] = {"strategy": "resident", "ctas": ctas} if ctas > 1 else {}
     return launches_of(
         direction,
         shape,

@@ -181,6 +181,22 @@ def test_sizes_of_1_compile(
         assert compile_launch(launch, "sm_90").spill_bytes == 0
 
 
+@pytest.mark.parametrize(
+    ("shape", "dtype", "direction"),
+    [
+        ((2, 4, 5375), F32, "forward"),
+        ((2, 16, 1377), BF16, "forward"),
+        ((2, 8, 1501), BF16, "backward"),
+    ],
+    ids=id_of,
+)
+def test_long_rows_that_span_channels_do_not_spill(
+    shape: tuple[int, ...], dtype: torch.dtype, direction: str
+) -> None:
+    launches = launches_of(direction, shape, 1, dtype, False, activation="silu")
+    assert_compile_well(launches, dtype, "sm_90")
+
+
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("channels_last", [False, True])
@@ -219,7 +235,7 @@ def test_clusters_compile_to_what_they_should(
     num_groups: int,
     dtype: torch.dtype,
     fused: tuple[str, ...],
-    fields: dict[str, int],
+    fields: dict[str, Any],
     direction: str,
     target: str,
 ) -> None:
@@ -236,8 +252,9 @@ def test_clusters_compile_to_what_they_should(
     barrier = "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned; "
     read = rf"{barrier}(?:ld\.shared::cluster\S+ )+{barrier}"
     assert re.fullmatch(rf"(?:{read})+(?:{barrier})?ret;", " ".join(steps))
+    n, channels, *spatial = shape
     problem = Workload(
-        "", *shape[:2], num_groups, shape[2:], str(dtype).removeprefix("torch."),
+        "", n, channels, num_groups, tuple(spatial), str(dtype).removeprefix("torch."),
         activation="silu", fused=fused,
     ).problem(direction)  # fmt: skip
     override = (*sorted(fields.items()), ("strategy", "resident"))

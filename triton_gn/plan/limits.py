@@ -14,6 +14,8 @@ _REGISTERS = {
     ("backward", True): 176,
 }
 _FEWER_REGISTERS = 112  # where each element has an address, or each of a row's channels a mask
+_SPANNED_REGISTERS = 64  # the latter where few channel tiles have long rows
+_FEW_CHANNEL_TILES = 2
 _FLOAT64_REGISTERS = {False: 96, True: 48}  # with an activation: its functions are calls
 _MAX_ELEMENTS_PER_WARP = 2048  # of a sub-tile, even where spills are borne
 _MAX_WORKERS = 2**16
@@ -37,6 +39,8 @@ def excess_registers(problem: Problem, config: Config, device: Device) -> int:
 def register_limit(problem: Problem, config: Config) -> int:
     """The most that ``registers`` may be."""
     limit = _register_limit(problem, config.tile.groups)
+    if problem.span > 1 and config.tile.channel_tiles <= _FEW_CHANNEL_TILES:
+        limit = min(limit, _SPANNED_REGISTERS)
     return limit * min(8, config.num_warps) // config.num_warps  # more than 8 warps share 64 Ki
 
 
