@@ -2,7 +2,7 @@
 one small collective between them."""
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -20,31 +20,28 @@ _OF_INPUT = ("x", "pre_add")  # whose gradients need the sums over whole groups
 _TENSORS = len(Operands._fields)
 
 
-class Way(Protocol):
-    """How a process does its own part, with x not empty."""
+class Step(NamedTuple):
+    """What a process knows of a call: with x not empty, and dy and stats in backward."""
 
-    def moments(self, operands: Operands, call: Call) -> Tensor:
+    operands: Operands
+    call: Call
+    dy: Tensor | None = None
+    stats: Tensor | None = None  # (N, G, 3), of all processes
+
+
+class Way(Protocol):
+    """How a process does its own part."""
+
+    def moments(self, step: Step) -> Tensor:
         """(4, N, G): count, mean, mean_lo, m2."""
 
-    def apply(
-        self, operands: Operands, parts: Tensor, call: Call, with_stats: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        """y and, if asked for, stats (N, G, 3), from the parts' moments (N, G, parts, 4)."""
+    def apply(self, step: Step, parts: Tensor, with_stats: bool) -> tuple[Tensor, Tensor | None]:
+        """y and, if asked for, stats, from the parts' moments (N, G, parts, 4)."""
 
-    def first_half(
-        self, dy: Tensor, stats: Tensor, operands: Operands, call: Call, needs: Sequence[bool]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def first_half(self, step: Step, needs: Sequence[bool]) -> tuple[Tensor, dict[str, Tensor]]:
         """Both sums (N, G, 2), and gradients but those of the input, in the compute dtype."""
 
-    def second_half(
-        self,
-        dy: Tensor,
-        sums: Tensor,
-        stats: Tensor,
-        operands: Operands,
-        call: Call,
-        needs: Sequence[bool],
-    ) -> dict[str, Tensor]:
+    def second_half(self, step: Step, sums: Tensor, needs: Sequence[bool]) -> dict[str, Tensor]:
         """Gradients of the input, pre_add's in the compute dtype; the sums are divided by the
         elements that a group has here."""
 
@@ -52,83 +49,61 @@ class Way(Protocol):
 class ByKernels:
     """Under settings of split."""
 
-    def moments(self, operands: Operands, call: Call) -> Tensor:
-        return prepared.moments(autograd.native(operands), call.groups, call.settings)
+    def moments(self, step: Step) -> Tensor:
+        call = step.call
+        return prepared.moments(autograd.native(step.operands), call.groups, call.settings)
 
-    def apply(
-        self, operands: Operands, parts: Tensor, call: Call, with_stats: bool
-    ) -> tuple[Tensor, Tensor | None]:
-        return autograd.forward(operands, call, with_stats, parts)
+    def apply(self, step: Step, parts: Tensor, with_stats: bool) -> tuple[Tensor, Tensor | None]:
+        return autograd.forward(step.operands, step.call, with_stats, parts)
 
-    def first_half(
-        self, dy: Tensor, stats: Tensor, operands: Operands, call: Call, needs: Sequence[bool]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        operands = autograd.native(operands)
-        grads = autograd.empty_gradients(operands, needs, compute_dtype(operands.x))
-        dy = layout.like(dy, operands.x)
-        parts = prepared.first_half(
-            dy, stats, operands, grads, call.groups, call.activation, call.settings
-        )
-        return parts.sum(2), grads
+    def first_half(self, step: Step, needs: Sequence[bool]) -> tuple[Tensor, dict[str, Tensor]]:
+        dy, rest, grads = self._backward(step, needs)
+        return prepared.first_half(dy, *rest).sum(2), grads
 
-    def second_half(
-        self,
-        dy: Tensor,
-        sums: Tensor,
-        stats: Tensor,
-        operands: Operands,
-        call: Call,
-        needs: Sequence[bool],
-    ) -> dict[str, Tensor]:
-        operands = autograd.native(operands)
-        grads = autograd.empty_gradients(operands, needs, compute_dtype(operands.x))
-        dy = layout.like(dy, operands.x)
-        prepared.second_half(
-            dy, sums, stats, operands, grads, call.groups, call.activation, call.settings
-        )
+    def second_half(self, step: Step, sums: Tensor, needs: Sequence[bool]) -> dict[str, Tensor]:
+        dy, rest, grads = self._backward(step, needs)
+        prepared.second_half(dy, sums, *rest)
         return grads
+
+    def _backward(self, step: Step, needs: Sequence[bool]) -> tuple[Tensor, Any, dict[str, Tensor]]:
+        """dy, what else both halves take, and the gradients that they fill."""
+        call, operands = step.call, autograd.native(step.operands)
+        grads = autograd.empty_gradients(operands, needs, compute_dtype(operands.x))
+        assert step.dy is not None
+        rest = step.stats, operands, grads, call.groups, call.activation, call.settings
+        return layout.like(step.dy, operands.x), rest, grads
 
 
 class ByFormulas:
     """In plain PyTorch."""
 
-    def moments(self, operands: Operands, call: Call) -> Tensor:
-        count, *rest = reference.moments(operands.x, call.groups, operands.pre_add)
+    def moments(self, step: Step) -> Tensor:
+        operands = step.operands
+        count, *rest = reference.moments(operands.x, step.call.groups, operands.pre_add)
         return torch.stack([count.to(rest[0].dtype), *rest])
 
-    def apply(
-        self, operands: Operands, parts: Tensor, call: Call, with_stats: bool
-    ) -> tuple[Tensor, Tensor | None]:
+    def apply(self, step: Step, parts: Tensor, with_stats: bool) -> tuple[Tensor, Tensor | None]:
+        operands, call = step.operands, step.call
         found = reference.merge(*parts.unbind(-1))
         y = reference.group_norm_apply(operands, found, call.eps, call.activation)
         rstd = (found.m2 / found.count + call.eps).rsqrt()
         stats = torch.stack([found.mean, found.mean_lo, rstd], -1)
         return layout.like(y.to(call.y_dtype), layout.native(operands.x)[0]), stats
 
-    def first_half(
-        self, dy: Tensor, stats: Tensor, operands: Operands, call: Call, needs: Sequence[bool]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        x_hat = _x_hat(operands, stats)
+    def first_half(self, step: Step, needs: Sequence[bool]) -> tuple[Tensor, dict[str, Tensor]]:
+        x_hat = _x_hat(step)
         names = [name for name, needed in zip(Operands._fields, needs, strict=True) if needed]
-        dx_hat, *found = _of_affine(dy, x_hat, operands, call, (True, *needs[1:]))
+        dx_hat, *found = _of_affine(step, x_hat, (True, *needs[1:]))
         products = torch.stack([dx_hat, dx_hat * x_hat])
-        sums = products.reshape(2, x_hat.shape[0], call.groups, -1).sum(-1).movedim(0, -1)
+        sums = products.reshape(2, x_hat.shape[0], step.call.groups, -1).sum(-1).movedim(0, -1)
         return sums, dict(zip(names, found, strict=True))
 
-    def second_half(
-        self,
-        dy: Tensor,
-        sums: Tensor,
-        stats: Tensor,
-        operands: Operands,
-        call: Call,
-        needs: Sequence[bool],
-    ) -> dict[str, Tensor]:
-        x, pre_add = operands.x, operands.pre_add
-        x_hat, rstd = _x_hat(operands, stats), stats[..., 2]
-        (dx_hat,) = _of_affine(dy, x_hat, operands, call, (True, *[False] * (_TENSORS - 1)))
-        means = sums / (x[0].numel() // call.groups)
-        mean, mean_x_hat, rstd = (_spread(t, x) for t in (*means.unbind(-1), rstd))
+    def second_half(self, step: Step, sums: Tensor, needs: Sequence[bool]) -> dict[str, Tensor]:
+        x, pre_add, x_hat = step.operands.x, step.operands.pre_add, _x_hat(step)
+        assert step.stats is not None
+        (dx_hat,) = _of_affine(step, x_hat, (True, *[False] * (_TENSORS - 1)))
+        means = sums / (x[0].numel() // step.call.groups)
+        mean, mean_x_hat, rstd = (_spread(t, x) for t in (*means.unbind(-1), step.stats[..., 2]))
         dx = rstd * (dx_hat - mean - x_hat * mean_x_hat)
         grads = {"x": dx.to(x.dtype)} if needs[0] else {}
         if pre_add is not None and needs[Operands._fields.index("pre_add")]:
@@ -142,25 +117,25 @@ def _spread(values: Tensor, x: Tensor) -> Tensor:
     return reference.per_channel(values.repeat_interleave(x.shape[1] // values.shape[1], 1), x)
 
 
-def _x_hat(operands: Operands, stats: Tensor) -> Tensor:
-    mean, mean_lo, rstd = stats.unbind(-1)
-    centred = reference.centred(operands.x, mean, mean_lo, operands.pre_add)
-    return centred * _spread(rstd, operands.x)
+def _x_hat(step: Step) -> Tensor:
+    assert step.stats is not None
+    mean, mean_lo, rstd = step.stats.unbind(-1)
+    x = step.operands.x
+    return reference.centred(x, mean, mean_lo, step.operands.pre_add) * _spread(rstd, x)
 
 
-def _of_affine(
-    dy: Tensor, x_hat: Tensor, operands: Operands, call: Call, needs: Sequence[bool]
-) -> list[Tensor]:
+def _of_affine(step: Step, x_hat: Tensor, needs: Sequence[bool]) -> list[Tensor]:
     """Gradients of x_hat, in the place of x, and of those operands that ``needs`` names; in the
     compute dtype, but the residual's."""
 
     def formulas(*tensors: Tensor | None) -> Tensor:
         given = Operands._make(tensors)
-        return reference.affine(given.x, given, call.activation)
+        return reference.affine(given.x, given, step.call.activation)
 
-    *per_channel, residual = operands[1:]
+    assert step.dy is not None
+    *per_channel, residual = step.operands[1:]
     wide = (None if t is None else t.to(x_hat.dtype) for t in per_channel)
-    return reference.pull_back(formulas, (x_hat, *wide, residual), needs, dy.to(x_hat.dtype))
+    return reference.pull_back(formulas, (x_hat, *wide, residual), needs, step.dy.to(x_hat.dtype))
 
 
 def gathered(moments: Tensor, shards: "Shards") -> Tensor:
@@ -201,14 +176,14 @@ def _forward(
     """y, stats, and which share of each group's elements is here, (N, G, 1)."""
     x = operands.x
     if x.numel():
-        moments = way.moments(operands, call)
+        moments = way.moments(Step(operands, call))
     else:
         moments = torch.zeros((4, x.shape[0], call.groups), dtype=compute_dtype(x), device=x.device)
     parts = gathered(moments, shards)
     share = moments[0, ..., None] / parts[..., 0].sum(-1, keepdim=True)
     if not x.numel():
         return torch.empty_like(x, dtype=call.y_dtype), share.new_empty(*share.shape[:2], 3), share
-    return *way.apply(operands, parts, call, with_stats), share
+    return *way.apply(Step(operands, call), parts, with_stats), share
 
 
 class _ShardedFunction(torch.autograd.Function):
@@ -234,7 +209,8 @@ class _ShardedFunction(torch.autograd.Function):
         operands = Operands(*kept)
         needs = list(ctx.needs_input_grad[:_TENSORS])
         dresidual = autograd.gradient_of_sum(ctx, dy, needs)
-        found = _backward(dy, stats, share, operands, ctx, needs)
+        step = Step(operands, ctx.call, dy, stats)
+        found = _backward(step, share, ctx.way, ctx.shards, needs)
         grads = [
             None if operand is None or name not in found else found[name].to(operand.dtype)
             for name, operand in operands._asdict().items()
@@ -245,29 +221,29 @@ class _ShardedFunction(torch.autograd.Function):
 
 
 def _backward(
-    dy: Tensor, stats: Tensor, share: Tensor, operands: Operands, ctx: Any, needs: list[bool]
+    step: Step, share: Tensor, way: Way, shards: "Shards", needs: list[bool]
 ) -> dict[str, Tensor]:
     """Gradients of the operands that ``needs`` names, those that processes share summed up."""
-    call, shards, x = ctx.call, ctx.shards, operands.x
-    way: Way = ctx.way
+    operands, is_empty = step.operands, not step.operands.x.numel()
     of_input = [n and name in _OF_INPUT for n, name in zip(needs, Operands._fields, strict=True)]
     others = [n and not of_x for n, of_x in zip(needs, of_input, strict=True)]
-    sums, found = share.new_zeros(*share.shape[:2], 2), _zeros(operands, others)
-    if x.numel():
-        sums, found = way.first_half(dy, stats, operands, call, others)
+    if is_empty:
+        sums, found = share.new_zeros(*share.shape[:2], 2), _zeros(operands, others)
+    else:
+        sums, found = way.first_half(step, others)
     shared = [name for name in found if name != "residual"]
     to_sum = [found[name] for name in shared]
     if any(of_input):
         to_sum.append(sums)
     totals = summed(to_sum, shards)
     found.update(zip(shared, totals, strict=False))
-    if not any(of_input):
-        return found
-    if x.numel():
+    if any(of_input):
         # it divides by what a group has here, and all of it is what counts
-        found |= way.second_half(dy, totals[-1] * share, stats, operands, call, of_input)
-    else:
-        found |= _zeros(operands, of_input)
+        found |= (
+            _zeros(operands, of_input)
+            if is_empty
+            else way.second_half(step, totals[-1] * share, of_input)
+        )
     if "pre_add" in found:
         (found["pre_add"],) = summed([found["pre_add"]], shards)
     return found
