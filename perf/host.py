@@ -1,7 +1,7 @@
 """What a call costs the host, as ratios within one run: calls take turns, medians count.
 
 Launches go to the GPU, or without one to a stand-in for its driver that launches nothing. Calls on
-a small CPU tensor are compared with PyTorch's.
+a small tensor, on the CPU and on the GPU, are compared with PyTorch's.
 """
 
 import argparse
@@ -10,7 +10,7 @@ import timeit
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from statistics import median
-from typing import Any
+from typing import Any, TypedDict
 from unittest import mock
 
 import torch
@@ -39,6 +39,11 @@ Calls = Mapping[str, Call]
 Costs = dict[str, list[float]]  # microseconds of a call in each round
 
 
+class _Where(TypedDict):
+    device: torch.device
+    dtype: torch.dtype
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of the command."""
     parser.add_argument("--calls", type=int, default=2000, metavar="N", help="in each round")
@@ -46,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print what launches cost, then what calls on the CPU cost; return the exit status."""
+    """Print what launches cost, then what calls on small tensors cost; return the exit status."""
     torch.set_num_threads(1)
     costs = partial(cost, number=options.calls, rounds=options.rounds)
     has_gpu = torch.cuda.is_available()
@@ -58,7 +63,12 @@ def run(options: argparse.Namespace) -> int:
             title = f"{direction}, {WORKLOAD.shape_text}, {WORKLOAD.dtype}, silu\non {where}"
             report_launching(title, costs(launching(WORKLOAD, direction, device)))
     prepared.forget()
-    report_on_cpu(costs)
+    tiny: _Where = {"device": torch.device("cpu"), "dtype": torch.float32}
+    report_on_small("on the CPU, 2x6x2x2, float32", on_small((2, 6, 2, 2), 2, tiny), costs)
+    if has_gpu:
+        small: _Where = {"device": device, "dtype": torch.bfloat16}
+        title = f"on {where}, 2x320x16x16, bfloat16"
+        report_on_small(title, on_small((2, 320, 16, 16), 32, small), costs)
     return 0
 
 
@@ -140,34 +150,49 @@ def report_launching(title: str, costs: Costs) -> None:
     print(f"The look-up takes {share:.3f} of {COPY}; at most 0.2 is asked for.\n")
 
 
-def on_cpu() -> dict[str, tuple[Call, Call]]:
+def on_small(shape: tuple[int, ...], groups: int, where: _Where) -> dict[str, tuple[Call, Call]]:
     """Calls of PyTorch and of triton_gn on a tensor so small that the host's part is all."""
-    weight, bias = torch.ones(6), torch.zeros(6)
-    mine, torchs = triton_gn.GroupNorm(2, 6), nn.GroupNorm(2, 6)
-    fused = triton_gn.GroupNorm(2, 6, activation="silu")
-    unfused = nn.Sequential(torchs, nn.SiLU())
+    channels, dy = shape[1], torch.randn(shape, **where)
     found: dict[str, tuple[Call, Call]] = {}
-    for kind in ("no gradient", "recording"):
-        x = torch.randn(2, 6, 2, 2, requires_grad=kind == "recording")
-        arguments = x, 2, weight, bias
-        found |= {
-            f"group_norm, {kind}": (
-                partial(F.group_norm, *arguments),
-                partial(triton_gn.group_norm, *arguments),
-            ),
-            f"GroupNorm, {kind}": (partial(torchs, x), partial(mine, x)),
-            f"GroupNorm and SiLU, {kind}": (partial(unfused, x), partial(fused, x)),
-        }
+    for kind in ("no gradient", "recording", "and backward"):
+        torchs = nn.GroupNorm(groups, channels, **where)
+        mine = triton_gn.GroupNorm(groups, channels, **where)
+        fused = triton_gn.GroupNorm(groups, channels, **where, activation="silu")
+        unfused = nn.Sequential(torchs, nn.SiLU())
+        x = torch.randn(shape, **where)
+        for one in (torchs, mine, fused, x):
+            one.requires_grad_(kind != "no gradient")
+        arguments = x, groups, torchs.weight, torchs.bias
+        call = _and_backward if kind == "and backward" else _forward
+        for name, theirs, ours, given in (
+            ("group_norm", F.group_norm, triton_gn.group_norm, arguments),
+            ("GroupNorm", torchs, mine, (x,)),
+            ("GroupNorm and SiLU", unfused, fused, (x,)),
+        ):
+            found[f"{name}, {kind}"] = (
+                partial(call, theirs, given, dy),
+                partial(call, ours, given, dy),
+            )
     return found
 
 
-def report_on_cpu(costs: Callable[[Calls], Costs]) -> None:
-    """Print what triton_gn's calls on the CPU cost, over PyTorch's."""
-    table = Table(title="on the CPU, 2x6x2x2, float32", box=SIMPLE_HEAD, show_edge=False)
+def _forward(function: Any, arguments: Any, _: Tensor) -> None:
+    function(*arguments)
+
+
+def _and_backward(function: Any, arguments: Any, dy: Tensor) -> None:
+    function(*arguments).backward(dy)
+
+
+def report_on_small(
+    title: str, calls: Mapping[str, tuple[Call, Call]], costs: Callable[[Calls], Costs]
+) -> None:
+    """Print what triton_gn's calls cost, over PyTorch's."""
+    table = Table(title=title, box=SIMPLE_HEAD, show_edge=False)
     table.add_column("")
     for name in ("PyTorch us", "triton_gn us", "over PyTorch"):
         table.add_column(name, justify="right")
-    for name, (theirs, ours) in on_cpu().items():
+    for name, (theirs, ours) in calls.items():
         found = costs({"theirs": theirs, "ours": ours})
         medians = (f"{median(of_rounds):.2f}" for of_rounds in found.values())
         table.add_row(name, *medians, f"{_ratio(found['ours'], found['theirs']):.3f}")

@@ -570,7 +570,7 @@ def test_host_costs(capsys: pytest.CaptureFixture[str]) -> None:
         assert len(re.findall(rf"^ ?{re.escape(row)} +[\d.]+ +[\d.]+ +[\d.]+ *$", said, re.M)) == 2
     assert said.count("The look-up takes") == 2
     for row in ("group_norm", "GroupNorm", "GroupNorm and SiLU"):
-        for kind in ("no gradient", "recording"):
+        for kind in ("no gradient", "recording", "and backward"):
             assert re.search(rf"^ ?{row}, {kind} +[\d.]+ +[\d.]+ +[\d.]+ *$", said, re.M)
 
 
