@@ -166,24 +166,29 @@ def group_norm(operands: Operands, call: Call, way: Way, shards: "Shards") -> Te
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
         y_recorded: Tensor = _ShardedFunction.apply(*operands, call, way, shards)
         return y_recorded
-    y, _, _ = _forward(operands, call, way, shards, with_stats=False)
+    step = Step(operands, call)
+    _, parts = _exchanged(step, way, shards)
+    y, _ = _applied(step, way, parts, with_stats=False)
     return y
 
 
-def _forward(
-    operands: Operands, call: Call, way: Way, shards: "Shards", with_stats: bool
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    """y, stats, and which share of each group's elements is here, (N, G, 1)."""
-    x = operands.x
+def _exchanged(step: Step, way: Way, shards: "Shards") -> tuple[Tensor, Tensor]:
+    """Moments of this process's part, (4, N, G), and of all parts, (N, G, parts, 4)."""
+    x = step.operands.x
     if x.numel():
-        moments = way.moments(Step(operands, call))
+        own = way.moments(step)
     else:
-        moments = torch.zeros((4, x.shape[0], call.groups), dtype=compute_dtype(x), device=x.device)
-    parts = gathered(moments, shards)
-    share = moments[0, ..., None] / parts[..., 0].sum(-1, keepdim=True)
-    if not x.numel():
-        return torch.empty_like(x, dtype=call.y_dtype), share.new_empty(*share.shape[:2], 3), share
-    return *way.apply(Step(operands, call), parts, with_stats), share
+        sizes = 4, x.shape[0], step.call.groups
+        own = torch.zeros(sizes, dtype=compute_dtype(x), device=x.device)
+    return own, gathered(own, shards)
+
+
+def _applied(step: Step, way: Way, parts: Tensor, with_stats: bool) -> tuple[Tensor, Tensor | None]:
+    """y and, if asked for, stats."""
+    x = step.operands.x
+    if x.numel():
+        return way.apply(step, parts, with_stats)
+    return torch.empty_like(x, dtype=step.call.y_dtype), parts.new_empty(*parts.shape[:2], 3)
 
 
 class _ShardedFunction(torch.autograd.Function):
@@ -191,8 +196,11 @@ class _ShardedFunction(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         *tensors, call, way, shards = inputs
         operands = Operands(*tensors)
-        y, stats, share = _forward(operands, call, way, shards, with_stats=True)
+        step = Step(operands, call)
+        own, parts = _exchanged(step, way, shards)
+        y, stats = _applied(step, way, parts, with_stats=True)
         assert stats is not None
+        share = own[0, ..., None] / parts[..., 0].sum(-1, keepdim=True)  # of a group's elements
         autograd.keep(ctx, operands, stats, call, share)
         ctx.way, ctx.shards = way, shards
         return y
