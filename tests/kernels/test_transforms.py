@@ -316,19 +316,47 @@ def test_checkpointing_changes_no_bit(device: str, kind: str) -> None:
     assert ("triton_gn.group_norm.default" in seen) == (kind == "selective")
 
 
-def test_a_subclass_goes_through_the_operator(device: str) -> None:
+def test_a_subclass_sees_the_function(device: str) -> None:
+    """As it sees PyTorch's own: __torch_function__, whose default keeps the class."""
+
     class Marked(Tensor):
-        seen: tuple[str, ...] = ()
+        seen: tuple[object, ...] = ()
 
         @classmethod
         def __torch_function__(cls, function, types, args=(), kwargs=None):
-            Marked.seen += (str(function),)
+            Marked.seen += (function,)
             return super().__torch_function__(function, types, args, kwargs or {})
 
     x = torch.randn(SHAPE, device=device)
     y = triton_gn.group_norm(x.as_subclass(Marked), GROUPS, activation="relu")
-    assert any("triton_gn.group_norm" in name for name in Marked.seen)
+    assert Marked.seen.count(triton_gn.group_norm) == 1
+    assert type(y) is Marked
     assert torch.equal(y.as_subclass(Tensor), triton_gn.group_norm(x, GROUPS, activation="relu"))
+
+
+def test_a_wrapper_goes_through_the_operator(device: str) -> None:
+    class Wrapper(Tensor):
+        seen: tuple[str, ...] = ()
+        __torch_function__ = torch._C._disabled_torch_function_impl
+
+        @staticmethod
+        def __new__(cls, inner: Tensor):
+            wrapper = Tensor._make_wrapper_subclass(
+                cls, inner.shape, strides=inner.stride(), dtype=inner.dtype, device=inner.device
+            )
+            wrapper.inner = inner
+            return wrapper
+
+        @classmethod
+        def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+            Wrapper.seen += (str(function),)
+            args = (t.inner if isinstance(t, Wrapper) else t for t in args)
+            return function(*args, **kwargs or {})
+
+    x = torch.randn(SHAPE, device=device)
+    y = triton_gn.group_norm(Wrapper(x), GROUPS, activation="relu")
+    assert Wrapper.seen == ("triton_gn.group_norm.default",)
+    assert torch.equal(y, triton_gn.group_norm(x, GROUPS, activation="relu"))
 
 
 def test_autocast_policy(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
