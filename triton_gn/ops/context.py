@@ -44,7 +44,7 @@ def has_subclass(tensors: Iterable[Tensor | None]) -> bool:
 
 def is_dtensor(x: Tensor) -> bool:
     """A torch.distributed DTensor, without loading its module for the sake of the question."""
-    if type(x) in (Tensor, Parameter):
+    if type(x) in (Tensor, Parameter) or not torch.distributed.is_available():
         return False
     from torch.distributed.tensor import DTensor
 
