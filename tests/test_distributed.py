@@ -70,19 +70,28 @@ def test_shards_of_other_means(ranks: Ranks) -> None:
     check_step(ranks, Step((2, 4, 64, 64), (32, 32), offsets=(0, 2)))
 
 
-def no_gradient_wanted(rank: int, group: dist.ProcessGroup) -> None:
+def some_gradients(rank: int, group: dist.ProcessGroup) -> None:
+    """Those that are asked for alone are those that are asked for together."""
     torch.manual_seed(rank)
     x, weight = torch.randn(2, 4, 5), torch.ones(4)
-    for operands, asked in (((x.requires_grad_(), None), x), ((x.detach(), weight), weight)):
-        asked.requires_grad_()
-        y = sharded_group_norm(operands[0], 2, operands[1], process_group=group)
-        (grad,) = torch.autograd.grad(y.square().sum(), asked)
+
+    def gradients(*asked: Tensor) -> tuple[Tensor, ...]:
+        for t in (x, weight):
+            t.requires_grad_(any(t is one for one in asked))
+        y = sharded_group_norm(x, 2, weight, process_group=group)
+        return torch.autograd.grad(y.pow(3).sum(), asked)
+
+    together = gradients(x, weight)
+    for asked, expected in zip((x, weight), together, strict=True):
+        (grad,) = gradients(asked)
         assert grad.shape == asked.shape
         assert grad.isfinite().all()
+        # other messages are added up in another order
+        torch.testing.assert_close(grad, expected)
 
 
 def test_gradients_of_some(ranks: Ranks) -> None:
-    ranks.run(no_gradient_wanted, 3)
+    ranks.run(some_gradients, 3)
 
 
 # What is sent

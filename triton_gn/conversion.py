@@ -225,8 +225,8 @@ def _warn_of_unsharded(names: list[str]) -> None:
     if names:
         warnings.warn(
             "convert: under a process group every GroupNorm must be sharded; left were "
-            f"{', '.join(names)}, which take the statistics of their shard alone. The report says "
-            "why: replace them by ShardedGroupNorm by hand.",
+            f"{', '.join(name or '(the model)' for name in names)}, which take the statistics of "
+            "their shard alone. The report says why: replace them by ShardedGroupNorm by hand.",
             RuntimeWarning,
             stacklevel=3,
         )

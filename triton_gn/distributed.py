@@ -34,9 +34,9 @@ def sharded_group_norm(
     """:func:`triton_gn.group_norm` of what all processes hold together, each its own part.
 
     The parts are of the same N and C and share out the pixels: any spatial dimension, in any cut;
-    some may be empty. Forward sends 16 bytes per sample and group (32 for float64) in one
-    all_gather; backward 8 of them, and 4 for each value of a gradient that is summed, in one
-    all_reduce, and one more of pre_add's gradient where it is asked for.
+    some may be empty. Forward sends 16 bytes per sample and group in one all_gather; backward 8 of
+    them, and 4 for each value of a gradient that is summed, in one all_reduce, and one more of
+    pre_add's gradient where it is asked for. Of float64 all of these are twice as many.
 
     All processes of the group make the same calls in the same order, forward and backward, as for
     any collective: also one whose part is empty, and with the same tensors to differentiate. What
@@ -127,28 +127,8 @@ class ShardedGroupNorm(GroupNorm):
         )
         self.process_group = process_group
 
-    def forward(
-        self,
-        input: Tensor,
-        scale: Tensor | None = None,
-        shift: Tensor | None = None,
-        residual: Tensor | None = None,
-        pre_add: Tensor | None = None,
-    ) -> Tensor:
-        """Return this process's part of y, of input's shape (N, C, *), with C = num_channels."""
-        return sharded_group_norm(
-            input,
-            self.num_groups,
-            self.weight,
-            self.bias,
-            self.eps,
-            activation=self.activation,
-            scale=scale,
-            shift=shift,
-            residual=residual,
-            pre_add=pre_add,
-            process_group=self.process_group,
-        )
+    def _group_norm(self, *args: Any, **kwargs: Any) -> Tensor:
+        return sharded_group_norm(*args, **kwargs, process_group=self.process_group)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ShardedGroupNorm":
         """A copy with the same process group, which PyTorch cannot copy."""

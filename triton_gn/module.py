@@ -26,6 +26,7 @@ class GroupNorm(nn.GroupNorm):
     """
 
     activation: str | None = None  # of the class, for layers that were pickled without one
+    _group_norm = staticmethod(group_norm)  # another in ShardedGroupNorm
 
     def __init__(
         self,
@@ -55,7 +56,7 @@ class GroupNorm(nn.GroupNorm):
 
         Operands and errors: :func:`triton_gn.group_norm`.
         """
-        return group_norm(
+        return self._group_norm(
             input,
             self.num_groups,
             self.weight,

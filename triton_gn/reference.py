@@ -62,6 +62,11 @@ def per_channel(values: Tensor, x: Tensor) -> Tensor:
     return values.to(compute_dtype(x)).reshape(rows, values.shape[-1], *[1] * (x.ndim - 2))
 
 
+def per_group(values: Tensor, x: Tensor) -> Tensor:
+    """(N, G), made to broadcast against x."""
+    return per_channel(values.repeat_interleave(x.shape[1] // values.shape[1], 1), x)
+
+
 def normalise(x: Tensor, num_groups: int, eps: float) -> Tensor:
     """x_hat of x's shape, in the compute dtype."""
     grouped = x.to(compute_dtype(x)).reshape(x.shape[0], num_groups, -1)
@@ -122,6 +127,12 @@ def centred(x: Tensor, mean: Tensor, mean_lo: Tensor, pre_add: Tensor | None) ->
     return (x.to(mean.dtype) - per_channel(mean, x)) - per_channel(mean_lo, x)
 
 
+def normalise_by(operands: Operands, mean: Tensor, mean_lo: Tensor, rstd: Tensor) -> Tensor:
+    """x_hat of x's shape, in the compute dtype, by statistics (N, G) that are given."""
+    x = operands.x
+    return centred(x, mean, mean_lo, operands.pre_add) * per_group(rstd, x)
+
+
 def moments(x: Tensor, num_groups: int, pre_add: Tensor | None) -> Moments:
     """Of x + pre_add; zeros of groups without elements."""
     n, channels = x.shape[:2]
@@ -167,10 +178,8 @@ def merge(count: Tensor, mean: Tensor, mean_lo: Tensor, m2: Tensor) -> Moments:
 
 def group_norm_apply(operands: Operands, given: Moments, eps: float, activation: str) -> Tensor:
     """y in the compute dtype, normalised by moments that are given."""
-    x = operands.x
     rstd = (given.m2 / given.count + eps).rsqrt()
-    rstd = rstd.repeat_interleave(x.shape[1] // rstd.shape[1], 1)
-    x_hat = centred(x, given.mean, given.mean_lo, operands.pre_add) * per_channel(rstd, x)
+    x_hat = normalise_by(operands, given.mean, given.mean_lo, rstd)
     return affine(x_hat, operands, activation)
 
 

@@ -153,7 +153,7 @@ def test_create_graph_changes_no_bit_of_the_gradient(device: str) -> None:
 def test_forward_mode_is_right_and_says_that_it_is_slow(device: str) -> None:
     tensors = operands(device, channels_last=True)
     tangents = tuple(torch.ones_like(t) for t in tensors)
-    dispatch._warn_once.cache_clear()
+    dispatch.warn_once.cache_clear()
     with pytest.warns(RuntimeWarning, match="forward-mode"):
         found = jvp(fused, tuple(tensors), tangents)
     assert_close(found, jvp(formulas, tuple(tensors), tangents))

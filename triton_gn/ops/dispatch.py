@@ -5,18 +5,24 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from triton_gn import reference
-from triton_gn.ops import autograd, context, layout, library, settings, statistics, torch_path
+from triton_gn.ops import (
+    autograd,
+    context,
+    layout,
+    library,
+    settings,
+    sharded,
+    statistics,
+    torch_path,
+)
 from triton_gn.ops.settings import Settings
+from triton_gn.ops.sharded import Shards
 from triton_gn.reference import Moments, Operands
-
-if TYPE_CHECKING:
-    from triton_gn.ops.sharded import Shards
 
 # Triton reads it when a kernel is defined; set later, it has no effect
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes")
@@ -24,7 +30,7 @@ _TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
 @functools.cache
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
@@ -57,7 +63,7 @@ def uses_kernels(x: Tensor, backend: str) -> bool:
             'triton_gn.backend("auto") falls back to PyTorch.'
         )
     if x.is_cuda:
-        _warn_once(f"triton_gn falls back to PyTorch's group_norm, which is slower: {reason}.")
+        warn_once(f"triton_gn falls back to PyTorch's group_norm, which is slower: {reason}.")
     return False
 
 
@@ -116,7 +122,7 @@ def group_norm(operands: Operands, num_groups: int, eps: float, activation: str)
     # torch.func cannot differentiate a PyTorch operator that is written in Python
     if context.in_forward_mode() or (as_operator and context.in_functorch()):
         if not as_operator:
-            _warn_once(
+            warn_once(
                 "triton_gn runs forward-mode derivatives in plain PyTorch operations, which are "
                 "slower: the kernels have none."
             )
@@ -185,7 +191,7 @@ def group_norm_apply(operands: Operands, given: Moments, eps: float, activation:
 
 
 def sharded_group_norm(
-    operands: Operands, num_groups: int, eps: float, activation: str, shards: "Shards"
+    operands: Operands, num_groups: int, eps: float, activation: str, shards: Shards
 ) -> Tensor:
     """y of x's shape, for operands that ``functional`` has checked, of which x and the residual are
     this process's part."""
@@ -197,10 +203,8 @@ def sharded_group_norm(
 
 
 def _sharded_group_norm(
-    operands: Operands, num_groups: int, eps: float, activation: str, shards: "Shards"
+    operands: Operands, num_groups: int, eps: float, activation: str, shards: Shards
 ) -> Tensor:
-    from triton_gn.ops import sharded
-
     x, current = operands.x, settings.current()
     if x.shape[0] == 0:
         return group_norm(operands, num_groups, eps, activation)

@@ -1,8 +1,6 @@
 """group_norm of a DTensor: on every rank that of its own part, with what the placements ask for."""
 
-import warnings
 from collections.abc import Sequence
-from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -53,18 +51,13 @@ def _supported(x: Any, num_groups: int) -> Any:
             ways *= x.device_mesh.size(i)
             keep = keep and num_groups % ways == 0
         if not keep and not placement.is_partial():
-            _warn_once(
+            dispatch.warn_once(
                 f"group_norm gathers a DTensor of {x.shape[1]} channels in {num_groups} groups: "
                 f"{placement} does not keep groups whole. Shard it over another dimension, or over "
                 "a number of ranks that divides the number of groups."
             )
         placements.append(placement if keep else Replicate())
     return x if tuple(placements) == tuple(x.placements) else x.redistribute(placements=placements)
-
-
-@cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=5)
 
 
 def _local(name: str, t: Tensor, x: DTensor) -> Tensor:

@@ -2,7 +2,7 @@
 one small collective between them."""
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -13,9 +13,7 @@ from triton_gn.ops import autograd, layout, prepared
 from triton_gn.ops.autograd import Call
 from triton_gn.reference import Operands, compute_dtype
 
-if TYPE_CHECKING:
-    Shards = Sequence[dist.ProcessGroup]
-
+Shards = Sequence[dist.ProcessGroup]
 _OF_INPUT = ("x", "pre_add")  # whose gradients need the sums over whole groups
 _TENSORS = len(Operands._fields)
 
@@ -103,7 +101,8 @@ class ByFormulas:
         assert step.stats is not None
         (dx_hat,) = _of_affine(step, x_hat, (True, *[False] * (_TENSORS - 1)))
         means = sums / (x[0].numel() // step.call.groups)
-        mean, mean_x_hat, rstd = (_spread(t, x) for t in (*means.unbind(-1), step.stats[..., 2]))
+        of_groups = (*means.unbind(-1), step.stats[..., 2])
+        mean, mean_x_hat, rstd = (reference.per_group(t, x) for t in of_groups)
         dx = rstd * (dx_hat - mean - x_hat * mean_x_hat)
         grads = {"x": dx.to(x.dtype)} if needs[0] else {}
         if pre_add is not None and needs[Operands._fields.index("pre_add")]:
@@ -112,16 +111,9 @@ class ByFormulas:
         return grads
 
 
-def _spread(values: Tensor, x: Tensor) -> Tensor:
-    """(N, G) made to broadcast against x."""
-    return reference.per_channel(values.repeat_interleave(x.shape[1] // values.shape[1], 1), x)
-
-
 def _x_hat(step: Step) -> Tensor:
     assert step.stats is not None
-    mean, mean_lo, rstd = step.stats.unbind(-1)
-    x = step.operands.x
-    return reference.centred(x, mean, mean_lo, step.operands.pre_add) * _spread(rstd, x)
+    return reference.normalise_by(step.operands, *step.stats.unbind(-1))
 
 
 def _of_affine(step: Step, x_hat: Tensor, needs: Sequence[bool]) -> list[Tensor]:
@@ -138,7 +130,7 @@ def _of_affine(step: Step, x_hat: Tensor, needs: Sequence[bool]) -> list[Tensor]
     return reference.pull_back(formulas, (x_hat, *wide, residual), needs, step.dy.to(x_hat.dtype))
 
 
-def gathered(moments: Tensor, shards: "Shards") -> Tensor:
+def gathered(moments: Tensor, shards: Shards) -> Tensor:
     """(N, G, parts, 4) of all processes, from the (4, N, G) of each."""
     _, n, groups = moments.shape
     # of the same meaning; the second name is deprecated where there is the first
@@ -150,7 +142,7 @@ def gathered(moments: Tensor, shards: "Shards") -> Tensor:
     return moments.reshape(-1, 4, n, groups).permute(2, 3, 0, 1).contiguous()
 
 
-def summed(tensors: Sequence[Tensor], shards: "Shards") -> list[Tensor]:
+def summed(tensors: Sequence[Tensor], shards: Shards) -> list[Tensor]:
     """Each of them over all processes, in one message."""
     if not tensors:
         return []
@@ -161,7 +153,7 @@ def summed(tensors: Sequence[Tensor], shards: "Shards") -> list[Tensor]:
     return [part.reshape(t.shape) for part, t in zip(parts, tensors, strict=True)]
 
 
-def group_norm(operands: Operands, call: Call, way: Way, shards: "Shards") -> Tensor:
+def group_norm(operands: Operands, call: Call, way: Way, shards: Shards) -> Tensor:
     """y of this process's x, which may be empty; ``call`` with settings of split."""
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
         y_recorded: Tensor = _ShardedFunction.apply(*operands, call, way, shards)
@@ -172,7 +164,7 @@ def group_norm(operands: Operands, call: Call, way: Way, shards: "Shards") -> Te
     return y
 
 
-def _exchanged(step: Step, way: Way, shards: "Shards") -> tuple[Tensor, Tensor]:
+def _exchanged(step: Step, way: Way, shards: Shards) -> tuple[Tensor, Tensor]:
     """Moments of this process's part, (4, N, G), and of all parts, (N, G, parts, 4)."""
     x = step.operands.x
     if x.numel():
@@ -229,7 +221,7 @@ class _ShardedFunction(torch.autograd.Function):
 
 
 def _backward(
-    step: Step, share: Tensor, way: Way, shards: "Shards", needs: list[bool]
+    step: Step, share: Tensor, way: Way, shards: Shards, needs: list[bool]
 ) -> dict[str, Tensor]:
     """Gradients of the operands that ``needs`` names, those that processes share summed up."""
     operands, is_empty = step.operands, not step.operands.x.numel()
