@@ -66,9 +66,9 @@ def test_poison_stays_in_its_sample(memory: GuardedMemory, device: str, poison: 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered")
 def test_rows_without_a_sample_add_nothing(memory: GuardedMemory, device: str) -> None:
-    """An infinite weight times the 0 of a sample that is not there would be NaN."""
+    """Even where z is infinite."""
     case = make_case(memory, device, (5, 16), 2, activation="sigmoid")
-    case.weight[3] = float("inf")
+    case.bias[3] = float("inf")
     assert tile_of(case, "backward").rows > 5
     expected = case.expected()["dbias"]
     assert expected.isfinite().all()

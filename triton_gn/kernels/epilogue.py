@@ -1,24 +1,43 @@
-"""From x_hat to y, and from dy back to dx: what happens to the sub-tiles once statistics are known.
+"""From x to y, and from dy back to dx: what happens to the sub-tiles once statistics are known.
 
 With n = x_hat * weight + bias the affine's output, z = n * (1 + scale) + shift + residual and
-y = activation(z); dz is the gradient at z, dx_hat that at x_hat. docs/math.md derives the backward.
+y = activation(z); dz is the gradient at z, dx_hat that at x_hat. docs/math.md derives the backward,
+and how what does not change along the pixels is taken out of the work on each element.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
 from .activations import activate, activation_gradient
-from .moments import normalise
+from .moments import centre_of, centred
 from .tile import (
     add_to_channels,
     load_channels,
     load_tile,
-    no_channel_sums,
     over_pixels,
     per_channel,
     store_tile,
-    zero_outside,
+    zero_beyond_pixels,
 )
+
+
+class Affine(NamedTuple):
+    """Of a channel tile: z = (x - centre) * gain + offset + residual."""
+
+    centre: tl.tensor  # per channel, or per group
+    gain: tl.tensor
+    offset: tl.tensor
+
+
+class Slope(NamedTuple):
+    """Of a channel tile: dx = dz * gain + offset - (x - centre) * slope."""
+
+    centre: tl.tensor  # per channel, or per group
+    gain: tl.tensor
+    offset: tl.tensor  # per channel, or per group
+    slope: tl.tensor  # per group
 
 
 @triton.jit
@@ -46,13 +65,34 @@ def load_offset(coeffs, window, c: tl.constexpr, TILE: tl.constexpr, dtype: tl.c
 
 
 @triton.jit
-def load_z(
-    x, residual_ptr, gain, offset, pre_add, stats, window, c: tl.constexpr, p: tl.constexpr,
-    TILE: tl.constexpr,
-):  # fmt: skip
+def load_affine(coeffs, stats, window, c: tl.constexpr, TILE: tl.constexpr):
+    """From x to z, before the residual."""
+    dtype: tl.constexpr = stats.mean.dtype
+    centre, rest = centre_of(coeffs.pre_add, stats.mean, stats.mean_lo, window, c, TILE, dtype)
+    gain = load_gain(coeffs, window, c, TILE, dtype) * stats.rstd
+    offset = load_offset(coeffs, window, c, TILE, dtype) - rest * gain
+    return Affine(centre, gain, offset)
+
+
+@triton.jit
+def load_slope(
+    coeffs, stats, dx_hat_mean, dx_hat_x_hat_mean, window, c: tl.constexpr, TILE: tl.constexpr
+):
+    """From dz to dx. The two means over the group broadcast against a sub-tile."""
+    dtype: tl.constexpr = stats.mean.dtype
+    centre, rest = centre_of(coeffs.pre_add, stats.mean, stats.mean_lo, window, c, TILE, dtype)
+    gain = load_gain(coeffs, window, c, TILE, dtype) * stats.rstd
+    slope = dx_hat_x_hat_mean * stats.rstd * stats.rstd
+    return Slope(centre, gain, rest * slope - dx_hat_mean * stats.rstd, slope)
+
+
+@triton.jit
+def _load_z(
+    x, residual_ptr, affine, window, c: tl.constexpr, p: tl.constexpr, TILE: tl.constexpr
+):
     """z of the sub-tile x, with its part of the residual unless that is None."""
-    z = normalise(x, pre_add, stats, window, p, TILE) * over_pixels(gain, window, p, TILE)
-    z += over_pixels(offset, window, p, TILE)
+    z = centred(x, affine.centre, window, p, TILE) * over_pixels(affine.gain, window, p, TILE)
+    z += over_pixels(affine.offset, window, p, TILE)
     if residual_ptr is not None:
         z += load_tile(residual_ptr, window, c, p, TILE, "").to(z.dtype)
     return z
@@ -60,96 +100,62 @@ def load_z(
 
 @triton.jit
 def write_y(
-    xs, residual_ptr, coeffs, stats, y_ptr, window, TILE: tl.constexpr, ACTIVATION: tl.constexpr,
-    NVIDIA: tl.constexpr,
+    xs, residual_ptr, affine, y_ptr, window, c: tl.constexpr, TILE: tl.constexpr,
+    ACTIVATION: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
-    """y of all sub-tiles."""
-    dtype: tl.constexpr = stats.mean.dtype
-    for c in tl.static_range(TILE.channel_tiles):
-        gain = load_gain(coeffs, window, c, TILE, dtype)
-        offset = load_offset(coeffs, window, c, TILE, dtype)
-        pre_add = None
-        if coeffs.pre_add is not None:
-            pre_add = load_channels(coeffs.pre_add, window, c, TILE, dtype)
-        for p in tl.static_range(TILE.pixel_tiles):
-            x = xs[c * TILE.pixel_tiles + p]
-            z = load_z(x, residual_ptr, gain, offset, pre_add, stats, window, c, p, TILE)
-            store_tile(y_ptr, activate(z, ACTIVATION, NVIDIA), window, c, p, TILE)
+    """y of channel tile ``c``."""
+    for p in tl.static_range(TILE.pixel_tiles):
+        z = _load_z(xs[c * TILE.pixel_tiles + p], residual_ptr, affine, window, c, p, TILE)
+        store_tile(y_ptr, activate(z, ACTIVATION, NVIDIA), window, c, p, TILE)
 
 
 @triton.jit
 def load_dzs(
-    dy_ptr, residual_ptr, dresidual_ptr, xs, coeffs, stats, window, TILE: tl.constexpr,
-    ACTIVATION: tl.constexpr, NVIDIA: tl.constexpr, EVICT: tl.constexpr,
+    dy_ptr, residual_ptr, dresidual_ptr, xs, affine, window, c: tl.constexpr, TILE: tl.constexpr,
+    ACTIVATION: tl.constexpr, NVIDIA: tl.constexpr, EVICT: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """dz of all sub-tiles, zeros if dy is None; writes it to dresidual unless that is None."""
-    dtype: tl.constexpr = stats.mean.dtype
+    """dz of the sub-tiles of channel tile ``c``, zeros if dy is None; writes it to dresidual unless
+    that is None. ``affine`` is None without an activation."""
     dzs = ()
-    for c in tl.static_range(TILE.channel_tiles):
+    for p in tl.static_range(TILE.pixel_tiles):
+        if dy_ptr is None:
+            dz = tl.zeros([TILE.rows, TILE.cols], dtype)
+        else:
+            dz = load_tile(dy_ptr, window, c, p, TILE, EVICT).to(dtype)
         if ACTIVATION != "none":
-            gain = load_gain(coeffs, window, c, TILE, dtype)
-            offset = load_offset(coeffs, window, c, TILE, dtype)
-            pre_add = None
-            if coeffs.pre_add is not None:
-                pre_add = load_channels(coeffs.pre_add, window, c, TILE, dtype)
-        for p in tl.static_range(TILE.pixel_tiles):
-            if dy_ptr is None:
-                dz = tl.zeros([TILE.rows, TILE.cols], dtype)
-            else:
-                dz = load_tile(dy_ptr, window, c, p, TILE, EVICT).to(dtype)
-            if ACTIVATION != "none":
-                x = xs[c * TILE.pixel_tiles + p]
-                z = load_z(x, residual_ptr, gain, offset, pre_add, stats, window, c, p, TILE)
-                dz = activation_gradient(dz, z, ACTIVATION, NVIDIA)
-                if TILE.stacked:  # a sample that is not there has no statistics
-                    dz = zero_outside(dz, window, c, p, TILE)
-            if dresidual_ptr is not None:
-                store_tile(dresidual_ptr, dz, window, c, p, TILE)
-            dzs = dzs + (dz,)
+            z = _load_z(xs[c * TILE.pixel_tiles + p], residual_ptr, affine, window, c, p, TILE)
+            dz = activation_gradient(dz, z, ACTIVATION, NVIDIA)
+        if dresidual_ptr is not None:
+            store_tile(dresidual_ptr, dz, window, c, p, TILE)
+        dzs = dzs + (dz,)
     return dzs
 
 
 @triton.jit
-def no_dz_sums(TILE: tl.constexpr, dtype: tl.constexpr):
-    return no_channel_sums(TILE, dtype), no_channel_sums(TILE, dtype)
-
-
-@triton.jit
-def add_dz_sums(sums, dzs, xs, coeffs, stats, window, c: tl.constexpr, TILE: tl.constexpr):
-    """Add dz and dz * x_hat of channel tile ``c`` to the pair of accumulators ``sums``."""
-    dz_sums, dz_x_hat_sums = sums
-    pre_add = None
-    if coeffs.pre_add is not None:
-        pre_add = load_channels(coeffs.pre_add, window, c, TILE, stats.mean.dtype)
+def add_dz_sums(sums, dzs, xs, centre, window, c: tl.constexpr, TILE: tl.constexpr):
+    """Add dz and dz * (x - centre) of channel tile ``c`` to the pair of accumulators ``sums``."""
+    dz_sums, dz_centred_sums = sums
     for p in tl.static_range(TILE.pixel_tiles):
-        dz = dzs[c * TILE.pixel_tiles + p]
-        x_hat = normalise(xs[c * TILE.pixel_tiles + p], pre_add, stats, window, p, TILE)
+        dz = dzs[p]
+        x = centred(xs[c * TILE.pixel_tiles + p], centre, window, p, TILE)
         dz_sums = add_to_channels(dz_sums, dz, window, p, TILE)
-        dz_x_hat_sums = add_to_channels(dz_x_hat_sums, dz * x_hat, window, p, TILE)
-    return dz_sums, dz_x_hat_sums
+        dz_centred_sums = add_to_channels(dz_centred_sums, dz * x, window, p, TILE)
+    return dz_sums, dz_centred_sums
 
 
 @triton.jit
 def write_dx(
-    dx_sums, dzs, xs, coeffs, stats, dx_hat_mean, dx_hat_x_hat_mean, dx_ptr, dpre_add_ptr, window,
-    c: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+    dx_sums, dzs, xs, slope, dx_ptr, dpre_add_ptr, window, c: tl.constexpr, TILE: tl.constexpr
+):
     """dx of channel tile ``c`` unless None; returned: the accumulator ``dx_sums`` with it added,
-    if dpre_add is asked for.
-
-    The two means over the group broadcast against a sub-tile.
-    """
-    gain = load_gain(coeffs, window, c, TILE, stats.mean.dtype)
-    pre_add = None
-    if coeffs.pre_add is not None:
-        pre_add = load_channels(coeffs.pre_add, window, c, TILE, stats.mean.dtype)
+    if dpre_add is asked for."""
     for p in tl.static_range(TILE.pixel_tiles):
-        dx_hat = dzs[c * TILE.pixel_tiles + p] * over_pixels(gain, window, p, TILE)
-        x_hat = normalise(xs[c * TILE.pixel_tiles + p], pre_add, stats, window, p, TILE)
-        dx = (dx_hat - dx_hat_mean - x_hat * dx_hat_x_hat_mean) * stats.rstd
+        x = centred(xs[c * TILE.pixel_tiles + p], slope.centre, window, p, TILE)
+        dx = over_pixels(slope.offset, window, p, TILE) - x * slope.slope
+        dx += dzs[p] * over_pixels(slope.gain, window, p, TILE)
         if dx_ptr is not None:
             store_tile(dx_ptr, dx, window, c, p, TILE)
         if dpre_add_ptr is not None:
-            inside = zero_outside(dx, window, c, p, TILE)
+            inside = zero_beyond_pixels(dx, window, p, TILE)
             dx_sums = add_to_channels(dx_sums, inside, window, p, TILE)
     return dx_sums

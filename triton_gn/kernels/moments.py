@@ -9,7 +9,15 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .tile import group_sums, groups_of, load_channels, over_groups, over_pixels, zero_outside
+from .tile import (
+    group_sums,
+    groups_of,
+    load_channels,
+    over_groups,
+    over_pixels,
+    zero_beyond_channels,
+    zero_beyond_pixels,
+)
 
 
 class Moments(NamedTuple):
@@ -39,15 +47,19 @@ def divide(a, b):
 
 
 @triton.jit
-def window_count(window, groups, TILE: tl.constexpr, dtype: tl.constexpr):
-    """Elements of each group in the window: ``[group_slots]``."""
+def _inverse(n):
+    return divide(tl.full(n.shape, 1.0, n.dtype), n)
+
+
+@triton.jit
+def window_count(window, TILE: tl.constexpr, dtype: tl.constexpr):
+    """Elements of each group in the window."""
     if TILE.groups == 1:
-        per_group = window.cols.to(dtype)
+        per_row = window.cols.to(dtype)
     else:
-        per_group = tl.full([1], TILE.group_channels, dtype)
-    _, mask = groups_of(window, groups, TILE)
+        per_row = tl.full([], TILE.group_channels, dtype)
     rows = 1 if TILE.stacked else window.rows
-    return tl.where(mask, rows * per_group, 0.0)
+    return rows * per_row
 
 
 @triton.jit
@@ -59,24 +71,28 @@ def _pair(reference, difference):
 
 
 @triton.jit
-def normalise(x, pre_add, stats, window, p: tl.constexpr, TILE: tl.constexpr):
-    """x_hat of a sub-tile of pixel tile ``p``; ``pre_add`` per channel, or None.
-
-    Never folded into ``a * x + b``: that would lose what ``mean_lo`` adds. For the same reason
-    pre_add is taken from the mean, once per channel, where the sum is again a pair.
-    """
-    mean, mean_lo = stats.mean, stats.mean_lo
-    if pre_add is not None:
-        mean, rest = _pair(mean, -over_pixels(pre_add, window, p, TILE))
-        mean_lo = mean_lo + rest
-    return ((x.to(stats.mean.dtype) - mean) - mean_lo) * stats.rstd
+def centre_of(
+    pre_add, mean, mean_lo, window, c: tl.constexpr, TILE: tl.constexpr, dtype: tl.constexpr
+):
+    """The pair that x loses, ``mean + mean_lo - pre_add``; per channel, or per group without
+    pre_add."""
+    if pre_add is None:
+        return mean, mean_lo
+    else:
+        # x + pre_add would not hold what mean_lo adds; the sum of these is again a pair
+        hi, rest = _pair(mean, -load_channels(pre_add, window, c, TILE, dtype))
+        return hi, mean_lo + rest
 
 
 @triton.jit
-def window_moments(xs, pre_add, window, groups, TILE: tl.constexpr, dtype: tl.constexpr):
-    """Moments of the window's elements, which ``xs`` holds as sub-tiles; of x + pre_add."""
-    count = window_count(window, groups, TILE, dtype)
-    n = tl.maximum(count, 1.0)
+def centred(x, centre, window, p: tl.constexpr, TILE: tl.constexpr):
+    """The sub-tile x of pixel tile ``p`` without the high part of its centre: exact near it."""
+    return x.to(centre.dtype) - over_pixels(centre, window, p, TILE)
+
+
+@triton.jit
+def rough_mean(xs, pre_add, window, TILE: tl.constexpr, dtype: tl.constexpr):
+    """Mean of each group of the window, which ``xs`` holds as sub-tiles, as it rounds."""
     total = tl.zeros([TILE.rows, TILE.cols], dtype)
     for c in tl.static_range(TILE.channel_tiles):
         if pre_add is not None:
@@ -84,25 +100,45 @@ def window_moments(xs, pre_add, window, groups, TILE: tl.constexpr, dtype: tl.co
         for p in tl.static_range(TILE.pixel_tiles):
             x = xs[c * TILE.pixel_tiles + p].to(dtype)
             if pre_add is not None:
-                x = zero_outside(x + over_pixels(added, window, p, TILE), window, c, p, TILE)
+                x = zero_beyond_pixels(x + over_pixels(added, window, p, TILE), window, p, TILE)
             total += x
-    mean = divide(group_sums(total, TILE), n)
-    centre = Stats(over_groups(mean, TILE), 0.0, 1.0)
-    deviations = tl.zeros([TILE.rows, TILE.cols], dtype)
-    squares = tl.zeros([TILE.rows, TILE.cols], dtype)
+    return group_sums(total, TILE) * _inverse(window_count(window, TILE, dtype))
+
+
+@triton.jit
+def no_deviations(TILE: tl.constexpr, dtype: tl.constexpr):
+    return tl.zeros([TILE.rows, TILE.cols], dtype), tl.zeros([TILE.rows, TILE.cols], dtype)
+
+
+@triton.jit
+def add_deviations(deviations, xs, pre_add, reference, window, TILE: tl.constexpr):
+    """Add those from ``reference`` ``[group_slots]``, and their squares, to a pair of accumulators
+    of the shape of a sub-tile."""
+    sums, squares = deviations
+    dtype: tl.constexpr = reference.dtype
     for c in tl.static_range(TILE.channel_tiles):
-        added = None
-        if pre_add is not None:
-            added = load_channels(pre_add, window, c, TILE, dtype)
+        centre, rest = centre_of(pre_add, over_groups(reference, TILE), 0.0, window, c, TILE, dtype)
+        # a channel that is not there is 0 in x: so it is after this
+        centre = zero_beyond_channels(centre, window, c, TILE)
         for p in tl.static_range(TILE.pixel_tiles):
-            x = xs[c * TILE.pixel_tiles + p]
-            centred = normalise(x, added, centre, window, p, TILE)
-            centred = zero_outside(centred, window, c, p, TILE)
-            deviations += centred
-            squares += centred * centred
-    deviation = group_sums(deviations, TILE)
-    mean_lo = divide(deviation, n)
-    return Moments(count, mean, mean_lo, group_sums(squares, TILE) - mean_lo * deviation)
+            deviation = centred(xs[c * TILE.pixel_tiles + p], centre, window, p, TILE)
+            if pre_add is not None:
+                deviation -= over_pixels(rest, window, p, TILE)
+            deviation = zero_beyond_pixels(deviation, window, p, TILE)
+            sums += deviation
+            squares += deviation * deviation
+    return sums, squares
+
+
+@triton.jit
+def moments_of(deviations, reference, window, TILE: tl.constexpr):
+    """Moments of a window from all of its deviations from ``reference``."""
+    dtype: tl.constexpr = reference.dtype
+    count = window_count(window, TILE, dtype)
+    deviation = group_sums(deviations[0], TILE)
+    mean_lo = deviation * _inverse(count)
+    m2 = group_sums(deviations[1], TILE) - mean_lo * deviation
+    return Moments(tl.full([TILE.group_slots], count, dtype), reference, mean_lo, m2)
 
 
 @triton.jit
@@ -123,16 +159,15 @@ def combine(a, b):
 def combine_all(parts):
     """Moments of all parts of each group at once: ``[group_slots, parts]`` to ``[group_slots]``.
 
-    Flat and in a fixed order, relative to the first part that has elements; those of count 0 do not
-    matter.
+    Flat and in a fixed order, relative to their mean as it rounds; those of count 0 do not matter.
     """
     there = parts.count > 0
     count = tl.sum(parts.count, axis=1)
-    index = tl.arange(0, parts.mean.shape[1])[None, :]
-    first = tl.min(tl.where(there, index, parts.mean.shape[1]), axis=1)
-    reference = tl.sum(tl.where(index == first[:, None], parts.mean, 0.0), axis=1)
+    share = _inverse(tl.maximum(count, 1.0))
+    weight = parts.count * share[:, None]
+    reference = tl.sum(tl.where(there, parts.mean, 0.0) * weight, axis=1)
     difference = tl.where(there, (parts.mean - reference[:, None]) + parts.mean_lo, 0.0)
-    step = divide(tl.sum(difference * parts.count, axis=1), tl.maximum(count, 1.0))
+    step = tl.sum(difference * weight, axis=1)
     rest = difference - step[:, None]
     m2 = tl.sum(tl.where(there, parts.m2 + parts.count * (rest * rest), 0.0), axis=1)
     mean, mean_lo = _pair(reference, step)

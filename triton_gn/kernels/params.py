@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .epilogue import load_gain
+from .moments import centre_of
 from .tile import begin_group_sums, channel_sums, load_channels, store_channels
 
 
@@ -22,17 +23,25 @@ class Reduction(NamedTuple):
 
 @triton.jit
 def store_param_grads(
-    sums, coeffs, grads, window, c: tl.constexpr, groups, chunks, TILE: tl.constexpr,
-    dtype: tl.constexpr,
-):  # fmt: skip
+    sums, coeffs, stats, grads, window, c: tl.constexpr, groups, chunks, TILE: tl.constexpr
+):
     """Write what the window adds to each gradient but dpre_add, for channel tile ``c``.
 
-    ``sums``: the accumulators of dz and dz * x_hat. Each gradient is (N * chunks, C), or None.
+    ``sums``: the accumulators of ``add_dz_sums``. Each gradient is (N * chunks, C), or None.
     Returned: sum(dx_hat) and sum(dx_hat * x_hat) over the window's part of each group, begun by
     ``begin_group_sums``.
     """
-    dz_sum = channel_sums(sums[0], TILE)
-    dz_x_hat_sum = channel_sums(sums[1], TILE)
+    dtype: tl.constexpr = stats.mean.dtype
+    _, rest = centre_of(coeffs.pre_add, stats.mean, stats.mean_lo, window, c, TILE, dtype)
+    dz_sum, dz_x_hat_sum = sums
+    if TILE.stacked:  # each row has its own statistics, and group sums
+        dz_x_hat_sum = (dz_x_hat_sum - dz_sum * rest) * stats.rstd
+        dz_sums, dz_x_hat_sums = dz_sum, dz_x_hat_sum
+    dz_sum = channel_sums(dz_sum, TILE)
+    dz_x_hat_sum = channel_sums(dz_x_hat_sum, TILE)
+    if not TILE.stacked:
+        dz_x_hat_sum = (dz_x_hat_sum - dz_sum * rest) * stats.rstd
+        dz_sums, dz_x_hat_sums = dz_sum, dz_x_hat_sum
     if grads.shift is not None:
         store_channels(grads.shift, dz_sum, window, c, groups, chunks, TILE)
     if grads.scale is not None:
@@ -52,9 +61,7 @@ def store_param_grads(
     if grads.bias is not None:
         store_channels(grads.bias, dbias, window, c, groups, chunks, TILE)
     gain = load_gain(coeffs, window, c, TILE, dtype)
-    if TILE.stacked:  # of each row its own, which only the accumulators still tell apart
-        dz_sum, dz_x_hat_sum = sums
-    return begin_group_sums(dz_sum * gain, TILE), begin_group_sums(dz_x_hat_sum * gain, TILE)
+    return begin_group_sums(dz_sums * gain, TILE), begin_group_sums(dz_x_hat_sums * gain, TILE)
 
 
 @triton.jit

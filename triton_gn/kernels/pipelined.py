@@ -68,7 +68,7 @@ def group_norm_forward_pipelined_kernel(
 ):  # fmt: skip
     """Any number of programs.
 
-    Reads x twice, residual once unless None, ``coeffs``; writes partials (N, G, slots, 4), y once,
+    Reads x twice, residual once unless None, ``coeffs``; writes partials (N, G, 4, slots), y once,
     and stats (N, G, 3) unless None.
     """
     cut = Cut(groups, pixels, row_vecs, chunks, chunk_vecs, slots)
@@ -97,7 +97,7 @@ def group_norm_backward_pipelined_kernel(
     """Any number of programs.
 
     Reads dy, x and, unless None, residual twice, ``coeffs``, stats (N, G, 3). Writes partials
-    (N, G, slots, 2), dx and dresidual once, and the chunks' rows of each of ``grads``
+    (N, G, 2, slots), dx and dresidual once, and the chunks' rows of each of ``grads``
     (N * chunks, C); each unless None.
     """
     cut = Cut(groups, pixels, row_vecs, chunks, chunk_vecs, slots)

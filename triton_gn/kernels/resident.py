@@ -3,8 +3,19 @@
 import triton
 import triton.language as tl
 
-from .epilogue import add_dz_sums, load_dzs, no_dz_sums, write_dx, write_y
-from .moments import divide, load_stats, rstd_of, spread_stats, store_stats, window_moments
+from .epilogue import add_dz_sums, load_affine, load_dzs, load_slope, write_dx, write_y
+from .moments import (
+    add_deviations,
+    centre_of,
+    divide,
+    load_stats,
+    moments_of,
+    no_deviations,
+    rough_mean,
+    rstd_of,
+    spread_stats,
+    store_stats,
+)
 from .params import store_param_grads
 from .tile import (
     channel_sums,
@@ -31,12 +42,17 @@ def group_norm_forward_resident_kernel(
     dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     window = whole_window(tl.program_id(0), groups, pixels, row_vecs, TILE)
     xs = load_tiles(x_ptr, window, TILE, "")
-    moments = window_moments(xs, coeffs.pre_add, window, groups, TILE, dtype)
+    reference = rough_mean(xs, coeffs.pre_add, window, TILE, dtype)
+    deviations = no_deviations(TILE, dtype)
+    deviations = add_deviations(deviations, xs, coeffs.pre_add, reference, window, TILE)
+    moments = moments_of(deviations, reference, window, TILE)
     rstd = rstd_of(moments, eps)
     if stats_ptr is not None:
         store_stats(stats_ptr, moments, rstd, window, groups, TILE)
     stats = spread_stats(moments, rstd, TILE)
-    write_y(xs, residual_ptr, coeffs, stats, y_ptr, window, TILE, ACTIVATION, NVIDIA)
+    for c in tl.static_range(TILE.channel_tiles):
+        affine = load_affine(coeffs, stats, window, c, TILE)
+        write_y(xs, residual_ptr, affine, y_ptr, window, c, TILE, ACTIVATION, NVIDIA)
 
 
 @triton.jit
@@ -53,12 +69,21 @@ def group_norm_backward_resident_kernel(
     window = whole_window(tl.program_id(0), groups, pixels, row_vecs, TILE)
     xs = load_tiles(x_ptr, window, TILE, "")
     stats = load_stats(stats_ptr, window, groups, TILE)
-    dzs = load_dzs(
-        dy_ptr, residual_ptr, dresidual_ptr, xs, coeffs, stats, window, TILE, ACTIVATION, NVIDIA, ""
-    )
+    all_dzs = ()
     for c in tl.static_range(TILE.channel_tiles):
-        sums = add_dz_sums(no_dz_sums(TILE, dtype), dzs, xs, coeffs, stats, window, c, TILE)
-        first, second = store_param_grads(sums, coeffs, grads, window, c, groups, 1, TILE, dtype)
+        affine = None
+        if ACTIVATION != "none":
+            affine = load_affine(coeffs, stats, window, c, TILE)
+        dzs = load_dzs(
+            dy_ptr, residual_ptr, dresidual_ptr, xs, affine, window, c, TILE, ACTIVATION, NVIDIA,
+            "", dtype,
+        )  # fmt: skip
+        all_dzs = all_dzs + (dzs,)
+    for c in tl.static_range(TILE.channel_tiles):
+        centre, _ = centre_of(coeffs.pre_add, stats.mean, stats.mean_lo, window, c, TILE, dtype)
+        none = no_channel_sums(TILE, dtype)
+        sums = add_dz_sums((none, none), all_dzs[c], xs, centre, window, c, TILE)
+        first, second = store_param_grads(sums, coeffs, stats, grads, window, c, groups, 1, TILE)
         if c == 0:
             dx_hat_sums, dx_hat_x_hat_sums = first, second
         else:
@@ -71,9 +96,10 @@ def group_norm_backward_resident_kernel(
         dx_hat_mean = over_groups(divide(dx_hat_sum, count), TILE)
         dx_hat_x_hat_mean = over_groups(divide(dx_hat_x_hat_sum, count), TILE)
         for c in tl.static_range(TILE.channel_tiles):
+            slope = load_slope(coeffs, stats, dx_hat_mean, dx_hat_x_hat_mean, window, c, TILE)
             dx_sums = write_dx(
-                no_channel_sums(TILE, dtype), dzs, xs, coeffs, stats, dx_hat_mean,
-                dx_hat_x_hat_mean, dx_ptr, grads.pre_add, window, c, TILE,
+                no_channel_sums(TILE, dtype), all_dzs[c], xs, slope, dx_ptr, grads.pre_add, window,
+                c, TILE,
             )  # fmt: skip
             if grads.pre_add is not None:
                 dpre_add = channel_sums(dx_sums, TILE)

@@ -10,17 +10,21 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .epilogue import add_dz_sums, load_dzs, no_dz_sums, write_dx, write_y
+from .epilogue import add_dz_sums, load_affine, load_dzs, load_slope, write_dx, write_y
 from .moments import (
     Moments,
+    add_deviations,
+    centre_of,
     combine,
     combine_all,
     divide,
     load_stats,
+    moments_of,
+    no_deviations,
+    rough_mean,
     rstd_of,
     spread_stats,
     store_stats,
-    window_moments,
 )
 from .params import store_param_grads, sum_params
 from .tile import (
@@ -56,58 +60,67 @@ def _window(pid, cut, TILE: tl.constexpr):
 
 
 @triton.jit
-def _slots_of(group, mask, slots, first, SLOTS: tl.constexpr):
-    """Indices and mask ``[groups, SLOTS]`` of partials ``first`` onwards of the groups."""
+def _load_partials(
+    ptr, group, mask, slots, first, field: tl.constexpr, FIELDS: tl.constexpr, SLOTS: tl.constexpr
+):
+    """``[groups, SLOTS]``: a field of the groups' partials (..., FIELDS, slots), from the
+    ``first`` on."""
     slot = first + tl.arange(0, SLOTS)[None, :]
-    return group[:, None] * slots + slot, mask[:, None] & (slot < slots)
-
-
-@triton.jit
-def _load_partial(ptr, mask):
+    index = (group[:, None] * FIELDS + field) * slots + slot
     # past L1, which does not hear of what other programs of this launch have stored
-    return tl.load(ptr, mask=mask, other=0.0, cache_modifier=".cg")
+    return tl.load(
+        ptr + index, mask=mask[:, None] & (slot < slots), other=0.0, cache_modifier=".cg"
+    )
 
 
 @triton.jit
-def _merged_moments(partials_ptr, group, mask, slots, dtype: tl.constexpr, SLOTS: tl.constexpr):
+def _some_merged(partials_ptr, group, mask, slots, first, SLOTS: tl.constexpr):
+    parts = Moments(
+        _load_partials(partials_ptr, group, mask, slots, first, 0, 4, SLOTS),
+        _load_partials(partials_ptr, group, mask, slots, first, 1, 4, SLOTS),
+        _load_partials(partials_ptr, group, mask, slots, first, 2, 4, SLOTS),
+        _load_partials(partials_ptr, group, mask, slots, first, 3, 4, SLOTS),
+    )
+    return combine_all(parts)
+
+
+@triton.jit
+def _merged_moments(partials_ptr, group, mask, slots, SLOTS: tl.constexpr):
     """Moments of the groups, from all their partials."""
-    none = tl.zeros([group.shape[0]], dtype)
-    count, mean, mean_lo, m2 = none, none, none, none
-    for first in range(0, slots, SLOTS):
-        index, there = _slots_of(group, mask, slots, first, SLOTS)
-        parts = Moments(
-            _load_partial(partials_ptr + index * 4, there),
-            _load_partial(partials_ptr + index * 4 + 1, there),
-            _load_partial(partials_ptr + index * 4 + 2, there),
-            _load_partial(partials_ptr + index * 4 + 3, there),
+    merged = _some_merged(partials_ptr, group, mask, slots, 0, SLOTS)
+    count, mean, mean_lo, m2 = merged.count, merged.mean, merged.mean_lo, merged.m2
+    for first in range(SLOTS, slots, SLOTS):
+        merged = combine(
+            Moments(count, mean, mean_lo, m2),
+            _some_merged(partials_ptr, group, mask, slots, first, SLOTS),
         )
-        merged = combine(Moments(count, mean, mean_lo, m2), combine_all(parts))
         count, mean, mean_lo, m2 = merged.count, merged.mean, merged.mean_lo, merged.m2
     return Moments(count, mean, mean_lo, m2)
 
 
 @triton.jit
 def leave_moments(pid, x_ptr, coeffs, partials_ptr, cut, TILE: tl.constexpr, EVICT: tl.constexpr):
-    """Of the ``pid``-th chunk, to its slot of partials (N, G, slots, 4): count, mean, mean_lo,
+    """Of the ``pid``-th chunk, to its slot of partials (N, G, 4, slots): count, mean, mean_lo,
     m2."""
     dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     window = _window(pid, cut, TILE)
-    none = tl.zeros([TILE.group_slots], dtype)
-    count, mean, mean_lo, m2 = none, none, none, none
-    for step in range(0, steps_of(window, TILE)):
+    # all deviations are from the mean of the first stretch: one reduction at the end is enough
+    part = step_of(window, 0, TILE)
+    xs = load_tiles(x_ptr, part, TILE, EVICT)
+    reference = rough_mean(xs, coeffs.pre_add, part, TILE, dtype)
+    deviations = no_deviations(TILE, dtype)
+    deviations = add_deviations(deviations, xs, coeffs.pre_add, reference, part, TILE)
+    for step in range(1, steps_of(window, TILE)):
         part = step_of(window, step, TILE)
         xs = load_tiles(x_ptr, part, TILE, EVICT)
-        merged = combine(
-            Moments(count, mean, mean_lo, m2),
-            window_moments(xs, coeffs.pre_add, part, cut.groups, TILE, dtype),
-        )
-        count, mean, mean_lo, m2 = merged.count, merged.mean, merged.mean_lo, merged.m2
+        deviations = add_deviations(deviations, xs, coeffs.pre_add, reference, part, TILE)
+    moments = moments_of(deviations, reference, window, TILE)
     group, mask = groups_of(window, cut.groups, TILE)
-    index = (group * cut.slots + window.slot) * 4
-    tl.store(partials_ptr + index, count, mask=mask)
-    tl.store(partials_ptr + index + 1, mean, mask=mask)
-    tl.store(partials_ptr + index + 2, mean_lo, mask=mask)
-    tl.store(partials_ptr + index + 3, m2, mask=mask)
+    index = group * 4 * cut.slots + window.slot
+    tl.store(partials_ptr + index, moments.count, mask=mask)
+    tl.store(partials_ptr + index + cut.slots, moments.mean, mask=mask)
+    tl.store(partials_ptr + index + 2 * cut.slots, moments.mean_lo, mask=mask)
+    tl.store(partials_ptr + index + 3 * cut.slots, moments.m2, mask=mask)
 
 
 @triton.jit
@@ -117,19 +130,18 @@ def apply_moments(
     EVICT: tl.constexpr,
 ):  # fmt: skip
     """y of the ``pid``-th chunk, and the stats of its groups where it is their first."""
-    dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     window = _window(pid, cut, TILE)
     group, mask = groups_of(window, cut.groups, TILE)
-    moments = _merged_moments(partials_ptr, group, mask, cut.slots, dtype, SLOTS)
+    moments = _merged_moments(partials_ptr, group, mask, cut.slots, SLOTS)
     rstd = rstd_of(moments, eps)
     if stats_ptr is not None:
         if window.slot == 0:
             store_stats(stats_ptr, moments, rstd, window, cut.groups, TILE)
-    stats = spread_stats(moments, rstd, TILE)
+    affine = load_affine(coeffs, spread_stats(moments, rstd, TILE), window, 0, TILE)
     for step in range(0, steps_of(window, TILE)):
         part = step_of(window, step, TILE)
         xs = load_tiles(x_ptr, part, TILE, EVICT)
-        write_y(xs, residual_ptr, coeffs, stats, y_ptr, part, TILE, ACTIVATION, NVIDIA)
+        write_y(xs, residual_ptr, affine, y_ptr, part, 0, TILE, ACTIVATION, NVIDIA)
 
 
 @triton.jit
@@ -137,29 +149,31 @@ def leave_sums(
     pid, dy_ptr, x_ptr, residual_ptr, coeffs, stats_ptr, partials_ptr, dresidual_ptr, grads, cut,
     TILE: tl.constexpr, ACTIVATION: tl.constexpr, NVIDIA: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
-    """Of the ``pid``-th chunk, to its slot of partials (N, G, slots, 2): sum(dx_hat),
+    """Of the ``pid``-th chunk, to its slot of partials (N, G, 2, slots): sum(dx_hat),
     sum(dx_hat * x_hat); its dresidual, and its row of each of ``grads`` but pre_add."""
     dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     window = _window(pid, cut, TILE)
     stats = load_stats(stats_ptr, window, cut.groups, TILE)
-    dz_sums, dz_x_hat_sums = no_dz_sums(TILE, dtype)
+    centre, _ = centre_of(coeffs.pre_add, stats.mean, stats.mean_lo, window, 0, TILE, dtype)
+    affine = None
+    if ACTIVATION != "none":
+        affine = load_affine(coeffs, stats, window, 0, TILE)
+    sums = no_channel_sums(TILE, dtype), no_channel_sums(TILE, dtype)
     for step in range(0, steps_of(window, TILE)):
         part = step_of(window, step, TILE)
         xs = load_tiles(x_ptr, part, TILE, EVICT)
         dzs = load_dzs(
-            dy_ptr, residual_ptr, dresidual_ptr, xs, coeffs, stats, part, TILE, ACTIVATION, NVIDIA,
-            EVICT,
+            dy_ptr, residual_ptr, dresidual_ptr, xs, affine, part, 0, TILE, ACTIVATION, NVIDIA,
+            EVICT, dtype,
         )  # fmt: skip
-        dz_sums, dz_x_hat_sums = add_dz_sums(
-            (dz_sums, dz_x_hat_sums), dzs, xs, coeffs, stats, part, 0, TILE
-        )
+        sums = add_dz_sums(sums, dzs, xs, centre, part, 0, TILE)
     dx_hat_sums, dx_hat_x_hat_sums = store_param_grads(
-        (dz_sums, dz_x_hat_sums), coeffs, grads, window, 0, cut.groups, cut.chunks, TILE, dtype
+        sums, coeffs, stats, grads, window, 0, cut.groups, cut.chunks, TILE
     )
     group, mask = groups_of(window, cut.groups, TILE)
-    index = (group * cut.slots + window.slot) * 2
+    index = group * 2 * cut.slots + window.slot
     tl.store(partials_ptr + index, end_group_sums(dx_hat_sums, TILE), mask=mask)
-    tl.store(partials_ptr + index + 1, end_group_sums(dx_hat_x_hat_sums, TILE), mask=mask)
+    tl.store(partials_ptr + index + cut.slots, end_group_sums(dx_hat_x_hat_sums, TILE), mask=mask)
 
 
 @triton.jit
@@ -180,23 +194,25 @@ def apply_sums(
     if partials_ptr is not None:
         group, mask = groups_of(window, cut.groups, TILE)
         for first in range(0, cut.slots, SLOTS):
-            index, there = _slots_of(group, mask, cut.slots, first, SLOTS)
-            dx_hat_sum += tl.sum(_load_partial(partials_ptr + index * 2, there), axis=1)
-            dx_hat_x_hat_sum += tl.sum(_load_partial(partials_ptr + index * 2 + 1, there), axis=1)
+            parts = _load_partials(partials_ptr, group, mask, cut.slots, first, 0, 2, SLOTS)
+            dx_hat_sum += tl.sum(parts, axis=1)
+            parts = _load_partials(partials_ptr, group, mask, cut.slots, first, 1, 2, SLOTS)
+            dx_hat_x_hat_sum += tl.sum(parts, axis=1)
     count = group_count(cut.pixels, TILE, dtype)
     dx_hat_mean = over_groups(divide(dx_hat_sum, count), TILE)
     dx_hat_x_hat_mean = over_groups(divide(dx_hat_x_hat_sum, count), TILE)
+    affine = None
+    if ACTIVATION != "none":
+        affine = load_affine(coeffs, stats, window, 0, TILE)
+    slope = load_slope(coeffs, stats, dx_hat_mean, dx_hat_x_hat_mean, window, 0, TILE)
     dx_sums = no_channel_sums(TILE, dtype)
     for step in range(0, steps_of(window, TILE)):
         part = step_of(window, step, TILE)
         xs = load_tiles(x_ptr, part, TILE, EVICT)
         dzs = load_dzs(
-            dy_ptr, residual_ptr, None, xs, coeffs, stats, part, TILE, ACTIVATION, NVIDIA, EVICT
+            dy_ptr, residual_ptr, None, xs, affine, part, 0, TILE, ACTIVATION, NVIDIA, EVICT, dtype
         )
-        dx_sums = write_dx(
-            dx_sums, dzs, xs, coeffs, stats, dx_hat_mean, dx_hat_x_hat_mean, dx_ptr,
-            dpre_add_ptr, part, 0, TILE,
-        )  # fmt: skip
+        dx_sums = write_dx(dx_sums, dzs, xs, slope, dx_ptr, dpre_add_ptr, part, 0, TILE)
     if dpre_add_ptr is not None:
         dpre_add = channel_sums(dx_sums, TILE)
         store_channels(dpre_add_ptr, dpre_add, window, 0, cut.groups, cut.chunks, TILE)
@@ -209,7 +225,7 @@ def group_norm_forward_split_moments_kernel(
 ):  # fmt: skip
     """One program per chunk of ``TILE.groups`` groups of a sample.
 
-    Reads x once, and pre_add; writes partials (N, G, slots, 4): count, mean, mean_lo, m2.
+    Reads x once, and pre_add; writes partials (N, G, 4, slots): count, mean, mean_lo, m2.
     """
     cut = Cut(groups, pixels, row_vecs, chunks, chunk_vecs, slots)
     leave_moments(tl.program_id(0), x_ptr, coeffs, partials_ptr, cut, TILE, "")
@@ -221,12 +237,11 @@ def group_norm_merge_moments_kernel(
 ):
     """One program per ``GROUPS`` of all samples' ``groups``.
 
-    Reads partials (groups, slots, 4), writes merged (4, groups): count, mean, mean_lo, m2.
+    Reads partials (groups, 4, slots), writes merged (4, groups): count, mean, mean_lo, m2.
     """
     group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     mask = group < groups
-    dtype: tl.constexpr = partials_ptr.dtype.element_ty
-    moments = _merged_moments(partials_ptr, group, mask, slots, dtype, SLOTS)
+    moments = _merged_moments(partials_ptr, group, mask, slots, SLOTS)
     tl.store(merged_ptr + group, moments.count, mask=mask)
     tl.store(merged_ptr + groups + group, moments.mean, mask=mask)
     tl.store(merged_ptr + 2 * groups + group, moments.mean_lo, mask=mask)
@@ -262,7 +277,7 @@ def group_norm_backward_split_sums_kernel(
     """One program per chunk of ``TILE.groups`` groups of a sample.
 
     Reads dy, x and, unless None, residual once, ``coeffs``, stats (N, G, 3). Writes partials
-    (N, G, slots, 2): sum(dx_hat), sum(dx_hat * x_hat); dresidual once, and the chunk's row of each
+    (N, G, 2, slots): sum(dx_hat), sum(dx_hat * x_hat); dresidual once, and the chunk's row of each
     of ``grads`` (N * chunks, C) but pre_add; each unless None.
     """
     cut = Cut(groups, pixels, row_vecs, chunks, chunk_vecs, slots)

@@ -170,6 +170,16 @@ def step_of(window, step, TILE: tl.constexpr):
 
 
 @triton.jit
+def _inside_rows(window, row_tile: tl.constexpr, TILE: tl.constexpr):
+    return tl.arange(0, TILE.rows)[:, None] < window.rows - row_tile * TILE.rows
+
+
+@triton.jit
+def _inside_cols(window, col_tile: tl.constexpr, TILE: tl.constexpr):
+    return tl.arange(0, TILE.cols)[None, :] < window.cols - col_tile * TILE.cols
+
+
+@triton.jit
 def _place(window, c: tl.constexpr, p: tl.constexpr, TILE: tl.constexpr):
     """Where the sub-tile of channel tile ``c`` and pixel tile ``p`` lies: an int64 start, int32
     steps from there, and the mask, which is constant along an axis that is covered exactly."""
@@ -179,14 +189,12 @@ def _place(window, c: tl.constexpr, p: tl.constexpr, TILE: tl.constexpr):
     cols = tl.arange(0, TILE.cols)[None, :]
     start = window.offset + window.row_vecs.to(tl.int64) * (row_tile * TILE.rows * TILE.vec)
     steps = rows * (window.row_vecs * TILE.vec) + cols
-    rows_inside = rows < window.rows - row_tile * TILE.rows
-    cols_inside = cols < window.cols - col_tile * TILE.cols
     if not TILE.mask_rows:
-        mask = cols_inside
+        mask = _inside_cols(window, col_tile, TILE)
     elif not TILE.mask_cols:
-        mask = rows_inside
+        mask = _inside_rows(window, row_tile, TILE)
     else:
-        mask = rows_inside & cols_inside
+        mask = _inside_rows(window, row_tile, TILE) & _inside_cols(window, col_tile, TILE)
     return start + col_tile * TILE.cols, steps, mask
 
 
@@ -226,10 +234,23 @@ def store_tile(ptr, values, window, c: tl.constexpr, p: tl.constexpr, TILE: tl.c
 
 
 @triton.jit
-def zero_outside(values, window, c: tl.constexpr, p: tl.constexpr, TILE: tl.constexpr):
-    if TILE.mask_rows or TILE.mask_cols:
-        _, _, mask = _place(window, c, p, TILE)
-        return tl.where(mask, values, 0.0)
+def zero_beyond_pixels(values, window, p: tl.constexpr, TILE: tl.constexpr):
+    """Values of a sub-tile of pixel tile ``p``, 0 where there are no such pixels."""
+    if TILE.channels_last and TILE.mask_rows:
+        return tl.where(_inside_rows(window, p, TILE), values, 0.0)
+    elif not TILE.channels_last and TILE.mask_cols:
+        return tl.where(_inside_cols(window, p, TILE), values, 0.0)
+    else:
+        return values
+
+
+@triton.jit
+def zero_beyond_channels(values, window, c: tl.constexpr, TILE: tl.constexpr):
+    """Per-channel or per-group values, 0 for those of channel tile ``c`` that do not exist."""
+    if TILE.channels_last and TILE.mask_cols:
+        return tl.where(_inside_cols(window, c, TILE), values, 0.0)
+    elif not TILE.channels_last and TILE.mask_rows:
+        return tl.where(_inside_rows(window, c, TILE), values, 0.0)
     else:
         return values
 
@@ -285,8 +306,9 @@ def _lane_of(window, p: tl.constexpr, TILE: tl.constexpr):
 
 @triton.jit
 def over_pixels(values, window, p: tl.constexpr, TILE: tl.constexpr):
-    """Per-channel values, made to broadcast against the sub-tiles of pixel tile ``p``."""
-    if TILE.span == 1:
+    """Per-channel or per-group values, made to broadcast against the sub-tiles of pixel tile
+    ``p``."""
+    if TILE.span == 1 or values.shape[1] == 1:
         return values
     else:
         lane = _lane_of(window, p, TILE)
@@ -333,26 +355,22 @@ def channel_sums(sums, TILE: tl.constexpr):
 
 
 @triton.jit
-def _group_columns(TILE: tl.constexpr):
-    """``[group_slots, cols]``: does the column belong to the group?"""
-    cols = tl.arange(0, TILE.cols)[None, :] // TILE.group_channels
-    return cols == tl.arange(0, TILE.group_slots)[:, None]
-
-
-@triton.jit
 def group_sums(values, TILE: tl.constexpr):
-    """Sum of a sub-tile, or of per-channel values, over each group: ``[group_slots]``.
-
-    Groups are told apart by selection, never by multiplying with zero, so that a NaN in one group
-    stays there.
-    """
+    """Sum of a sub-tile, or of per-channel values, over each group: ``[group_slots]``, of which
+    those of no group hold anything."""
     if TILE.stacked:
         return tl.sum(values, axis=1)
     elif TILE.groups == 1:
         return tl.sum(values) + tl.zeros([1], values.dtype)
     else:
-        of_channel = tl.sum(values, axis=0, keep_dims=True)
-        return tl.sum(tl.where(_group_columns(TILE), of_channel, 0.0), axis=1)
+        # each group's channels to a row of their own, the last ones again where there are no more
+        width: tl.constexpr = triton.next_power_of_2(TILE.group_channels)
+        lanes = tl.arange(0, width)[None, :]
+        channels = tl.arange(0, TILE.group_slots)[:, None] * TILE.group_channels + lanes
+        channels = tl.reshape(tl.minimum(channels, TILE.cols - 1), [TILE.group_slots * width])
+        of_channel = tl.gather(tl.sum(values, axis=0), channels, 0)
+        of_channel = tl.reshape(of_channel, [TILE.group_slots, width])
+        return tl.sum(tl.where(lanes < TILE.group_channels, of_channel, 0.0), axis=1)
 
 
 @triton.jit
@@ -385,7 +403,9 @@ def over_groups(values, TILE: tl.constexpr):
     elif TILE.groups == 1:
         return values[None, :]
     else:
-        return tl.sum(tl.where(_group_columns(TILE), values[:, None], 0.0), axis=0, keep_dims=True)
+        # columns of no group take any group's: they are 0, and never stored
+        group = tl.minimum(tl.arange(0, TILE.cols) // TILE.group_channels, TILE.group_slots - 1)
+        return tl.gather(values, group, 0)[None, :]
 
 
 @triton.jit

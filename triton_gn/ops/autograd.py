@@ -27,7 +27,7 @@ class Call(NamedTuple):
 def forward(
     operands: Operands, call: Call, with_stats: bool, moments: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """y and, if asked for, stats (N, G, 3): mean, mean_lo, rstd; from moments (N, G, parts, 4) if
+    """y and, if asked for, stats (N, G, 3): mean, mean_lo, rstd; from moments (N, G, 4, parts) if
     they are given."""
     operands = native(operands)
     x = operands.x

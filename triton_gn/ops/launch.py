@@ -188,7 +188,7 @@ def forward_launches(
     """Launches that fill y and, unless None, stats (N, G, 3).
 
     ``moments``, only of split: what the two launches have between them. With y they are given in
-    any number of parts, (N, G, parts, 4); without y, filled: (4, N, G), of all that x has.
+    any number of parts, (N, G, 4, parts); without y, filled: (4, N, G), of all that x has.
     """
     programs = config.programs(problem)
     sizes = _sizes(problem, config)
@@ -216,7 +216,7 @@ def forward_launches(
         return [first, _merge_launch(groups, config.slots, partials | {"merged_ptr": moments})]
     slots = config.slots
     if moments is not None:
-        partials, slots = {"partials_ptr": moments}, moments.shape[2]
+        partials, slots = {"partials_ptr": moments}, moments.shape[3]
     second = Launch(
         _kernels().split.group_norm_forward_split_apply_kernel,
         programs,
@@ -302,8 +302,8 @@ def backward_launches(
     """Launches that fill ``grads``, named as the operands; residual's only with an activation.
 
     ``sums``, of a half: sum(dx_hat), sum(dx_hat * x_hat) of each group. The first half leaves them
-    in parts (N, G, slots, 2), and its ``grads`` are those at given statistics; the second takes
-    them, (N, G, 1, 2), for the gradients of x and pre_add, to which dy need not add anything.
+    in parts (N, G, 2, slots), and its ``grads`` are those at given statistics; the second takes
+    them, (N, G, 2, 1), for the gradients of x and pre_add, to which dy need not add anything.
     """
     programs = config.programs(problem)
     parts, reductions = _param_parts(problem, config, operands.x, grads)

@@ -206,9 +206,9 @@ def forward(
     """Fill y and, unless None, stats (N, G, 3), by ``config`` or the plan under the settings.
 
     x and the residual are as ``layout`` has made them native; y has the strides of x. ``moments``
-    (N, G, parts, 4), under settings of split: normalise by these.
+    (N, G, 4, parts), under settings of split: normalise by these.
     """
-    parts = None if moments is None else moments.shape[2]
+    parts = None if moments is None else moments.shape[3]
     prepared = prepare_forward(
         y.device, tuple(map(_traits, operands)), y.dtype, stats is not None, parts,
         groups, eps, activation, settings.batch_invariant, settings.plan_override, config,
@@ -238,7 +238,7 @@ def prepare_forward(
     if y is None:
         moments = launch.statistics(x, 4, n, groups)
     elif moments_parts is not None:
-        moments = launch.statistics(x, n, groups, moments_parts, 4)
+        moments = launch.statistics(x, n, groups, 4, moments_parts)
     launches = launch.forward_launches(problem, config, operands, y, stats, eps, moments)
     return Prepared(problem, config, launches, (*operands, y, stats, moments), device)
 
@@ -291,13 +291,13 @@ def first_half(
 ) -> Tensor:
     """As ``backward`` at given statistics, under settings of split.
 
-    Returned: parts (N, G, slots, 2) of sum(dx_hat) and sum(dx_hat * x_hat).
+    Returned: parts (N, G, 2, slots) of sum(dx_hat) and sum(dx_hat * x_hat).
     """
     prepared = prepare_backward(
         dy.device, tuple(map(_traits, operands)), _traits(dy), _dtypes(grads), "first", groups,
         activation, settings.batch_invariant, settings.plan_override, None,
     )  # fmt: skip
-    sums = launch.statistics(operands.x, dy.shape[0], groups, prepared.config.slots, 2)
+    sums = launch.statistics(operands.x, dy.shape[0], groups, 2, prepared.config.slots)
     prepared(*operands, dy, stats, *grads.values(), sums)
     return sums
 
@@ -346,7 +346,7 @@ def prepare_backward(
     sums = None
     if half is not None:
         slots = config.slots if half == "first" else 1
-        sums = launch.statistics(operands.x, problem.n, groups, slots, 2)
+        sums = launch.statistics(operands.x, problem.n, groups, 2, slots)
     launches = launch.backward_launches(problem, config, dy, operands, stats, grads, sums, half)
     templates = (*operands, dy, stats, *grads.values(), sums)
     return Prepared(problem, config, launches, templates, device)

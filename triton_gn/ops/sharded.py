@@ -34,7 +34,7 @@ class Way(Protocol):
         """(4, N, G): count, mean, mean_lo, m2."""
 
     def apply(self, step: Step, parts: Tensor, with_stats: bool) -> tuple[Tensor, Tensor | None]:
-        """y and, if asked for, stats, from the parts' moments (N, G, parts, 4)."""
+        """y and, if asked for, stats, from the parts' moments (N, G, 4, parts)."""
 
     def first_half(self, step: Step, needs: Sequence[bool]) -> tuple[Tensor, dict[str, Tensor]]:
         """Both sums (N, G, 2), and gradients but those of the input, in the compute dtype."""
@@ -56,7 +56,7 @@ class ByKernels:
 
     def first_half(self, step: Step, needs: Sequence[bool]) -> tuple[Tensor, dict[str, Tensor]]:
         dy, rest, grads = self._backward(step, needs)
-        return prepared.first_half(dy, *rest).sum(2), grads
+        return prepared.first_half(dy, *rest).sum(-1), grads
 
     def second_half(self, step: Step, sums: Tensor, needs: Sequence[bool]) -> dict[str, Tensor]:
         dy, rest, grads = self._backward(step, needs)
@@ -82,7 +82,7 @@ class ByFormulas:
 
     def apply(self, step: Step, parts: Tensor, with_stats: bool) -> tuple[Tensor, Tensor | None]:
         operands, call = step.operands, step.call
-        found = reference.merge(*parts.unbind(-1))
+        found = reference.merge(*parts.unbind(2))
         y = reference.group_norm_apply(operands, found, call.eps, call.activation)
         rstd = (found.m2 / found.count + call.eps).rsqrt()
         stats = torch.stack([found.mean, found.mean_lo, rstd], -1)
@@ -131,7 +131,7 @@ def _of_affine(step: Step, x_hat: Tensor, needs: Sequence[bool]) -> list[Tensor]
 
 
 def gathered(moments: Tensor, shards: Shards) -> Tensor:
-    """(N, G, parts, 4) of all processes, from the (4, N, G) of each."""
+    """(N, G, 4, parts) of all processes, from the (4, N, G) of each."""
     _, n, groups = moments.shape
     # of the same meaning; the second name is deprecated where there is the first
     all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -139,7 +139,7 @@ def gathered(moments: Tensor, shards: Shards) -> Tensor:
         parts = moments.new_empty(dist.get_world_size(shard) * moments.shape[0], n, groups)
         all_gather(parts, moments, group=shard)
         moments = parts
-    return moments.reshape(-1, 4, n, groups).permute(2, 3, 0, 1).contiguous()
+    return moments.reshape(-1, 4, n, groups).permute(2, 3, 1, 0).contiguous()
 
 
 def summed(tensors: Sequence[Tensor], shards: Shards) -> list[Tensor]:
@@ -165,7 +165,7 @@ def group_norm(operands: Operands, call: Call, way: Way, shards: Shards) -> Tens
 
 
 def _exchanged(step: Step, way: Way, shards: Shards) -> tuple[Tensor, Tensor]:
-    """Moments of this process's part, (4, N, G), and of all parts, (N, G, parts, 4)."""
+    """Moments of this process's part, (4, N, G), and of all parts, (N, G, 4, parts)."""
     x = step.operands.x
     if x.numel():
         own = way.moments(step)
@@ -192,7 +192,7 @@ class _ShardedFunction(torch.autograd.Function):
         own, parts = _exchanged(step, way, shards)
         y, stats = _applied(step, way, parts, with_stats=True)
         assert stats is not None
-        share = own[0, ..., None] / parts[..., 0].sum(-1, keepdim=True)  # of a group's elements
+        share = own[0, ..., None] / parts[:, :, 0].sum(-1, keepdim=True)  # of a group's elements
         autograd.keep(ctx, operands, stats, call, share)
         ctx.way, ctx.shards = way, shards
         return y

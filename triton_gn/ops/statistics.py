@@ -93,11 +93,11 @@ def apply(operands: Operands, given: Moments, call: Call) -> Tensor:
 
 
 def _packed(given: Moments) -> Tensor:
-    """(N, G, 1, 4), as the partials of split; NaN where there is nothing to normalise by."""
+    """(N, G, 4, 1), as the partials of split; NaN where there is nothing to normalise by."""
     mean = given.mean.masked_fill(given.count == 0, torch.nan)
     # a part without elements would be passed over
     fields = given.count.clamp(min=1).to(mean.dtype), mean, given.mean_lo, given.m2
-    return torch.stack(fields, -1)[:, :, None]
+    return torch.stack(fields, -1)[..., None]
 
 
 class _ApplyFunction(torch.autograd.Function):
@@ -136,7 +136,7 @@ def _apply_backward(
         layout.like(dy, operands.x), stats, operands, grads, call.groups, call.activation,
         call.settings,
     )  # fmt: skip
-    dx_hat_sum, dx_hat_x_hat_sum = parts.sum(2).unbind(-1)
+    dx_hat_sum, dx_hat_x_hat_sum = parts.sum(-1).unbind(-1)
     rstd = stats[..., 2]
     found = list(grads.values())
     if needs_mean:
