@@ -14,6 +14,7 @@ from .activations import activate, activation_gradient
 from .moments import centre_of, centred
 from .tile import (
     add_to_channels,
+    beside_tiles,
     load_channels,
     load_tile,
     over_pixels,
@@ -69,9 +70,9 @@ def load_affine(coeffs, stats, window, c: tl.constexpr, TILE: tl.constexpr):
     """From x to z, before the residual."""
     dtype: tl.constexpr = stats.mean.dtype
     centre, rest = centre_of(coeffs.pre_add, stats.mean, stats.mean_lo, window, c, TILE, dtype)
-    gain = load_gain(coeffs, window, c, TILE, dtype) * stats.rstd
-    offset = load_offset(coeffs, window, c, TILE, dtype) - rest * gain
-    return Affine(centre, gain, offset)
+    gain = beside_tiles(load_gain(coeffs, window, c, TILE, dtype), TILE) * stats.rstd
+    offset = beside_tiles(load_offset(coeffs, window, c, TILE, dtype), TILE)
+    return Affine(centre, gain, offset - rest * gain)
 
 
 @triton.jit
@@ -81,7 +82,7 @@ def load_slope(
     """From dz to dx. The two means over the group broadcast against a sub-tile."""
     dtype: tl.constexpr = stats.mean.dtype
     centre, rest = centre_of(coeffs.pre_add, stats.mean, stats.mean_lo, window, c, TILE, dtype)
-    gain = load_gain(coeffs, window, c, TILE, dtype) * stats.rstd
+    gain = beside_tiles(load_gain(coeffs, window, c, TILE, dtype), TILE) * stats.rstd
     slope = dx_hat_x_hat_mean * stats.rstd * stats.rstd
     return Slope(centre, gain, rest * slope - dx_hat_mean * stats.rstd, slope)
 

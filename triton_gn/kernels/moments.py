@@ -10,9 +10,11 @@ import triton
 import triton.language as tl
 
 from .tile import (
+    beside_tiles,
     group_sums,
     groups_of,
     load_channels,
+    load_groups,
     over_groups,
     over_pixels,
     zero_beyond_channels,
@@ -80,7 +82,8 @@ def centre_of(
         return mean, mean_lo
     else:
         # x + pre_add would not hold what mean_lo adds; the sum of these is again a pair
-        hi, rest = _pair(mean, -load_channels(pre_add, window, c, TILE, dtype))
+        added = beside_tiles(load_channels(pre_add, window, c, TILE, dtype), TILE)
+        hi, rest = _pair(mean, -added)
         return hi, mean_lo + rest
 
 
@@ -96,7 +99,7 @@ def rough_mean(xs, pre_add, window, TILE: tl.constexpr, dtype: tl.constexpr):
     total = tl.zeros([TILE.rows, TILE.cols], dtype)
     for c in tl.static_range(TILE.channel_tiles):
         if pre_add is not None:
-            added = load_channels(pre_add, window, c, TILE, dtype)
+            added = beside_tiles(load_channels(pre_add, window, c, TILE, dtype), TILE)
         for p in tl.static_range(TILE.pixel_tiles):
             x = xs[c * TILE.pixel_tiles + p].to(dtype)
             if pre_add is not None:
@@ -209,7 +212,7 @@ def store_stats(ptr, moments, rstd, window, groups, TILE: tl.constexpr):
 @triton.jit
 def load_stats(ptr, window, groups, TILE: tl.constexpr):
     index, mask = groups_of(window, groups, TILE)
-    mean = tl.load(ptr + index * 3, mask=mask, other=0.0)
-    mean_lo = tl.load(ptr + index * 3 + 1, mask=mask, other=0.0)
-    rstd = tl.load(ptr + index * 3 + 2, mask=mask, other=0.0)
+    mean = load_groups(ptr + index * 3, mask, TILE)
+    mean_lo = load_groups(ptr + index * 3 + 1, mask, TILE)
+    rstd = load_groups(ptr + index * 3 + 2, mask, TILE)
     return Stats(over_groups(mean, TILE), over_groups(mean_lo, TILE), over_groups(rstd, TILE))

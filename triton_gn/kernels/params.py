@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .epilogue import load_gain
 from .moments import centre_of
-from .tile import begin_group_sums, channel_sums, load_channels, store_channels
+from .tile import begin_group_sums, beside_tiles, channel_sums, load_channels, store_channels
 
 
 class Reduction(NamedTuple):
@@ -61,6 +61,8 @@ def store_param_grads(
     if grads.bias is not None:
         store_channels(grads.bias, dbias, window, c, groups, chunks, TILE)
     gain = load_gain(coeffs, window, c, TILE, dtype)
+    if TILE.stacked:
+        gain = beside_tiles(gain, TILE)
     return begin_group_sums(dz_sums * gain, TILE), begin_group_sums(dz_x_hat_sums * gain, TILE)
 
 

@@ -290,6 +290,25 @@ def load_channels(operand, window, c: tl.constexpr, TILE: tl.constexpr, dtype: t
 
 
 @triton.jit
+def _forget_layout(values, size: tl.constexpr, TILE: tl.constexpr):
+    """The same ``size`` values. As many as there are threads keep the layout that they are loaded
+    in, and the compiler would convert all sub-tiles to it; what is gathered takes any."""
+    if size >= TILE.threads:
+        return tl.gather(values, tl.arange(0, size), 0)
+    else:
+        return values
+
+
+@triton.jit
+def beside_tiles(values, TILE: tl.constexpr):
+    """The same per-channel values, to be used together with sub-tiles."""
+    if TILE.channels_last:
+        return _forget_layout(tl.reshape(values, [TILE.cols]), TILE.cols, TILE)[None, :]
+    else:
+        return values
+
+
+@triton.jit
 def store_channels(ptr, values, window, c: tl.constexpr, groups, chunks, TILE: tl.constexpr):
     """Per-channel values of this window to its row of ``ptr`` (N * chunks, C)."""
     channels, mask = channels_of(window, c, TILE)
@@ -393,6 +412,12 @@ def end_group_sums(begun, TILE: tl.constexpr):
         return begun
     else:
         return group_sums(begun, TILE)
+
+
+@triton.jit
+def load_groups(ptr, mask, TILE: tl.constexpr):
+    """Per-group values ``[group_slots]``, 0 where there is no group."""
+    return _forget_layout(tl.load(ptr, mask=mask, other=0.0), TILE.group_slots, TILE)
 
 
 @triton.jit

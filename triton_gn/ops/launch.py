@@ -58,8 +58,8 @@ def _kernels() -> ModuleType:
 
 
 @functools.cache
-def _device_tile(tile: Tile) -> Any:
-    return _kernels().tile.Tile(**asdict(tile))
+def _device_tile(tile: Tile, threads: int) -> Any:
+    return _kernels().tile.Tile(**asdict(tile), threads=threads)
 
 
 def target(name: str) -> Device:
@@ -133,7 +133,7 @@ def _sizes(problem: Problem, config: Config) -> dict[str, Any]:
         "groups": problem.groups,
         "pixels": problem.n if config.tile.stacked else problem.pixels,
         "row_vecs": problem.row_vecs,
-        "TILE": _device_tile(config.tile),
+        "TILE": _device_tile(config.tile, 32 * config.warps),
     }
     if config.strategy != "resident":
         sizes |= {
