@@ -93,6 +93,7 @@ def assert_compile_well(launches: list[Launch], dtype: torch.dtype, target: str)
     for launch in launches:
         kernel = compile_launch(launch, target)
         assert kernel.spill_bytes == 0, kernel
+        assert kernel.converted_tiles == 0, kernel
         assembly = assembly_of(launch, target)
         assert not [word for word in FORBIDDEN if word in assembly], kernel
         if "TILE" in launch.arguments:

@@ -1,8 +1,7 @@
 """Compile launches for a GPU that need not be present, and read what came out."""
 
+import math
 import re
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from triton_gn import sass
 from triton_gn.ops.launch import Launch
 from triton_gn.plan import TARGETS
 
@@ -29,6 +29,9 @@ class Kernel:
     """One compiled launch.
 
     ``access_bytes``: by pointer, the narrowest of the accesses to global memory through it.
+    ``converted_tiles``: how many instructions of Triton's change the layout of a whole sub-tile,
+    through shared memory. ``instructions``: how many a thread executes for each element of its
+    tile, as ``sass`` counts them; None where it cannot.
     """
 
     name: str
@@ -39,6 +42,8 @@ class Kernel:
     spill_bytes: int  # of a thread
     shared_bytes: int  # of a CTA
     access_bytes: dict[str, int]
+    converted_tiles: int
+    instructions: float | None
 
 
 def pointers_of(one: Launch) -> Iterator[tuple[str, Tensor]]:
@@ -64,8 +69,10 @@ def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
 def compile_launch(one: Launch, target: str) -> Kernel:
     """Compile as Triton would on a GPU of the target, all pointers aligned."""
     compiled = _compiled(one, target)
+    instructions = None
     if _is_nvidia(target):
         registers, spills = _nvidia_usage(compiled.asm["cubin"])
+        instructions = _instructions(one, compiled.asm["cubin"])
     else:
         registers, spills = _amd_usage(compiled.asm["amdgcn"])
     return Kernel(
@@ -77,6 +84,8 @@ def compile_launch(one: Launch, target: str) -> Kernel:
         spills,
         compiled.metadata.shared,
         _access_bytes(compiled.asm["llir"], _names_in_code(one)),
+        _converted_tiles(one, compiled.asm["ttgir"]),
+        instructions,
     )
 
 
@@ -205,15 +214,7 @@ def _accesses(llvm: str) -> Iterator[tuple[int, str]]:
 
 def _nvidia_usage(cubin: bytes) -> tuple[int, int]:
     """Registers, and bytes of stack, which our kernels have only for spills."""
-    import triton
-
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        tool = triton.knobs.nvidia.cuobjdump.path
-        usage = subprocess.run(
-            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+    usage = sass.resource_usage(cubin)
     return _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage)
 
 
@@ -221,6 +222,30 @@ def _amd_usage(assembly: str) -> tuple[int, int]:
     """Vector registers, and bytes of those spilled."""
     spilled = _number(r"\.vgpr_spill_count:\s+(\d+)", assembly)
     return _number(r"\.vgpr_count:\s+(\d+)", assembly), 4 * spilled
+
+
+def _instructions(one: Launch, cubin: bytes) -> float | None:
+    if "TILE" not in one.arguments or "order" in one.arguments:
+        return None  # no tensors; or pipelined, of which each program does another share
+    tile = {name: field.value for name, field in vars(one.arguments["TILE"]).items()}
+    steps = 1
+    if "chunk_vecs" in one.arguments:
+        along, vec = ("rows", 1) if tile["channels_last"] else ("cols", tile["vec"])
+        stretch = tile[along] * tile["pixel_tiles"] // vec
+        steps = math.ceil(one.arguments["chunk_vecs"] / stretch)
+    # moments take the first stretch before their loop
+    rounds = steps - one.kernel.__name__.endswith("moments_kernel")
+    executed = sass.executed(sass.disassembled(cubin), rounds)
+    elements = tile["rows"] * tile["cols"] * tile["channel_tiles"] * tile["pixel_tiles"] * steps
+    return round(executed * 32 * one.num_warps * one.ctas / elements, 1)
+
+
+def _converted_tiles(one: Launch, ttgir: str) -> int:
+    if "TILE" not in one.arguments:
+        return 0
+    tile = one.arguments["TILE"]
+    shape = f"tensor<{tile.rows.value}x{tile.cols.value}x"
+    return len(re.findall(rf"ttg\.convert_layout [^\n]*: {shape}", ttgir))
 
 
 def _number(pattern: str, text: str) -> int:

@@ -73,6 +73,11 @@ class Inspection:
         return max(kernel.registers for kernel in self.kernels)
 
     @property
+    def converted_tiles(self) -> int:
+        """Of all its kernels."""
+        return sum(kernel.converted_tiles for kernel in self.kernels)
+
+    @property
     def access_bytes(self) -> int:
         """The narrowest access to a tensor of the input's size."""
         return min(
@@ -328,7 +333,10 @@ def _print_details(one: Inspection) -> None:
         f"plan: {fields}"
     )
     table = Table()
-    titles = "grid", "CTAs", "warps", "registers", "spilled", "shared", "CTAs/SM", "waves"
+    titles = (
+        "grid", "CTAs", "warps", "registers", "spilled", "shared", "CTAs/SM", "waves",
+        "instructions/element",
+    )  # fmt: skip
     for title in ("kernel", *titles):
         table.add_column(title, justify="left" if title == "kernel" else "right")
     for kernel in one.kernels:
@@ -336,10 +344,10 @@ def _print_details(one: Inspection) -> None:
         table.add_row(
             kernel.name,
             *(
-                str(numbers[name])
+                "-" if numbers[name] is None else str(numbers[name])
                 for name in (
                     "grid", "ctas", "num_warps", "registers", "spill_bytes", "shared_bytes",
-                    "ctas_per_multiprocessor", "waves",
+                    "ctas_per_multiprocessor", "waves", "instructions",
                 )
             ),
         )  # fmt: skip
@@ -397,6 +405,7 @@ class Totals:
     failures: int
     spills: int
     narrow: int
+    converted: int
     # of all plans, and of those whose groups one program could hold: minimum, moved, DRAM
     bytes_of_all: tuple[int, int, int]
     bytes_of_one_tile: tuple[int, int, int]
@@ -412,6 +421,7 @@ class Totals:
             len(found) - len(good),
             sum(one.spill_bytes > 0 for one in good),
             sum(one.access_bytes < one.widest_access_bytes for one in good),
+            sum(one.converted_tiles > 0 for one in good),
             _bytes_of(good),
             _bytes_of(one_tile),
             len(one_tile),
@@ -420,7 +430,8 @@ class Totals:
     def __str__(self) -> str:
         return (
             f"{self.plans} plans: {self.failures} do not compile, {self.spills} spill, "
-            f"{self.narrow} have accesses narrower than their shape allows\n"
+            f"{self.narrow} have accesses narrower than their shape allows, "
+            f"{self.converted} convert sub-tiles to another layout\n"
             f"{self.one_tile} whose tile fits one program: {_ratios(self.bytes_of_one_tile)}\n"
             f"all: {_ratios(self.bytes_of_all)}"
         )

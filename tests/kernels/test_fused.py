@@ -197,6 +197,19 @@ def test_activations_over_their_whole_range(
     assert (error <= 1e-6 * expected["y"].abs()[small]).all()
 
 
+def test_gelu_keeps_its_digits_far_below_0(memory: GuardedMemory, device: str) -> None:
+    """1 + erf cancels there: PyTorch's float32 has no correct digit at -5.6."""
+    z = torch.linspace(-9, 0, 200).reshape(1, 2, -1)
+    case = make_case(memory, device, tuple(z.shape), 1, activation="gelu", affine=(False, False))
+    case.scale = torch.full((2,), -1.0, device=device)
+    case.residual = z.to(device)
+    found = case.through_kernels()["y"].cpu().double()
+    z = z.double()
+    expected = z * torch.special.erfc(-z * 0.5**0.5) / 2
+    # z * z is rounded before its exponential is taken
+    assert ((found - expected).abs() <= (5e-7 + 1.5e-7 * z * z) * expected.abs()).all()
+
+
 @FORMATS
 @EACH_STRATEGY
 @pytest.mark.filterwarnings("ignore:invalid value encountered")  # NumPy's word for inf - inf
