@@ -11,7 +11,8 @@ from triton_gn.sass import Instruction, executed
 
 
 def listing(text: str) -> list[Instruction]:
-    """One instruction a word, 16 bytes apart: "@" makes it conditional, ">3" its target's number."""
+    """One instruction a word, 16 bytes apart: "@" makes it conditional, ">3" a branch to the third
+    after the first."""
     found = []
     for number, word in enumerate(text.split()):
         name, _, target = word.removeprefix("@").partition(">")

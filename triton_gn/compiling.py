@@ -233,11 +233,12 @@ def _instructions(one: Launch, cubin: bytes) -> float | None:
         along, vec = ("rows", 1) if tile["channels_last"] else ("cols", tile["vec"])
         stretch = tile[along] * tile["pixel_tiles"] // vec
         steps = math.ceil(one.arguments["chunk_vecs"] / stretch)
-    # moments take the first stretch before their loop
-    rounds = steps - one.kernel.__name__.endswith("moments_kernel")
+    # moments take the first of 16 stretches before their loop
+    rounds = steps - math.ceil(steps / 16) * one.kernel.__name__.endswith("moments_kernel")
     executed = sass.executed(sass.disassembled(cubin), rounds)
     elements = tile["rows"] * tile["cols"] * tile["channel_tiles"] * tile["pixel_tiles"] * steps
-    return round(executed * 32 * one.num_warps * one.ctas / elements, 1)
+    per_element: float = executed * 32 * one.num_warps * one.ctas / elements
+    return round(per_element, 1)
 
 
 def _converted_tiles(one: Launch, ttgir: str) -> int:

@@ -78,12 +78,12 @@ def _accesses(code: Sequence[Instruction]) -> tuple[int, int]:
 
 
 def _loops(code: Sequence[Instruction]) -> list[Sequence[Instruction]]:
-    """What lies between a branch backwards and its target."""
+    """What lies between a branch backwards and its target; of nested loops the innermost."""
     places = {one.address: i for i, one in enumerate(code)}
-    loops = []
+    loops: list[tuple[int, int]] = []
     for i, one in enumerate(code):
         target = re.search(r"0x([0-9a-f]+)", one.operands) if one.name.startswith("BRA") else None
         start = places.get(int(target[1], 16), i) if target else i
-        if start < i:
-            loops.append(code[start : i + 1])
-    return loops
+        if start < i and not any(start <= inner for inner, _ in loops):
+            loops.append((start, i + 1))
+    return [code[start:end] for start, end in loops]

@@ -123,9 +123,7 @@ def relative_error(result: Tensor, expected: Tensor) -> float:
     return float((result.double() - expected).abs().max() / expected.abs().max())
 
 
-def check(
-    results: dict[str, Tensor], expected: dict[str, Tensor], dx_terms: float = 0.0
-) -> None:
+def check(results: dict[str, Tensor], expected: dict[str, Tensor], dx_terms: float = 0.0) -> None:
     """Each result within its rounding: of float32 arithmetic (float64's own for float64 input),
     relative to the largest value, plus half an ulp of its own dtype where that has 16 bits.
 

@@ -59,7 +59,7 @@ def test_matches_float64(
     )
     with triton_gn.plan_override(strategy=strategy):
         results = case.through_kernels()
-    # in a group of one element dx_hat and its mean cancel, each times rstd: what they round by stays
+    # in a group of one element dx_hat and its mean cancel, but not what each rounds by, times rstd
     is_one = case.x.numel() == 2 * case.x.shape[0]
     weight = 1.0 if case.weight is None else case.weight.double().abs().max()
     dx_terms = float(case.dy.double().abs().max() * weight) * case.eps**-0.5 if is_one else 0.0

@@ -88,9 +88,7 @@ def load_slope(
 
 
 @triton.jit
-def _load_z(
-    x, residual_ptr, affine, window, c: tl.constexpr, p: tl.constexpr, TILE: tl.constexpr
-):
+def _load_z(x, residual_ptr, affine, window, c: tl.constexpr, p: tl.constexpr, TILE: tl.constexpr):
     """z of the sub-tile x, with its part of the residual unless that is None."""
     z = centred(x, affine.centre, window, p, TILE) * over_pixels(affine.gain, window, p, TILE)
     z += over_pixels(affine.offset, window, p, TILE)
@@ -100,14 +98,26 @@ def _load_z(
 
 
 @triton.jit
+def _write_y_tile(
+    xs, residual_ptr, affine, y_ptr, window, c: tl.constexpr, p: tl.constexpr, TILE: tl.constexpr,
+    ACTIVATION: tl.constexpr, NVIDIA: tl.constexpr,
+):  # fmt: skip
+    z = _load_z(xs[c * TILE.pixel_tiles + p], residual_ptr, affine, window, c, p, TILE)
+    store_tile(y_ptr, activate(z, ACTIVATION, NVIDIA), window, c, p, TILE)
+
+
+@triton.jit
 def write_y(
     xs, residual_ptr, affine, y_ptr, window, c: tl.constexpr, TILE: tl.constexpr,
     ACTIVATION: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """y of channel tile ``c``."""
-    for p in tl.static_range(TILE.pixel_tiles):
-        z = _load_z(xs[c * TILE.pixel_tiles + p], residual_ptr, affine, window, c, p, TILE)
-        store_tile(y_ptr, activate(z, ACTIVATION, NVIDIA), window, c, p, TILE)
+    for k in tl.static_range(TILE.pixel_tiles):
+        # backwards, for which ptxas needs fewer registers (docs/measured.md)
+        _write_y_tile(
+            xs, residual_ptr, affine, y_ptr, window, c, TILE.pixel_tiles - 1 - k, TILE, ACTIVATION,
+            NVIDIA,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -78,13 +78,13 @@ def centre_of(
 ):
     """The pair that x loses, ``mean + mean_lo - pre_add``; per channel, or per group without
     pre_add."""
-    if pre_add is None:
-        return mean, mean_lo
-    else:
+    if pre_add is not None:
         # x + pre_add would not hold what mean_lo adds; the sum of these is again a pair
         added = beside_tiles(load_channels(pre_add, window, c, TILE, dtype), TILE)
-        hi, rest = _pair(mean, -added)
-        return hi, mean_lo + rest
+        mean, rest = _pair(mean, -added)
+        mean_lo += rest
+    # x is 0 where there is no channel: so is what it is from this
+    return zero_beyond_channels(mean, window, c, TILE), mean_lo
 
 
 @triton.jit
@@ -121,8 +121,6 @@ def add_deviations(deviations, xs, pre_add, reference, window, TILE: tl.constexp
     dtype: tl.constexpr = reference.dtype
     for c in tl.static_range(TILE.channel_tiles):
         centre, rest = centre_of(pre_add, over_groups(reference, TILE), 0.0, window, c, TILE, dtype)
-        # a channel that is not there is 0 in x: so it is after this
-        centre = zero_beyond_channels(centre, window, c, TILE)
         for p in tl.static_range(TILE.pixel_tiles):
             deviation = centred(xs[c * TILE.pixel_tiles + p], centre, window, p, TILE)
             if pre_add is not None:
@@ -134,14 +132,21 @@ def add_deviations(deviations, xs, pre_add, reference, window, TILE: tl.constexp
 
 
 @triton.jit
-def moments_of(deviations, reference, window, TILE: tl.constexpr):
-    """Moments of a window from all of its deviations from ``reference``."""
-    dtype: tl.constexpr = reference.dtype
-    count = window_count(window, TILE, dtype)
+def moments_of(deviations, reference, count, TILE: tl.constexpr):
+    """Moments of ``count`` elements of each group from all their deviations from ``reference``."""
     deviation = group_sums(deviations[0], TILE)
     mean_lo = deviation * _inverse(count)
     m2 = group_sums(deviations[1], TILE) - mean_lo * deviation
-    return Moments(tl.full([TILE.group_slots], count, dtype), reference, mean_lo, m2)
+    return Moments(count + tl.zeros([TILE.group_slots], m2.dtype), reference, mean_lo, m2)
+
+
+@triton.jit
+def window_moments(xs, pre_add, window, TILE: tl.constexpr, dtype: tl.constexpr):
+    """Moments of the window's elements, which ``xs`` holds as sub-tiles."""
+    reference = rough_mean(xs, pre_add, window, TILE, dtype)
+    deviations = no_deviations(TILE, dtype)
+    deviations = add_deviations(deviations, xs, pre_add, reference, window, TILE)
+    return moments_of(deviations, reference, window_count(window, TILE, dtype), TILE)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .epilogue import load_gain
 from .moments import centre_of
-from .tile import begin_group_sums, beside_tiles, channel_sums, load_channels, store_channels
+from .tile import beside_tiles, channel_sums, load_channels, store_channels
 
 
 class Reduction(NamedTuple):
@@ -28,20 +28,18 @@ def store_param_grads(
     """Write what the window adds to each gradient but dpre_add, for channel tile ``c``.
 
     ``sums``: the accumulators of ``add_dz_sums``. Each gradient is (N * chunks, C), or None.
-    Returned: sum(dx_hat) and sum(dx_hat * x_hat) over the window's part of each group, begun by
-    ``begin_group_sums``.
+    Returned: sum(dx_hat) and sum(dx_hat * x_hat) per channel, whose ``group_sums`` are those of the
+    window's part of each group; in a stack of samples the terms of these sums.
     """
     dtype: tl.constexpr = stats.mean.dtype
     _, rest = centre_of(coeffs.pre_add, stats.mean, stats.mean_lo, window, c, TILE, dtype)
-    dz_sum, dz_x_hat_sum = sums
-    if TILE.stacked:  # each row has its own statistics, and group sums
-        dz_x_hat_sum = (dz_x_hat_sum - dz_sum * rest) * stats.rstd
-        dz_sums, dz_x_hat_sums = dz_sum, dz_x_hat_sum
-    dz_sum = channel_sums(dz_sum, TILE)
-    dz_x_hat_sum = channel_sums(dz_x_hat_sum, TILE)
-    if not TILE.stacked:
-        dz_x_hat_sum = (dz_x_hat_sum - dz_sum * rest) * stats.rstd
-        dz_sums, dz_x_hat_sums = dz_sum, dz_x_hat_sum
+    dz_sum, dz_centred_sum = sums
+    if not TILE.stacked:  # there each row has its own statistics, and group sums
+        dz_sum, dz_centred_sum = channel_sums(dz_sum, TILE), channel_sums(dz_centred_sum, TILE)
+    dz_x_hat_sum = (dz_centred_sum - dz_sum * rest) * stats.rstd
+    of_groups, of_groups_x_hat = dz_sum, dz_x_hat_sum
+    if TILE.stacked:
+        dz_sum, dz_x_hat_sum = channel_sums(dz_sum, TILE), channel_sums(dz_x_hat_sum, TILE)
     if grads.shift is not None:
         store_channels(grads.shift, dz_sum, window, c, groups, chunks, TILE)
     if grads.scale is not None:
@@ -63,7 +61,7 @@ def store_param_grads(
     gain = load_gain(coeffs, window, c, TILE, dtype)
     if TILE.stacked:
         gain = beside_tiles(gain, TILE)
-    return begin_group_sums(dz_sums * gain, TILE), begin_group_sums(dz_x_hat_sums * gain, TILE)
+    return of_groups * gain, of_groups_x_hat * gain
 
 
 @triton.jit

@@ -5,22 +5,19 @@ import triton.language as tl
 
 from .epilogue import add_dz_sums, load_affine, load_dzs, load_slope, write_dx, write_y
 from .moments import (
-    add_deviations,
     centre_of,
     divide,
     load_stats,
-    moments_of,
-    no_deviations,
-    rough_mean,
     rstd_of,
     spread_stats,
     store_stats,
+    window_moments,
 )
 from .params import store_param_grads
 from .tile import (
     channel_sums,
-    end_group_sums,
     group_count,
+    group_sums,
     load_tiles,
     no_channel_sums,
     over_groups,
@@ -42,10 +39,7 @@ def group_norm_forward_resident_kernel(
     dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     window = whole_window(tl.program_id(0), groups, pixels, row_vecs, TILE)
     xs = load_tiles(x_ptr, window, TILE, "")
-    reference = rough_mean(xs, coeffs.pre_add, window, TILE, dtype)
-    deviations = no_deviations(TILE, dtype)
-    deviations = add_deviations(deviations, xs, coeffs.pre_add, reference, window, TILE)
-    moments = moments_of(deviations, reference, window, TILE)
+    moments = window_moments(xs, coeffs.pre_add, window, TILE, dtype)
     rstd = rstd_of(moments, eps)
     if stats_ptr is not None:
         store_stats(stats_ptr, moments, rstd, window, groups, TILE)
@@ -91,8 +85,8 @@ def group_norm_backward_resident_kernel(
             dx_hat_x_hat_sums += second
     if dx_ptr is not None or grads.pre_add is not None:
         count = group_count(pixels, TILE, dtype)
-        dx_hat_sum = end_group_sums(dx_hat_sums, TILE)
-        dx_hat_x_hat_sum = end_group_sums(dx_hat_x_hat_sums, TILE)
+        dx_hat_sum = group_sums(dx_hat_sums, TILE)
+        dx_hat_x_hat_sum = group_sums(dx_hat_x_hat_sums, TILE)
         dx_hat_mean = over_groups(divide(dx_hat_sum, count), TILE)
         dx_hat_x_hat_mean = over_groups(divide(dx_hat_x_hat_sum, count), TILE)
         for c in tl.static_range(TILE.channel_tiles):

@@ -25,12 +25,13 @@ from .moments import (
     rstd_of,
     spread_stats,
     store_stats,
+    window_count,
 )
 from .params import store_param_grads, sum_params
 from .tile import (
     channel_sums,
-    end_group_sums,
     group_count,
+    group_sums,
     groups_of,
     load_tiles,
     no_channel_sums,
@@ -40,6 +41,9 @@ from .tile import (
     store_channels,
     window_of,
 )
+
+# whose deviations are from the mean of the first of them: more would lose more of m2
+_STEPS_AT_ONCE = tl.constexpr(16)
 
 
 class Cut(NamedTuple):
@@ -104,23 +108,32 @@ def leave_moments(pid, x_ptr, coeffs, partials_ptr, cut, TILE: tl.constexpr, EVI
     m2."""
     dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     window = _window(pid, cut, TILE)
-    # all deviations are from the mean of the first stretch: one reduction at the end is enough
-    part = step_of(window, 0, TILE)
-    xs = load_tiles(x_ptr, part, TILE, EVICT)
-    reference = rough_mean(xs, coeffs.pre_add, part, TILE, dtype)
-    deviations = no_deviations(TILE, dtype)
-    deviations = add_deviations(deviations, xs, coeffs.pre_add, reference, part, TILE)
-    for step in range(1, steps_of(window, TILE)):
-        part = step_of(window, step, TILE)
+    none = tl.zeros([TILE.group_slots], dtype)
+    count, mean, mean_lo, m2 = none, none, none, none
+    steps = steps_of(window, TILE)
+    for first in range(0, steps, _STEPS_AT_ONCE):
+        # deviations from the mean of the first stretch, so that a reduction at the end is enough
+        part = step_of(window, first, TILE)
         xs = load_tiles(x_ptr, part, TILE, EVICT)
+        elements = window_count(part, TILE, dtype)
+        reference = rough_mean(xs, coeffs.pre_add, part, TILE, dtype)
+        deviations = no_deviations(TILE, dtype)
         deviations = add_deviations(deviations, xs, coeffs.pre_add, reference, part, TILE)
-    moments = moments_of(deviations, reference, window, TILE)
+        for step in range(first + 1, tl.minimum(first + _STEPS_AT_ONCE, steps)):
+            part = step_of(window, step, TILE)
+            xs = load_tiles(x_ptr, part, TILE, EVICT)
+            elements += window_count(part, TILE, dtype)
+            deviations = add_deviations(deviations, xs, coeffs.pre_add, reference, part, TILE)
+        merged = combine(
+            Moments(count, mean, mean_lo, m2), moments_of(deviations, reference, elements, TILE)
+        )
+        count, mean, mean_lo, m2 = merged.count, merged.mean, merged.mean_lo, merged.m2
     group, mask = groups_of(window, cut.groups, TILE)
     index = group * 4 * cut.slots + window.slot
-    tl.store(partials_ptr + index, moments.count, mask=mask)
-    tl.store(partials_ptr + index + cut.slots, moments.mean, mask=mask)
-    tl.store(partials_ptr + index + 2 * cut.slots, moments.mean_lo, mask=mask)
-    tl.store(partials_ptr + index + 3 * cut.slots, moments.m2, mask=mask)
+    tl.store(partials_ptr + index, count, mask=mask)
+    tl.store(partials_ptr + index + cut.slots, mean, mask=mask)
+    tl.store(partials_ptr + index + 2 * cut.slots, mean_lo, mask=mask)
+    tl.store(partials_ptr + index + 3 * cut.slots, m2, mask=mask)
 
 
 @triton.jit
@@ -172,8 +185,8 @@ def leave_sums(
     )
     group, mask = groups_of(window, cut.groups, TILE)
     index = group * 2 * cut.slots + window.slot
-    tl.store(partials_ptr + index, end_group_sums(dx_hat_sums, TILE), mask=mask)
-    tl.store(partials_ptr + index + cut.slots, end_group_sums(dx_hat_x_hat_sums, TILE), mask=mask)
+    tl.store(partials_ptr + index, group_sums(dx_hat_sums, TILE), mask=mask)
+    tl.store(partials_ptr + index + cut.slots, group_sums(dx_hat_x_hat_sums, TILE), mask=mask)
 
 
 @triton.jit

@@ -393,28 +393,6 @@ def group_sums(values, TILE: tl.constexpr):
 
 
 @triton.jit
-def begin_group_sums(values, TILE: tl.constexpr):
-    """``group_sums`` as far as channel tiles can be added up before ``end_group_sums``.
-
-    Contiguous, that is not at all: on a cluster of CTAs each sum over the rows waits for all of
-    them. Channels-last, the channels would take registers until the end.
-    """
-    if TILE.channels_last:
-        return group_sums(values, TILE)
-    else:
-        return values
-
-
-@triton.jit
-def end_group_sums(begun, TILE: tl.constexpr):
-    """``group_sums`` of what ``begin_group_sums`` has returned, added up over channel tiles."""
-    if TILE.channels_last:
-        return begun
-    else:
-        return group_sums(begun, TILE)
-
-
-@triton.jit
 def load_groups(ptr, mask, TILE: tl.constexpr):
     """Per-group values ``[group_slots]``, 0 where there is no group."""
     return _forget_layout(tl.load(ptr, mask=mask, other=0.0), TILE.group_slots, TILE)

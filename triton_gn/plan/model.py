@@ -17,6 +17,14 @@ _PROGRAM_US = 1.5  # from a program's first load to its last store, besides its 
 _CLUSTER_SUM_US = 0.5  # of a sum over a cluster: two barriers, a read of another multiprocessor
 _L2_SHARE = 0.5  # of L2 that holds what was just read
 _SECTOR_BYTES = 32  # L2 hands out no less
+# instructions of a thread for each element, by pass, and what an activation adds to one: counted in
+# the code for sm_90 (docs/measured.md)
+_PER_ELEMENT = {"forward": (5, 5), "backward": (7, 8)}
+_ACTIVATION = {
+    "none": (0, 0), "relu": (2, 3), "leaky_relu": (2, 3), "sigmoid": (4, 8), "silu": (5, 9),
+    "mish": (9, 16), "gelu_tanh": (9, 18), "tanh": (14, 10), "gelu": (18, 21),
+}  # fmt: skip
+_PER_PASS = 500  # of a thread, whatever its elements
 _OTHER_REGISTERS = 40  # of a thread, for addresses, masks and sums
 _REGISTER_UNIT = 256  # of a warp's registers
 
@@ -26,7 +34,7 @@ class Estimate:
     """What a plan should take on a device, and why."""
 
     us: float
-    bound: str  # the longest of "dram", "l2", "occupancy" and "launch"
+    bound: str  # the longest of "dram", "l2", "issue", "occupancy" and "launch"
     dram_bytes: int
     l2_bytes: int
     ctas_at_a_time: int  # on one multiprocessor
@@ -114,8 +122,16 @@ def estimate(
     ctas = config.programs(problem) * config.ctas
     waves = math.ceil(ctas / (device.multiprocessors * at_a_time))
     neighbours = min(at_a_time, math.ceil(ctas / device.multiprocessors))
-    share = touched / rounds / ctas * _padding(problem, config)
+    padding = _padding(problem, config)
+    share = touched / rounds / ctas * padding
+    elements = problem.n * problem.channels * problem.pixels / ctas * padding
+    executed = instructions(problem, config) * elements
+    executed += rounds * _PER_PASS * config.num_warps * device.warp_size
+    issue_us = executed / (device.lanes * device.clock_mhz)  # of a CTA, alone
     program_us = _PROGRAM_US + _CLUSTER_SUM_US * cluster_sums(problem, config)
+    # the CTAs of a multiprocessor overlap, but each reads before it computes
+    in_round = share / _SOLO_BYTES_PER_US, issue_us / rounds
+    program_us += neighbours * max(in_round) + min(in_round)
     launch_us = _LAUNCH_US + (launches(problem, config) - 1) * _NEXT_LAUNCH_US
     launch_us += _ZEROS_US * (config.strategy == "pipelined")
     narrow = math.sqrt(ACCESS_BYTES / problem.access_bytes(config.tile.groups))
@@ -123,12 +139,22 @@ def estimate(
         "launch": launch_us,
         "dram": dram_bytes / (device.dram_gb_per_s * 1e3 * _DRAM_SHARE),
         "l2": l2_bytes * narrow / (device.multiprocessors * _L2_BYTES_PER_US),
-        "occupancy": rounds * waves * (program_us + neighbours * share / _SOLO_BYTES_PER_US),
+        "issue": ctas * issue_us / device.multiprocessors,
+        "occupancy": rounds * waves * program_us,
     }
     bound = max(times, key=times.__getitem__)
     del times["launch"]  # the others overlap
     us = launch_us + max(times.values())
     return Estimate(us, bound, dram_bytes, l2_bytes, at_a_time, waves)
+
+
+def instructions(problem: Problem, config: Config) -> int:
+    """How many a thread executes for each element, in all passes."""
+    forward = problem.direction == "forward"
+    first, second = _PER_ELEMENT[problem.direction]
+    of_activation = _ACTIVATION[problem.activation][not forward]
+    times = 1 if forward or config.strategy == "resident" else 2
+    return first + second + times * of_activation
 
 
 def group_bytes(problem: Problem) -> int:
