@@ -129,9 +129,10 @@ def estimate(
     executed += rounds * _PER_PASS * config.num_warps * device.warp_size
     issue_us = executed / (device.lanes * device.clock_mhz)  # of a CTA, alone
     program_us = _PROGRAM_US + _CLUSTER_SUM_US * cluster_sums(problem, config)
-    # the CTAs of a multiprocessor overlap, but each reads before it computes
-    in_round = share / _SOLO_BYTES_PER_US, issue_us / rounds
-    program_us += neighbours * max(in_round) + min(in_round)
+    # each reads before it computes: at first all CTAs of a multiprocessor together, later by turns
+    less, more = sorted((share / _SOLO_BYTES_PER_US, issue_us / rounds))
+    first_wave = program_us + less + neighbours * more
+    next_wave = max(program_us + less + more, neighbours * more)
     launch_us = _LAUNCH_US + (launches(problem, config) - 1) * _NEXT_LAUNCH_US
     launch_us += _ZEROS_US * (config.strategy == "pipelined")
     narrow = math.sqrt(ACCESS_BYTES / problem.access_bytes(config.tile.groups))
@@ -140,7 +141,7 @@ def estimate(
         "dram": dram_bytes / (device.dram_gb_per_s * 1e3 * _DRAM_SHARE),
         "l2": l2_bytes * narrow / (device.multiprocessors * _L2_BYTES_PER_US),
         "issue": ctas * issue_us / device.multiprocessors,
-        "occupancy": rounds * waves * program_us,
+        "occupancy": rounds * (first_wave + (waves - 1) * next_wave),
     }
     bound = max(times, key=times.__getitem__)
     del times["launch"]  # the others overlap

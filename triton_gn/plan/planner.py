@@ -9,7 +9,7 @@ from typing import Any
 from . import tuned
 from .devices import Device
 from .limits import excess_registers, fits, is_always_resident, no_cluster
-from .model import estimate, group_bytes, guessed_at_a_time
+from .model import estimate, group_bytes, guessed_at_a_time, second_passes
 from .problem import Config, Problem
 from .tiles import (
     OWN_FIELDS,
@@ -32,6 +32,7 @@ _SPLIT_WARPS = 4
 _SPLIT_PROGRAMS_PER_MULTIPROCESSOR = 8
 _PIPELINED_WARPS = 4
 _MANY = 2**31  # programs
+_CLOSE = 1.15  # the model is no better than that: of such plans, the one that reads less
 _UNIT_SHARE = 0.125  # of L2 that a unit may take: more than one of them is on its way
 _SEARCHED_WARPS = (1, 2, 4, 8, 16)
 _SEARCHED_SPLITS = (4, 8, 16)  # programs per multiprocessor
@@ -83,7 +84,8 @@ def plan_by_rule(
     groups: int | None = None,
     ctas: tuple[int, ...] = (1,),
 ) -> Config:
-    """The fastest plan by the model, of these strategies, for blocks of so many whole groups.
+    """The fastest plan by the model, of these strategies, for blocks of so many whole groups; where
+    it makes little difference, the one that reads less.
 
     ``ctas``: how many a program may be, where it can be a cluster.
 
@@ -100,7 +102,9 @@ def plan_by_rule(
     best = [config for config in best if _is_wide(problem, config)] or best
     if is_always_resident(problem):
         return best[0]
-    return min(best, key=lambda config: estimate(problem, config, device).us)
+    times = {config: estimate(problem, config, device).us for config in best}
+    close = [config for config in best if times[config] <= _CLOSE * min(times.values())]
+    return min(close, key=lambda config: (second_passes(problem, config), times[config]))
 
 
 def plan_unverified(problem: Problem, device: Device) -> Config:
