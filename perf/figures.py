@@ -30,7 +30,8 @@ from perf.sheet import (
 )
 
 LAYOUTS = {"contiguous": "o", "channels_last": "s"}
-BOUNDS = {"dram": "full", "l2": "left", "occupancy": "bottom", "launch": "none"}  # what is filled
+# what is filled
+BOUNDS = {"dram": "full", "l2": "left", "issue": "right", "occupancy": "bottom", "launch": "none"}
 MAX_ROWS = 30  # workloads that can have a row each
 MAX_SLOWDOWN = 4  # where the colours of a sweep end
 

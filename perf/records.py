@@ -51,7 +51,7 @@ class Record:
     peak_bytes: int | None = None  # allocated during the call, above what was there before it
     host_us: float | None = None  # of Python and PyTorch until the call returns
     error: float | None = None  # largest, over the largest value, against float64
-    bound: str | None = None  # predictions: what sets the time: dram, l2, occupancy or launch
+    bound: str | None = None  # predictions: what sets the time, as in triton_gn.plan.Estimate
     registers: int | None = None  # the most of any kernel of the call
     spill_bytes: int | None = None
     skipped: str | None = None
