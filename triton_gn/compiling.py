@@ -233,8 +233,11 @@ def _instructions(one: Launch, cubin: bytes) -> float | None:
         along, vec = ("rows", 1) if tile["channels_last"] else ("cols", tile["vec"])
         stretch = tile[along] * tile["pixel_tiles"] // vec
         steps = math.ceil(one.arguments["chunk_vecs"] / stretch)
-    # moments take the first of 16 stretches before their loop
-    rounds = steps - math.ceil(steps / 16) * one.kernel.__name__.endswith("moments_kernel")
+    rounds = steps
+    if one.kernel.__name__.endswith("moments_kernel"):
+        from triton_gn.kernels.split import STEPS_AT_ONCE
+
+        rounds -= math.ceil(steps / STEPS_AT_ONCE.value)  # the first of each, before the loop
     executed = sass.executed(sass.disassembled(cubin), rounds)
     elements = tile["rows"] * tile["cols"] * tile["channel_tiles"] * tile["pixel_tiles"] * steps
     per_element: float = executed * 32 * one.num_warps * one.ctas / elements

@@ -43,7 +43,7 @@ from .tile import (
 )
 
 # whose deviations are from the mean of the first of them: more would lose more of m2
-_STEPS_AT_ONCE = tl.constexpr(16)
+STEPS_AT_ONCE = tl.constexpr(16)
 
 
 class Cut(NamedTuple):
@@ -111,7 +111,7 @@ def leave_moments(pid, x_ptr, coeffs, partials_ptr, cut, TILE: tl.constexpr, EVI
     none = tl.zeros([TILE.group_slots], dtype)
     count, mean, mean_lo, m2 = none, none, none, none
     steps = steps_of(window, TILE)
-    for first in range(0, steps, _STEPS_AT_ONCE):
+    for first in range(0, steps, STEPS_AT_ONCE):
         # deviations from the mean of the first stretch, so that a reduction at the end is enough
         part = step_of(window, first, TILE)
         xs = load_tiles(x_ptr, part, TILE, EVICT)
@@ -119,7 +119,7 @@ def leave_moments(pid, x_ptr, coeffs, partials_ptr, cut, TILE: tl.constexpr, EVI
         reference = rough_mean(xs, coeffs.pre_add, part, TILE, dtype)
         deviations = no_deviations(TILE, dtype)
         deviations = add_deviations(deviations, xs, coeffs.pre_add, reference, part, TILE)
-        for step in range(first + 1, tl.minimum(first + _STEPS_AT_ONCE, steps)):
+        for step in range(first + 1, tl.minimum(first + STEPS_AT_ONCE, steps)):
             part = step_of(window, step, TILE)
             xs = load_tiles(x_ptr, part, TILE, EVICT)
             elements += window_count(part, TILE, dtype)

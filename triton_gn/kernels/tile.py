@@ -234,25 +234,25 @@ def store_tile(ptr, values, window, c: tl.constexpr, p: tl.constexpr, TILE: tl.c
 
 
 @triton.jit
-def zero_beyond_pixels(values, window, p: tl.constexpr, TILE: tl.constexpr):
-    """Values of a sub-tile of pixel tile ``p``, 0 where there are no such pixels."""
-    if TILE.channels_last and TILE.mask_rows:
-        return tl.where(_inside_rows(window, p, TILE), values, 0.0)
-    elif not TILE.channels_last and TILE.mask_cols:
-        return tl.where(_inside_cols(window, p, TILE), values, 0.0)
+def _zero_beyond(values, window, tile: tl.constexpr, DOWN_ROWS: tl.constexpr, TILE: tl.constexpr):
+    if DOWN_ROWS and TILE.mask_rows:
+        return tl.where(_inside_rows(window, tile, TILE), values, 0.0)
+    elif not DOWN_ROWS and TILE.mask_cols:
+        return tl.where(_inside_cols(window, tile, TILE), values, 0.0)
     else:
         return values
 
 
 @triton.jit
+def zero_beyond_pixels(values, window, p: tl.constexpr, TILE: tl.constexpr):
+    """Values of a sub-tile of pixel tile ``p``, 0 where there are no such pixels."""
+    return _zero_beyond(values, window, p, TILE.channels_last, TILE)
+
+
+@triton.jit
 def zero_beyond_channels(values, window, c: tl.constexpr, TILE: tl.constexpr):
     """Per-channel or per-group values, 0 for those of channel tile ``c`` that do not exist."""
-    if TILE.channels_last and TILE.mask_cols:
-        return tl.where(_inside_cols(window, c, TILE), values, 0.0)
-    elif not TILE.channels_last and TILE.mask_rows:
-        return tl.where(_inside_rows(window, c, TILE), values, 0.0)
-    else:
-        return values
+    return _zero_beyond(values, window, c, not TILE.channels_last, TILE)
 
 
 @triton.jit
