@@ -20,6 +20,7 @@ from .tile import (
     over_pixels,
     per_channel,
     store_tile,
+    unpacked,
     zero_beyond_pixels,
 )
 
@@ -76,6 +77,17 @@ def load_affine(coeffs, stats, window, c: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
+def load_affine_to_activation(
+    coeffs, stats, window, c: tl.constexpr, TILE: tl.constexpr, ACTIVATION: tl.constexpr
+):
+    """``load_affine`` for ``dzs_of``, which has no use for it without an activation: then ()."""
+    if ACTIVATION == "none":
+        return ()
+    else:
+        return load_affine(coeffs, stats, window, c, TILE)
+
+
+@triton.jit
 def load_slope(
     coeffs, stats, dx_hat_mean, dx_hat_x_hat_mean, window, c: tl.constexpr, TILE: tl.constexpr
 ):
@@ -88,85 +100,81 @@ def load_slope(
 
 
 @triton.jit
-def _load_z(x, residual_ptr, affine, window, c: tl.constexpr, p: tl.constexpr, TILE: tl.constexpr):
-    """z of the sub-tile x, with its part of the residual unless that is None."""
-    z = centred(x, affine.centre, window, p, TILE) * over_pixels(affine.gain, window, p, TILE)
-    z += over_pixels(affine.offset, window, p, TILE)
-    if residual_ptr is not None:
-        z += load_tile(residual_ptr, window, c, p, TILE, "").to(z.dtype)
-    return z
+def _z_of(x, affine, window, p: tl.constexpr, TILE: tl.constexpr, VISIT: tl.constexpr):
+    """z of the sub-tile x, before the residual."""
+    z = centred(x, affine.centre, window, p, TILE, VISIT)
+    return z * over_pixels(affine.gain, window, p, TILE) + over_pixels(
+        affine.offset, window, p, TILE
+    )
 
 
 @triton.jit
 def _write_y_tile(
     xs, residual_ptr, affine, y_ptr, window, c: tl.constexpr, p: tl.constexpr, TILE: tl.constexpr,
-    ACTIVATION: tl.constexpr, NVIDIA: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    z = _load_z(xs[c * TILE.pixel_tiles + p], residual_ptr, affine, window, c, p, TILE)
-    store_tile(y_ptr, activate(z, ACTIVATION, NVIDIA), window, c, p, TILE)
+    z = _z_of(xs[c * TILE.pixel_tiles + p], affine, window, p, TILE, 2)
+    if residual_ptr is not None:
+        z += load_tile(residual_ptr, window, c, p, TILE, "").to(z.dtype)
+    store_tile(y_ptr, activate(z, ACTIVATION, TILE.nvidia), window, c, p, TILE)
 
 
 @triton.jit
 def write_y(
     xs, residual_ptr, affine, y_ptr, window, c: tl.constexpr, TILE: tl.constexpr,
-    ACTIVATION: tl.constexpr, NVIDIA: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """y of channel tile ``c``."""
     for k in tl.static_range(TILE.pixel_tiles):
         # backwards, for which ptxas needs fewer registers (docs/measured.md)
         _write_y_tile(
-            xs, residual_ptr, affine, y_ptr, window, c, TILE.pixel_tiles - 1 - k, TILE, ACTIVATION,
-            NVIDIA,
-        )  # fmt: skip
+            xs, residual_ptr, affine, y_ptr, window, c, TILE.pixel_tiles - 1 - k, TILE, ACTIVATION
+        )
 
 
 @triton.jit
-def load_dzs(
-    dy_ptr, residual_ptr, dresidual_ptr, xs, affine, window, c: tl.constexpr, TILE: tl.constexpr,
-    ACTIVATION: tl.constexpr, NVIDIA: tl.constexpr, EVICT: tl.constexpr, dtype: tl.constexpr,
+def dz_of(
+    dys, residuals, xs, affine, window, c: tl.constexpr, p: tl.constexpr, TILE: tl.constexpr,
+    ACTIVATION: tl.constexpr, VISIT: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """dz of the sub-tiles of channel tile ``c``, zeros if dy is None; writes it to dresidual unless
-    that is None. ``affine`` is None without an activation."""
-    dzs = ()
-    for p in tl.static_range(TILE.pixel_tiles):
-        if dy_ptr is None:
-            dz = tl.zeros([TILE.rows, TILE.cols], dtype)
-        else:
-            dz = load_tile(dy_ptr, window, c, p, TILE, EVICT).to(dtype)
-        if ACTIVATION != "none":
-            z = _load_z(xs[c * TILE.pixel_tiles + p], residual_ptr, affine, window, c, p, TILE)
-            dz = activation_gradient(dz, z, ACTIVATION, NVIDIA)
-        if dresidual_ptr is not None:
-            store_tile(dresidual_ptr, dz, window, c, p, TILE)
-        dzs = dzs + (dz,)
-    return dzs
+    """dz of a sub-tile, from the ``load_tiles`` of dy (zeros if there are none), the residual and
+    x. ``affine`` as ``load_affine_to_activation`` has it."""
+    if len(dys) == 0:
+        dz = tl.zeros([TILE.rows, TILE.cols], dtype)
+    else:
+        dz = unpacked(dys[c * TILE.pixel_tiles + p], dtype, VISIT, TILE)
+    if ACTIVATION != "none":
+        z = _z_of(xs[c * TILE.pixel_tiles + p], affine, window, p, TILE, VISIT)
+        if len(residuals) > 0:
+            z += unpacked(residuals[c * TILE.pixel_tiles + p], dtype, VISIT, TILE)
+        dz = activation_gradient(dz, z, ACTIVATION, TILE.nvidia)
+    return dz
 
 
 @triton.jit
-def add_dz_sums(sums, dzs, xs, centre, window, c: tl.constexpr, TILE: tl.constexpr):
-    """Add dz and dz * (x - centre) of channel tile ``c`` to the pair of accumulators ``sums``."""
+def add_dz_sums(sums, dz, x, centre, window, p: tl.constexpr, TILE: tl.constexpr):
+    """Add dz and dz * (x - centre) of a sub-tile to the pair of accumulators ``sums``."""
     dz_sums, dz_centred_sums = sums
-    for p in tl.static_range(TILE.pixel_tiles):
-        dz = dzs[p]
-        x = centred(xs[c * TILE.pixel_tiles + p], centre, window, p, TILE)
-        dz_sums = add_to_channels(dz_sums, dz, window, p, TILE)
-        dz_centred_sums = add_to_channels(dz_centred_sums, dz * x, window, p, TILE)
-    return dz_sums, dz_centred_sums
+    dz_centred = dz * centred(x, centre, window, p, TILE, 0)
+    return (
+        add_to_channels(dz_sums, dz, window, p, TILE),
+        add_to_channels(dz_centred_sums, dz_centred, window, p, TILE),
+    )
 
 
 @triton.jit
 def write_dx(
-    dx_sums, dzs, xs, slope, dx_ptr, dpre_add_ptr, window, c: tl.constexpr, TILE: tl.constexpr
-):
-    """dx of channel tile ``c`` unless None; returned: the accumulator ``dx_sums`` with it added,
-    if dpre_add is asked for."""
-    for p in tl.static_range(TILE.pixel_tiles):
-        x = centred(xs[c * TILE.pixel_tiles + p], slope.centre, window, p, TILE)
-        dx = over_pixels(slope.offset, window, p, TILE) - x * slope.slope
-        dx += dzs[p] * over_pixels(slope.gain, window, p, TILE)
-        if dx_ptr is not None:
-            store_tile(dx_ptr, dx, window, c, p, TILE)
-        if dpre_add_ptr is not None:
-            inside = zero_beyond_pixels(dx, window, p, TILE)
-            dx_sums = add_to_channels(dx_sums, inside, window, p, TILE)
+    dx_sums, dz, x, slope, dx_ptr, dpre_add_ptr, window, c: tl.constexpr, p: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    """dx of a sub-tile unless None; returned: the accumulator ``dx_sums`` with it added, if
+    dpre_add is asked for."""
+    dx = over_pixels(slope.offset, window, p, TILE)
+    dx -= centred(x, slope.centre, window, p, TILE, 1) * slope.slope
+    dx += dz * over_pixels(slope.gain, window, p, TILE)
+    if dx_ptr is not None:
+        store_tile(dx_ptr, dx, window, c, p, TILE)
+    if dpre_add_ptr is not None:
+        inside = zero_beyond_pixels(dx, window, p, TILE)
+        dx_sums = add_to_channels(dx_sums, inside, window, p, TILE)
     return dx_sums

@@ -17,6 +17,7 @@ from .tile import (
     load_groups,
     over_groups,
     over_pixels,
+    unpacked,
     zero_beyond_channels,
     zero_beyond_pixels,
 )
@@ -88,9 +89,9 @@ def centre_of(
 
 
 @triton.jit
-def centred(x, centre, window, p: tl.constexpr, TILE: tl.constexpr):
+def centred(x, centre, window, p: tl.constexpr, TILE: tl.constexpr, VISIT: tl.constexpr):
     """The sub-tile x of pixel tile ``p`` without the high part of its centre: exact near it."""
-    return x.to(centre.dtype) - over_pixels(centre, window, p, TILE)
+    return unpacked(x, centre.dtype, VISIT, TILE) - over_pixels(centre, window, p, TILE)
 
 
 @triton.jit
@@ -101,7 +102,7 @@ def rough_mean(xs, pre_add, window, TILE: tl.constexpr, dtype: tl.constexpr):
         if pre_add is not None:
             added = beside_tiles(load_channels(pre_add, window, c, TILE, dtype), TILE)
         for p in tl.static_range(TILE.pixel_tiles):
-            x = xs[c * TILE.pixel_tiles + p].to(dtype)
+            x = unpacked(xs[c * TILE.pixel_tiles + p], dtype, 0, TILE)
             if pre_add is not None:
                 x = zero_beyond_pixels(x + over_pixels(added, window, p, TILE), window, p, TILE)
             total += x
@@ -122,7 +123,7 @@ def add_deviations(deviations, xs, pre_add, reference, window, TILE: tl.constexp
     for c in tl.static_range(TILE.channel_tiles):
         centre, rest = centre_of(pre_add, over_groups(reference, TILE), 0.0, window, c, TILE, dtype)
         for p in tl.static_range(TILE.pixel_tiles):
-            deviation = centred(xs[c * TILE.pixel_tiles + p], centre, window, p, TILE)
+            deviation = centred(xs[c * TILE.pixel_tiles + p], centre, window, p, TILE, 1)
             if pre_add is not None:
                 deviation -= over_pixels(rest, window, p, TILE)
             deviation = zero_beyond_pixels(deviation, window, p, TILE)

@@ -64,7 +64,7 @@ def _wait(counter_ptr, items):
 def group_norm_forward_pipelined_kernel(
     x_ptr, residual_ptr, coeffs, partials_ptr, y_ptr, stats_ptr, counters_ptr, order, groups,
     pixels, row_vecs, chunks, chunk_vecs, slots, eps: tl.float64, SLOTS: tl.constexpr,
-    TILE: tl.constexpr, ACTIVATION: tl.constexpr, NVIDIA: tl.constexpr,
+    TILE: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """Any number of programs.
 
@@ -83,7 +83,7 @@ def group_norm_forward_pipelined_kernel(
             _wait(counters_ptr + 1 + unit, order.items)
             apply_moments(
                 pid, x_ptr, residual_ptr, coeffs, partials_ptr, y_ptr, stats_ptr, cut, eps, SLOTS,
-                TILE, ACTIVATION, NVIDIA, "evict_first",
+                TILE, ACTIVATION, "evict_first",
             )  # fmt: skip
         ticket = tl.atomic_add(counters_ptr, 1, sem="relaxed")
 
@@ -92,7 +92,7 @@ def group_norm_forward_pipelined_kernel(
 def group_norm_backward_pipelined_kernel(
     dy_ptr, x_ptr, residual_ptr, coeffs, stats_ptr, partials_ptr, dx_ptr, dresidual_ptr, grads,
     counters_ptr, order, groups, pixels, row_vecs, chunks, chunk_vecs, slots, SLOTS: tl.constexpr,
-    TILE: tl.constexpr, ACTIVATION: tl.constexpr, NVIDIA: tl.constexpr,
+    TILE: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """Any number of programs.
 
@@ -108,13 +108,13 @@ def group_norm_backward_pipelined_kernel(
         if is_first:
             leave_sums(
                 pid, dy_ptr, x_ptr, residual_ptr, coeffs, stats_ptr, partials_ptr, dresidual_ptr,
-                grads, cut, TILE, ACTIVATION, NVIDIA, "evict_last",
+                grads, cut, TILE, ACTIVATION, "evict_last",
             )  # fmt: skip
             _finish(counters_ptr + 1 + unit)
         else:
             _wait(counters_ptr + 1 + unit, order.items)
             apply_sums(
                 pid, dy_ptr, x_ptr, residual_ptr, coeffs, stats_ptr, partials_ptr, dx_ptr,
-                grads.pre_add, cut, SLOTS, TILE, ACTIVATION, NVIDIA, "evict_first",
+                grads.pre_add, cut, SLOTS, TILE, ACTIVATION, "evict_first",
             )  # fmt: skip
         ticket = tl.atomic_add(counters_ptr, 1, sem="relaxed")

@@ -3,7 +3,15 @@
 import triton
 import triton.language as tl
 
-from .epilogue import add_dz_sums, load_affine, load_dzs, load_slope, write_dx, write_y
+from .epilogue import (
+    add_dz_sums,
+    dz_of,
+    load_affine,
+    load_affine_to_activation,
+    load_slope,
+    write_dx,
+    write_y,
+)
 from .moments import (
     centre_of,
     divide,
@@ -22,6 +30,8 @@ from .tile import (
     no_channel_sums,
     over_groups,
     store_channels,
+    store_tile,
+    visited,
     whole_window,
 )
 
@@ -29,7 +39,7 @@ from .tile import (
 @triton.jit
 def group_norm_forward_resident_kernel(
     x_ptr, residual_ptr, coeffs, y_ptr, stats_ptr, groups, pixels, row_vecs, eps: tl.float64,
-    TILE: tl.constexpr, ACTIVATION: tl.constexpr, NVIDIA: tl.constexpr,
+    TILE: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """One program per ``TILE.groups`` groups of a sample, or per group of a stack of ``pixels``.
 
@@ -44,15 +54,16 @@ def group_norm_forward_resident_kernel(
     if stats_ptr is not None:
         store_stats(stats_ptr, moments, rstd, window, groups, TILE)
     stats = spread_stats(moments, rstd, TILE)
+    window = visited(window, 2, TILE)
     for c in tl.static_range(TILE.channel_tiles):
         affine = load_affine(coeffs, stats, window, c, TILE)
-        write_y(xs, residual_ptr, affine, y_ptr, window, c, TILE, ACTIVATION, NVIDIA)
+        write_y(xs, residual_ptr, affine, y_ptr, window, c, TILE, ACTIVATION)
 
 
 @triton.jit
 def group_norm_backward_resident_kernel(
     dy_ptr, x_ptr, residual_ptr, coeffs, stats_ptr, dx_ptr, dresidual_ptr, grads, groups, pixels,
-    row_vecs, TILE: tl.constexpr, ACTIVATION: tl.constexpr, NVIDIA: tl.constexpr,
+    row_vecs, TILE: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """One program per ``TILE.groups`` groups of a sample, or per group of a stack of ``pixels``.
 
@@ -62,21 +73,20 @@ def group_norm_backward_resident_kernel(
     dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     window = whole_window(tl.program_id(0), groups, pixels, row_vecs, TILE)
     xs = load_tiles(x_ptr, window, TILE, "")
+    dys = load_tiles(dy_ptr, window, TILE, "")
+    residuals = load_tiles(residual_ptr, window, TILE, "")
     stats = load_stats(stats_ptr, window, groups, TILE)
-    all_dzs = ()
+    dzs = ()
     for c in tl.static_range(TILE.channel_tiles):
-        affine = None
-        if ACTIVATION != "none":
-            affine = load_affine(coeffs, stats, window, c, TILE)
-        dzs = load_dzs(
-            dy_ptr, residual_ptr, dresidual_ptr, xs, affine, window, c, TILE, ACTIVATION, NVIDIA,
-            "", dtype,
-        )  # fmt: skip
-        all_dzs = all_dzs + (dzs,)
-    for c in tl.static_range(TILE.channel_tiles):
+        affine = load_affine_to_activation(coeffs, stats, window, c, TILE, ACTIVATION)
         centre, _ = centre_of(coeffs.pre_add, stats.mean, stats.mean_lo, window, c, TILE, dtype)
-        none = no_channel_sums(TILE, dtype)
-        sums = add_dz_sums((none, none), all_dzs[c], xs, centre, window, c, TILE)
+        sums = no_channel_sums(TILE, dtype), no_channel_sums(TILE, dtype)
+        for p in tl.static_range(TILE.pixel_tiles):
+            dz = dz_of(dys, residuals, xs, affine, window, c, p, TILE, ACTIVATION, 0, dtype)
+            if dresidual_ptr is not None:
+                store_tile(dresidual_ptr, dz, window, c, p, TILE)
+            sums = add_dz_sums(sums, dz, xs[c * TILE.pixel_tiles + p], centre, window, p, TILE)
+            dzs = dzs + (dz,)
         first, second = store_param_grads(sums, coeffs, stats, grads, window, c, groups, 1, TILE)
         if c == 0:
             dx_hat_sums, dx_hat_x_hat_sums = first, second
@@ -89,12 +99,20 @@ def group_norm_backward_resident_kernel(
         dx_hat_x_hat_sum = group_sums(dx_hat_x_hat_sums, TILE)
         dx_hat_mean = over_groups(divide(dx_hat_sum, count), TILE)
         dx_hat_x_hat_mean = over_groups(divide(dx_hat_x_hat_sum, count), TILE)
+        window = visited(window, 1, TILE)
         for c in tl.static_range(TILE.channel_tiles):
+            affine = load_affine_to_activation(coeffs, stats, window, c, TILE, ACTIVATION)
             slope = load_slope(coeffs, stats, dx_hat_mean, dx_hat_x_hat_mean, window, c, TILE)
-            dx_sums = write_dx(
-                no_channel_sums(TILE, dtype), all_dzs[c], xs, slope, dx_ptr, grads.pre_add, window,
-                c, TILE,
-            )  # fmt: skip
+            dx_sums = no_channel_sums(TILE, dtype)
+            for p in tl.static_range(TILE.pixel_tiles):
+                if TILE.packed:  # worked out again rather than kept
+                    dz = dz_of(dys, residuals, xs, affine, window, c, p, TILE, ACTIVATION, 1, dtype)
+                else:
+                    dz = dzs[c * TILE.pixel_tiles + p]
+                dx_sums = write_dx(
+                    dx_sums, dz, xs[c * TILE.pixel_tiles + p], slope, dx_ptr, grads.pre_add, window,
+                    c, p, TILE,
+                )  # fmt: skip
             if grads.pre_add is not None:
                 dpre_add = channel_sums(dx_sums, TILE)
                 store_channels(grads.pre_add, dpre_add, window, c, groups, 1, TILE)

@@ -10,7 +10,15 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .epilogue import add_dz_sums, load_affine, load_dzs, load_slope, write_dx, write_y
+from .epilogue import (
+    add_dz_sums,
+    dz_of,
+    load_affine,
+    load_affine_to_activation,
+    load_slope,
+    write_dx,
+    write_y,
+)
 from .moments import (
     Moments,
     add_deviations,
@@ -39,6 +47,7 @@ from .tile import (
     step_of,
     steps_of,
     store_channels,
+    store_tile,
     window_of,
 )
 
@@ -139,7 +148,7 @@ def leave_moments(pid, x_ptr, coeffs, partials_ptr, cut, TILE: tl.constexpr, EVI
 @triton.jit
 def apply_moments(
     pid, x_ptr, residual_ptr, coeffs, partials_ptr, y_ptr, stats_ptr, cut, eps,
-    SLOTS: tl.constexpr, TILE: tl.constexpr, ACTIVATION: tl.constexpr, NVIDIA: tl.constexpr,
+    SLOTS: tl.constexpr, TILE: tl.constexpr, ACTIVATION: tl.constexpr,
     EVICT: tl.constexpr,
 ):  # fmt: skip
     """y of the ``pid``-th chunk, and the stats of its groups where it is their first."""
@@ -154,13 +163,13 @@ def apply_moments(
     for step in range(0, steps_of(window, TILE)):
         part = step_of(window, step, TILE)
         xs = load_tiles(x_ptr, part, TILE, EVICT)
-        write_y(xs, residual_ptr, affine, y_ptr, part, 0, TILE, ACTIVATION, NVIDIA)
+        write_y(xs, residual_ptr, affine, y_ptr, part, 0, TILE, ACTIVATION)
 
 
 @triton.jit
 def leave_sums(
     pid, dy_ptr, x_ptr, residual_ptr, coeffs, stats_ptr, partials_ptr, dresidual_ptr, grads, cut,
-    TILE: tl.constexpr, ACTIVATION: tl.constexpr, NVIDIA: tl.constexpr, EVICT: tl.constexpr,
+    TILE: tl.constexpr, ACTIVATION: tl.constexpr, EVICT: tl.constexpr,
 ):  # fmt: skip
     """Of the ``pid``-th chunk, to its slot of partials (N, G, 2, slots): sum(dx_hat),
     sum(dx_hat * x_hat); its dresidual, and its row of each of ``grads`` but pre_add."""
@@ -168,18 +177,18 @@ def leave_sums(
     window = _window(pid, cut, TILE)
     stats = load_stats(stats_ptr, window, cut.groups, TILE)
     centre, _ = centre_of(coeffs.pre_add, stats.mean, stats.mean_lo, window, 0, TILE, dtype)
-    affine = None
-    if ACTIVATION != "none":
-        affine = load_affine(coeffs, stats, window, 0, TILE)
+    affine = load_affine_to_activation(coeffs, stats, window, 0, TILE, ACTIVATION)
     sums = no_channel_sums(TILE, dtype), no_channel_sums(TILE, dtype)
     for step in range(0, steps_of(window, TILE)):
         part = step_of(window, step, TILE)
         xs = load_tiles(x_ptr, part, TILE, EVICT)
-        dzs = load_dzs(
-            dy_ptr, residual_ptr, dresidual_ptr, xs, affine, part, 0, TILE, ACTIVATION, NVIDIA,
-            EVICT, dtype,
-        )  # fmt: skip
-        sums = add_dz_sums(sums, dzs, xs, centre, part, 0, TILE)
+        dys = load_tiles(dy_ptr, part, TILE, EVICT)
+        residuals = load_tiles(residual_ptr, part, TILE, EVICT)
+        for p in tl.static_range(TILE.pixel_tiles):
+            dz = dz_of(dys, residuals, xs, affine, part, 0, p, TILE, ACTIVATION, 0, dtype)
+            if dresidual_ptr is not None:
+                store_tile(dresidual_ptr, dz, part, 0, p, TILE)
+            sums = add_dz_sums(sums, dz, xs[p], centre, part, p, TILE)
     dx_hat_sums, dx_hat_x_hat_sums = store_param_grads(
         sums, coeffs, stats, grads, window, 0, cut.groups, cut.chunks, TILE
     )
@@ -192,7 +201,7 @@ def leave_sums(
 @triton.jit
 def apply_sums(
     pid, dy_ptr, x_ptr, residual_ptr, coeffs, stats_ptr, partials_ptr, dx_ptr, dpre_add_ptr, cut,
-    SLOTS: tl.constexpr, TILE: tl.constexpr, ACTIVATION: tl.constexpr, NVIDIA: tl.constexpr,
+    SLOTS: tl.constexpr, TILE: tl.constexpr, ACTIVATION: tl.constexpr,
     EVICT: tl.constexpr,
 ):  # fmt: skip
     """dx of the ``pid``-th chunk and its row of dpre_add, each unless None.
@@ -214,18 +223,17 @@ def apply_sums(
     count = group_count(cut.pixels, TILE, dtype)
     dx_hat_mean = over_groups(divide(dx_hat_sum, count), TILE)
     dx_hat_x_hat_mean = over_groups(divide(dx_hat_x_hat_sum, count), TILE)
-    affine = None
-    if ACTIVATION != "none":
-        affine = load_affine(coeffs, stats, window, 0, TILE)
+    affine = load_affine_to_activation(coeffs, stats, window, 0, TILE, ACTIVATION)
     slope = load_slope(coeffs, stats, dx_hat_mean, dx_hat_x_hat_mean, window, 0, TILE)
     dx_sums = no_channel_sums(TILE, dtype)
     for step in range(0, steps_of(window, TILE)):
         part = step_of(window, step, TILE)
         xs = load_tiles(x_ptr, part, TILE, EVICT)
-        dzs = load_dzs(
-            dy_ptr, residual_ptr, None, xs, affine, part, 0, TILE, ACTIVATION, NVIDIA, EVICT, dtype
-        )
-        dx_sums = write_dx(dx_sums, dzs, xs, slope, dx_ptr, dpre_add_ptr, part, 0, TILE)
+        dys = load_tiles(dy_ptr, part, TILE, EVICT)
+        residuals = load_tiles(residual_ptr, part, TILE, EVICT)
+        for p in tl.static_range(TILE.pixel_tiles):
+            dz = dz_of(dys, residuals, xs, affine, part, 0, p, TILE, ACTIVATION, 0, dtype)
+            dx_sums = write_dx(dx_sums, dz, xs[p], slope, dx_ptr, dpre_add_ptr, part, 0, p, TILE)
     if dpre_add_ptr is not None:
         dpre_add = channel_sums(dx_sums, TILE)
         store_channels(dpre_add_ptr, dpre_add, window, 0, cut.groups, cut.chunks, TILE)
@@ -265,7 +273,7 @@ def group_norm_merge_moments_kernel(
 def group_norm_forward_split_apply_kernel(
     x_ptr, residual_ptr, coeffs, partials_ptr, y_ptr, stats_ptr, groups, pixels, row_vecs, chunks,
     chunk_vecs, slots, eps: tl.float64, SLOTS: tl.constexpr, TILE: tl.constexpr,
-    ACTIVATION: tl.constexpr, NVIDIA: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """One program per chunk of ``TILE.groups`` groups of a sample.
 
@@ -277,7 +285,7 @@ def group_norm_forward_split_apply_kernel(
     cut = Cut(groups, pixels, row_vecs, chunks, chunk_vecs, slots)
     apply_moments(
         pid, x_ptr, residual_ptr, coeffs, partials_ptr, y_ptr, stats_ptr, cut, eps, SLOTS, TILE,
-        ACTIVATION, NVIDIA, "",
+        ACTIVATION, "",
     )  # fmt: skip
 
 
@@ -285,7 +293,6 @@ def group_norm_forward_split_apply_kernel(
 def group_norm_backward_split_sums_kernel(
     dy_ptr, x_ptr, residual_ptr, coeffs, stats_ptr, partials_ptr, dresidual_ptr, grads, groups,
     pixels, row_vecs, chunks, chunk_vecs, slots, TILE: tl.constexpr, ACTIVATION: tl.constexpr,
-    NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """One program per chunk of ``TILE.groups`` groups of a sample.
 
@@ -296,7 +303,7 @@ def group_norm_backward_split_sums_kernel(
     cut = Cut(groups, pixels, row_vecs, chunks, chunk_vecs, slots)
     leave_sums(
         tl.program_id(0), dy_ptr, x_ptr, residual_ptr, coeffs, stats_ptr, partials_ptr,
-        dresidual_ptr, grads, cut, TILE, ACTIVATION, NVIDIA, "",
+        dresidual_ptr, grads, cut, TILE, ACTIVATION, "",
     )  # fmt: skip
 
 
@@ -305,7 +312,7 @@ def group_norm_backward_split_apply_kernel(
     dy_ptr, x_ptr, residual_ptr, coeffs, stats_ptr, partials_ptr, dx_ptr, dpre_add_ptr, reductions,
     samples, groups, pixels, row_vecs, chunks, chunk_vecs, slots, apply_programs,
     SLOTS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, TILE: tl.constexpr,
-    ACTIVATION: tl.constexpr, NVIDIA: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """The first ``apply_programs`` programs: one per chunk of ``TILE.groups`` groups of a sample.
 
@@ -318,7 +325,7 @@ def group_norm_backward_split_apply_kernel(
         cut = Cut(groups, pixels, row_vecs, chunks, chunk_vecs, slots)
         apply_sums(
             pid, dy_ptr, x_ptr, residual_ptr, coeffs, stats_ptr, partials_ptr, dx_ptr,
-            dpre_add_ptr, cut, SLOTS, TILE, ACTIVATION, NVIDIA, "",
+            dpre_add_ptr, cut, SLOTS, TILE, ACTIVATION, "",
         )  # fmt: skip
     else:
         sum_params(

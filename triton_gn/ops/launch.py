@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 
 from triton_gn.ops import layout
-from triton_gn.plan import TARGETS, Config, Device, Problem, Tile, next_power_of_2, slots_at_a_time
+from triton_gn.plan import (
+    TARGETS,
+    Config,
+    Device,
+    Problem,
+    Tile,
+    is_packed,
+    next_power_of_2,
+    slots_at_a_time,
+)
 from triton_gn.reference import Operands, compute_dtype
 
 _PARAM_COLS = 32  # channels per program that sums parameter gradients up: one 128-byte line
@@ -34,8 +43,9 @@ class Launch:
 
     def arguments_on(self, nvidia: bool) -> dict[str, Any]:
         """All of the kernel's arguments, on an NVIDIA GPU or elsewhere."""
-        computes = "ACTIVATION" in self.arguments
-        return self.arguments | {"NVIDIA": nvidia} if computes else self.arguments
+        if "TILE" not in self.arguments:
+            return self.arguments
+        return self.arguments | {"TILE": self.arguments["TILE"].on(nvidia)}
 
     def options(self, nvidia: bool) -> dict[str, Any]:
         """What else the compiler is told."""
@@ -58,8 +68,8 @@ def _kernels() -> ModuleType:
 
 
 @functools.cache
-def _device_tile(tile: Tile, threads: int) -> Any:
-    return _kernels().tile.Tile(**asdict(tile), threads=threads)
+def _device_tile(tile: Tile, threads: int, packed: bool) -> Any:
+    return _kernels().tile.Tile(**asdict(tile), threads=threads, packed=packed)
 
 
 def target(name: str) -> Device:
@@ -89,7 +99,7 @@ def gpu(device: torch.device) -> Device:
     if torch.version.hip is not None:
         name = properties.gcnArchName.partition(":")[0]
     return replace(
-        target(name) if name in TARGETS else Device(clusters=1),
+        target(name) if name in TARGETS else Device(clusters=1, packs=torch.version.hip is None),
         name=properties.name,
         multiprocessors=properties.multi_processor_count,
         l2_bytes=properties.L2_cache_size,
@@ -133,7 +143,7 @@ def _sizes(problem: Problem, config: Config) -> dict[str, Any]:
         "groups": problem.groups,
         "pixels": problem.n if config.tile.stacked else problem.pixels,
         "row_vecs": problem.row_vecs,
-        "TILE": _device_tile(config.tile, 32 * config.warps),
+        "TILE": _device_tile(config.tile, 32 * config.warps, is_packed(problem, config)),
     }
     if config.strategy != "resident":
         sizes |= {

@@ -21,6 +21,7 @@ class Device:
     clock_mhz: int = 1980
     # that a cluster may have, 1 where there are none: 8, or more where a GPU is known to take more
     clusters: int = 16
+    packs: bool = True  # whether kernels can keep 16-bit elements packed: by NVIDIA's instructions
 
 
 def _amd(
@@ -28,7 +29,7 @@ def _amd(
 ) -> Device:
     return Device(
         name, multiprocessors, l2_bytes, 64, dram_gb_per_s, 131072, 65536, 32, 32, lanes, clock_mhz,
-        clusters=1,
+        clusters=1, packs=False,
     )  # fmt: skip
 
 
