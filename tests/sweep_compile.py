@@ -21,7 +21,7 @@ from triton_gn.reference import ACTIVATIONS
 
 _GROUP_CHANNELS = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 30, 40, 60, 64, 96, 127, 129, 384, 1000)
 _PIXELS = (1, 2, 4, 9, 30, 33, 49, 64, 100, 101, 196, 225, 256, 784, 1000, 1024, 3600, 4096, 5375)
-_LARGEST = {torch.bfloat16: 60_000, torch.float32: 60_000, torch.float64: 10_000}  # of a group
+_LARGEST = {torch.bfloat16: 90_000, torch.float32: 60_000, torch.float64: 10_000}  # of a group
 
 _FUSED = ("scale", "shift", "pre_add", "residual")
 

@@ -18,6 +18,7 @@ from triton_gn.plan import (
     estimate,
     fits,
     is_always_resident,
+    is_packed,
     is_verified,
     plan,
     plan_by_rule,
@@ -325,7 +326,7 @@ def test_barriers_of_a_cluster_cost_time() -> None:
 def test_a_search_tries_a_few_clusters_of_each_size() -> None:
     found = candidates(CLUSTERED, H100)
     clusters = [config for config in found if config.ctas > 1]
-    assert {config.ctas for config in clusters} == {4, 8, 16}
+    assert {config.ctas for config in clusters} == {2, 4, 8, 16}
     assert len(clusters) < len(found) / 2
     assert not [c for c in candidates(CLUSTERED, TARGETS["sm_80"]) if c.ctas > 1]
 
@@ -347,7 +348,12 @@ def test_clusters_are_planned_where_allowed_and_faster() -> None:
         (CLUSTERED, 2, "gfx942", "a GPU of sm_90 or newer and Triton 3.8; got ctas=2"),
         (CLUSTERED, 16, "sm_120", "on NVIDIA GeForce RTX 5090 has at most 8 CTAs; got ctas=16"),
         (CHANNELS_LAST, 2, "sm_90", "only contiguous groups are held by clusters; got ctas=2"),
-        (CLUSTERED, 2, "sm_90", "no resident program can hold .* 131072 elements"),
+        (
+            replace(CLUSTERED, pixels=2**15),
+            2,
+            "sm_90",
+            "no resident program can hold .* 262144 elements",
+        ),
     ],
 )
 def test_clusters_that_cannot_run_are_refused(
@@ -356,6 +362,30 @@ def test_clusters_that_cannot_run_are_refused(
     override = (("ctas", ctas), ("strategy", "resident"))
     with pytest.raises(ValueError, match=f"plan_override: .*{message}"):
         plan(problem, TARGETS[target], override=override)
+
+
+def test_16_bit_elements_stay_packed_where_float32_does_not_fit() -> None:
+    problem = Problem("backward", 32, 256, 32, 4096, "bfloat16", False, "silu")
+    config = plan_by_rule(problem, H100)
+    assert config.strategy == "resident"
+    assert is_packed(problem, config)
+    assert plan_by_rule(replace(problem, dtype="float32"), H100).strategy == "split"
+    reason = fits(problem, config, replace(H100, packs=False))
+    assert reason is not None
+    assert "registers a thread" in reason
+
+
+@for_any_problem
+@given(problem=problems())
+def test_only_large_16_bit_tiles_stay_packed(problem: Problem) -> None:
+    config = plan(problem, H100)
+    words = (1 + (problem.direction == "backward")) * config.tile.elements / (32 * config.warps)
+    if is_packed(problem, config):
+        assert config.strategy == "resident"
+        assert problem.itemsize == 2
+        assert words > 64
+    elif config.strategy == "resident" and problem.itemsize == 2 and problem.span == 1:
+        assert words <= 65
 
 
 def test_more_chunks_than_there_are_stretches_are_not_made() -> None:

@@ -164,7 +164,7 @@ def visited(window, VISIT: tl.constexpr, TILE: tl.constexpr):
     """The same window for a later ``VISIT`` (see ``unpacked``) of a tile that stays packed: its
     addresses and masks are worked out anew, rather than kept in registers."""
     if TILE.packed:
-        zero = tl.program_id(VISIT)
+        zero = tl.program_id(VISIT) * TILE.vec  # accesses stay as wide
         return Window(
             window.offset, window.rows + zero, window.cols + zero, window.row_vecs + zero,
             window.pixels, window.pixel, window.sample, window.group, window.channel, window.slot,
