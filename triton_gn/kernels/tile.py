@@ -267,23 +267,24 @@ def unpacked(x, dtype: tl.constexpr, VISIT: tl.constexpr, TILE: tl.constexpr):
     program's number along the second and third axis, which a grid here does not have, is 0, but
     the compiler cannot know.
     """
+    # "&": the first output is there before the last input is used
     to_float32: tl.constexpr = TILE.nvidia and dtype == tl.float32
     anew: tl.constexpr = TILE.packed and VISIT > 0
     if to_float32 and x.dtype == tl.bfloat16 and anew:
         zero = tl.program_id(VISIT)
         return tl.inline_asm_elementwise(
-            BFLOAT16_ANEW, "=r,=r,r,r,r,r,r", [x, zero + 0x1044, zero + 0x3244], tl.float32,
+            BFLOAT16_ANEW, "=&r,=&r,r,r,r,r,r", [x, zero + 0x1044, zero + 0x3244], tl.float32,
             is_pure=True, pack=2,
         )  # fmt: skip
     elif to_float32 and x.dtype == tl.bfloat16:
         # an instruction less for two elements than Triton's own
         return tl.inline_asm_elementwise(
-            BFLOAT16, "=r,=r,r", [x], tl.float32, is_pure=True, pack=2
+            BFLOAT16, "=&r,=&r,r", [x], tl.float32, is_pure=True, pack=2
         )  # fmt: skip
     elif to_float32 and x.dtype == tl.float16 and anew:
         zero = tl.program_id(VISIT)
         return tl.inline_asm_elementwise(
-            FLOAT16_ANEW, "=r,=r,r,r,r", [x, zero], tl.float32, is_pure=True, pack=2
+            FLOAT16_ANEW, "=&r,=&r,r,r,r", [x, zero], tl.float32, is_pure=True, pack=2
         )  # fmt: skip
     else:
         return x.to(dtype)
