@@ -162,13 +162,12 @@ def whole_window(pid, groups, pixels, row_vecs, TILE: tl.constexpr):
 @triton.jit
 def visited(window, VISIT: tl.constexpr, TILE: tl.constexpr):
     """The same window for a later ``VISIT`` (see ``unpacked``) of a tile that stays packed: its
-    addresses and masks are worked out anew, rather than kept in registers."""
+    addresses are worked out anew, rather than kept in registers."""
     if TILE.packed:
         zero = tl.program_id(VISIT) * TILE.vec  # accesses stay as wide
         return Window(
-            window.offset, window.rows + zero, window.cols + zero, window.row_vecs + zero,
-            window.pixels, window.pixel, window.sample, window.group, window.channel, window.slot,
-            window.chunk,
+            window.offset + zero, window.rows, window.cols, window.row_vecs, window.pixels,
+            window.pixel, window.sample, window.group, window.channel, window.slot, window.chunk,
         )  # fmt: skip
     else:
         return window
