@@ -326,7 +326,7 @@ def _print_details(one: Inspection) -> None:
 
     device = one.device
     fields = ", ".join(f"{name} {value}" for name, value in fields_of(one.config).items())
-    packed = is_packed(one.problem, one.config)
+    packed = device.packs and is_packed(one.problem, one.config)
     bound = one.estimate
     print(
         f"{_described(one.workload)}, {one.direction}\n"

@@ -80,7 +80,7 @@ def load_affine(coeffs, stats, window, c: tl.constexpr, TILE: tl.constexpr):
 def load_affine_to_activation(
     coeffs, stats, window, c: tl.constexpr, TILE: tl.constexpr, ACTIVATION: tl.constexpr
 ):
-    """``load_affine`` for ``dzs_of``, which has no use for it without an activation: then ()."""
+    """``load_affine`` for ``dz_of``, which has no use for it without an activation: then ()."""
     if ACTIVATION == "none":
         return ()
     else:

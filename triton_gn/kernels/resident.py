@@ -101,11 +101,12 @@ def group_norm_backward_resident_kernel(
         dx_hat_x_hat_mean = over_groups(divide(dx_hat_x_hat_sum, count), TILE)
         window = visited(window, 1, TILE)
         for c in tl.static_range(TILE.channel_tiles):
-            affine = load_affine_to_activation(coeffs, stats, window, c, TILE, ACTIVATION)
+            if TILE.packed:  # dz is worked out again rather than kept
+                affine = load_affine_to_activation(coeffs, stats, window, c, TILE, ACTIVATION)
             slope = load_slope(coeffs, stats, dx_hat_mean, dx_hat_x_hat_mean, window, c, TILE)
             dx_sums = no_channel_sums(TILE, dtype)
             for p in tl.static_range(TILE.pixel_tiles):
-                if TILE.packed:  # worked out again rather than kept
+                if TILE.packed:
                     dz = dz_of(dys, residuals, xs, affine, window, c, p, TILE, ACTIVATION, 1, dtype)
                 else:
                     dz = dzs[c * TILE.pixel_tiles + p]
