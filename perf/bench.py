@@ -198,7 +198,7 @@ class Bench:
             if call is not None:
                 calls[one.name] = call
                 said[one.name]["peak_bytes"] = timing.peak_bytes(call, self.device)
-                if not one.is_strategy:  # to fix a part of the plan costs the host as well
+                if not one.is_fixed:  # to fix a part of the plan costs the host as well
                     said[one.name]["host_us"] = timing.host_us(call)
         floors = {REFERENCES[part]: part for part in PARTS[direction]}
         for name, part in floors.items():
@@ -319,7 +319,7 @@ def report(found: list[Record], path: Path) -> None:
         print(f"{path} has all of it already; --no-resume times it again.")
         return
     there = [one for one in PROVIDERS if any(record.provider == one.name for record in found)]
-    peers = [one.name for one in there[1:] if not one.is_strategy]
+    peers = [one.name for one in there[1:] if not one.is_fixed]
     first, others = there[0].name, peers or [one.name for one in there[1:]]
     table = Table(
         title=found[0].device + ", predicted, not measured" * (not found[0].measured),

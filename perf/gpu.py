@@ -18,12 +18,13 @@ from rich.console import Console
 from rich.table import Table
 
 from perf import bench
+from perf.providers import FIXED
 from perf.records import folder_of
 from triton_gn.ops import launch
 
 _PASSED = (0, 5)  # 5: pytest's, where all tests of a file are the interpreter's
 _SANITIZED = "tests/kernels/test_bits.py"
-_PROVIDERS = "triton_gn,triton_gn[resident],triton_gn[split],triton_gn[pipelined],torch_eager"
+_PROVIDERS = ",".join(("triton_gn", *(f"triton_gn[{name}]" for name in FIXED), "torch_eager"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

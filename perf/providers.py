@@ -31,6 +31,11 @@ Compute = Callable[[Operands], Tensor]
 Norm = Callable[[Tensor, int, Tensor, Tensor], Tensor]  # x, groups, weight, bias
 
 PARTS = {"forward": ("forward",), "backward": ("backward",), "both": ("forward", "backward")}
+# what is fixed of triton_gn's plans, to see what it is worth
+FIXED: dict[str, dict[str, Any]] = {
+    **{strategy: {"strategy": strategy} for strategy in STRATEGIES + UNVERIFIED},
+    "overlap": {"overlap": 2},
+}
 _PEER_ROUNDINGS = 8  # after each operation, and of statistics that are kept in x's dtype
 _BLOCK, _BLOCK_WARPS = 4096, 8  # of the floors: four 16-byte accesses a thread
 
@@ -45,7 +50,7 @@ class Provider:
     roundings: int = _PEER_ROUNDINGS  # how often its answers may be rounded
 
     @property
-    def is_strategy(self) -> bool:
+    def is_fixed(self) -> bool:
         """Whether it is triton_gn with a part of its plan fixed."""
         return self.name.startswith(f"{OURS}[")
 
@@ -64,12 +69,12 @@ def ours(workload: Workload) -> Compute:
     return compute
 
 
-def with_strategy(strategy: str, workload: Workload) -> Compute:
-    """triton_gn, held to a strategy."""
+def with_plan(fields: Mapping[str, Any], workload: Workload) -> Compute:
+    """triton_gn, with these fields of its plans fixed."""
     compute = ours(workload)
 
     def overridden(operands: Operands) -> Tensor:
-        with triton_gn.plan_override(strategy=strategy):
+        with triton_gn.plan_override(**fields):
             return compute(operands)
 
     return overridden
@@ -159,8 +164,8 @@ def _not_installed(package: str, device: torch.device) -> str | None:
 PROVIDERS = (
     Provider(OURS, ours, _no_kernels, roundings=1),
     *(
-        Provider(f"{OURS}[{strategy}]", partial(with_strategy, strategy), _no_kernels, roundings=1)
-        for strategy in STRATEGIES + UNVERIFIED
+        Provider(f"{OURS}[{name}]", partial(with_plan, fields), _no_kernels, roundings=1)
+        for name, fields in FIXED.items()
     ),
     Provider("torch_eager", partial(unfused, torchs), lambda _: None),
     Provider("torch_compile", compiled, _no_gpu),

@@ -112,7 +112,7 @@ def provider(name: str) -> Provider:
 
 def test_providers_say_why_they_are_absent() -> None:
     assert [one.name for one in PROVIDERS] == [
-        OURS, f"{OURS}[resident]", f"{OURS}[split]", f"{OURS}[pipelined]",
+        OURS, f"{OURS}[resident]", f"{OURS}[split]", f"{OURS}[pipelined]", f"{OURS}[overlap]",
         "torch_eager", "torch_compile", "liger", "flag_gems",
     ]  # fmt: skip
     reasons = {one.name: one.absent(CPU) for one in PROVIDERS}

@@ -160,7 +160,7 @@ def test_unknown_autocast_policy_is_refused(name: Any) -> None:
 
 def test_unknown_override_is_refused() -> None:
     message = (
-        "unknown field stages, warps; fields are strategy, groups, rows, cols, num_warps, ctas"
+        "unknown field stages, warps; fields are strategy, groups, rows, cols, num_warps, overlap"
     )
     with pytest.raises(TypeError, match=message):
         triton_gn.plan_override(warps=4, stages=2, rows=8)

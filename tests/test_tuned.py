@@ -324,8 +324,8 @@ IN_CONFIG = ("entries", 0, "config")
         (b"[]", "must be an object; got"),
         (b"[" * 200_000, "nested too deeply"),
         (b'{"a":' * 200_000, "nested too deeply"),
-        (changed(1, "schema"), "schema: must be 2, which this version reads; got 1"),
-        (changed(True, "schema"), "schema: must be 2, .*got True"),
+        (changed(1, "schema"), "schema: must be 3, which this version reads; got 1"),
+        (changed(True, "schema"), "schema: must be 3, .*got True"),
         (without("schema"), "must have schema, .*got"),
         (changed(1, "more"), "must have schema, "),
         (changed("NVIDIA A10", "device", "name"), "'NVIDIA A10' with 132 .*this GPU is 'NVIDIA H1"),
@@ -463,11 +463,20 @@ def test_clusters_are_read_and_skipped_where_there_are_none(folder: Path) -> Non
         assert plan(PROBLEM, without) == plan_by_rule(PROBLEM, without)
 
 
+def test_overlap_is_read_and_skipped_where_launches_do_not(folder: Path) -> None:
+    """A table is found by the name of a GPU, and names can be made up."""
+    early = replace(plan_by_rule(PROBLEM, H100), overlap=2)
+    write(folder, entry_of(PROBLEM, early))
+    assert plan(PROBLEM, H100) == early
+    with pytest.warns(UserWarning, match="their plans cannot run"):
+        assert plan(PROBLEM, replace(H100, overlaps=False)).overlap == 1
+
+
 def test_groups_side_by_side_are_bounded(folder: Path) -> None:
     """They are summed up by selection, and split has no room for a partial of each of 2048."""
     problem = Problem("forward", 1, 2048, 2048, 64, "float32", channels_last=True)
     fields = {"groups": 2048, "rows": 1, "cols": 2048, "num_warps": 8}
-    fields |= {"pixel_tiles": 1, "chunks": 2}
+    fields |= {"overlap": 1, "pixel_tiles": 1, "chunks": 2}
     write(folder, replace(ENTRY, problem=problem, config={"strategy": "split"} | fields))
     with pytest.warns(UserWarning, match="cannot run"):
         assert plan(problem, H100) == plan_by_rule(problem, H100)

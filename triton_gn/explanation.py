@@ -46,6 +46,8 @@ class Explanation:
         )
         if self.config.strategy != "resident":
             text += f", {_count(self.config.chunks, 'chunk')} a group"
+        if self.config.overlap > 1:
+            text += ", launches that overlap"
         if not is_verified(self.config):
             text += "\nno GPU has proven plans of this kind yet"
         return text

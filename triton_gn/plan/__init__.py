@@ -9,6 +9,7 @@ from .planner import (
     UNVERIFIED_CTAS,
     candidates,
     is_verified,
+    overlapped,
     plan,
     plan_by_rule,
     plan_unverified,
@@ -21,6 +22,6 @@ __all__ = [
     "FIELDS", "STRATEGIES", "TARGETS", "UNVERIFIED", "UNVERIFIED_CTAS", "Config", "Device",
     "Estimate", "Problem", "Tile", "candidates", "config_of", "ctas_at_a_time", "estimate",
     "fields_of", "fits", "is_always_resident", "is_packed", "is_verified", "launches",
-    "next_power_of_2", "passes", "plan", "plan_by_rule", "plan_unverified", "rivals",
+    "next_power_of_2", "overlapped", "passes", "plan", "plan_by_rule", "plan_unverified", "rivals",
     "slots_at_a_time",
 ]  # fmt: skip

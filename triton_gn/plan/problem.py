@@ -106,7 +106,8 @@ class Config:
     contiguous, pixels when channels-last), split cuts the pixels of a group; resident has one.
     Pipelined cuts as split does; ``workers`` programs work through it, unit by unit of ``blocks``
     adjacent blocks of groups. A resident program may be a cluster of ``ctas`` CTAs of ``num_warps``
-    each, which hold the tile together."""
+    each, which hold the tile together. ``overlap``: of its launches, one runs at a time or 2, each
+    beginning while the one before it ends."""
 
     strategy: str  # "resident", "pipelined" or "split"
     tile: Tile
@@ -116,6 +117,7 @@ class Config:
     blocks: int = 0
     workers: int = 0
     ctas: int = 1
+    overlap: int = 1
 
     @property
     def warps(self) -> int:

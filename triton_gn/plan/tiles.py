@@ -14,7 +14,7 @@ OWN_FIELDS = {
     "resident": ("ctas",), "split": _CUT, "pipelined": (*_CUT, "blocks", "workers"),
 }  # fmt: skip
 FIELDS = (
-    "strategy", "groups", "rows", "cols", "num_warps", *OWN_FIELDS["resident"],
+    "strategy", "groups", "rows", "cols", "num_warps", "overlap", *OWN_FIELDS["resident"],
     *OWN_FIELDS["pipelined"],
 )  # fmt: skip
 MAX_SUB_TILES = 16  # unrolled in the kernel: more is slow to compile
@@ -183,6 +183,7 @@ def fields_of(config: Config) -> dict[str, Any]:
         "rows": tile.rows,
         "cols": tile.cols,
         "num_warps": config.num_warps,
+        "overlap": config.overlap,
     }
     cut = {
         "pixel_tiles": tile.pixel_tiles,
@@ -202,6 +203,7 @@ def config_of(
     rows: int,
     cols: int,
     num_warps: int,
+    overlap: int = 1,
     pixel_tiles: int = 1,
     chunks: int = 1,
     blocks: int = 1,
@@ -215,10 +217,11 @@ def config_of(
     tiles = (col_tiles, row_tiles) if problem.channels_last else (row_tiles, col_tiles)
     if strategy != "resident":
         tile = make_tile(problem, groups, rows, cols, 1, min(pixel_tiles, tiles[1]))
-        split = replace(make_split(problem, tile, num_warps, chunks), strategy=strategy)
+        split = make_split(problem, tile, num_warps, chunks)
+        split = replace(split, strategy=strategy, overlap=overlap)
         if strategy == "pipelined":
             return replace(split, blocks=blocks, workers=workers)
         return split
     tile = make_tile(problem, groups, rows, cols, *tiles, stacked)
     extent = problem.pixels if problem.channels_last else problem.row_vecs
-    return Config(strategy, tile, num_warps, 1, extent, ctas=ctas)
+    return Config(strategy, tile, num_warps, 1, extent, ctas=ctas, overlap=overlap)
