@@ -54,6 +54,17 @@ def pointers_of(one: Launch) -> Iterator[tuple[str, Tensor]]:
                 yield leaf, value
 
 
+def arguments_in_code(one: Launch) -> list[tuple[str, Any]]:
+    """Names and values of the arguments that compiled code still has: no constants."""
+    return [
+        (name, value)
+        for parameter in one.kernel.params
+        if not parameter.is_constexpr
+        for name, value in _leaves(parameter.name, one.arguments[parameter.name])
+        if value is not None and (isinstance(value, Tensor) or value != 1)
+    ]
+
+
 def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
     """What an argument is once compiled: the fields of a tuple are arguments of their own."""
     if not isinstance(value, tuple):
@@ -83,7 +94,7 @@ def compile_launch(one: Launch, target: str) -> Kernel:
         registers,
         spills,
         compiled.metadata.shared,
-        _access_bytes(compiled.asm["llir"], _names_in_code(one)),
+        _access_bytes(compiled.asm["llir"], [name for name, _ in arguments_in_code(one)]),
         _converted_tiles(one, compiled.asm["ttgir"]),
         instructions,
     )
@@ -150,17 +161,6 @@ def _type_of(value: Any, path: tuple[int, ...], constants: Any, attributes: Any)
     if value % 16 == 0:
         attributes[path] = [["tt.divisibility", 16]]
     return "i32" if value < 2**31 else "i64"
-
-
-def _names_in_code(one: Launch) -> list[str]:
-    """Names of the arguments that compiled code still has: no constants."""
-    return [
-        name
-        for parameter in one.kernel.params
-        if not parameter.is_constexpr
-        for name, value in _leaves(parameter.name, one.arguments[parameter.name])
-        if value is not None and (isinstance(value, Tensor) or value != 1)
-    ]
 
 
 def _access_bytes(llvm: str, names: list[str]) -> dict[str, int]:

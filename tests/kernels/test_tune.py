@@ -213,11 +213,12 @@ def test_check_finds_elements_that_are_not_written(
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("spatial", [(), (6,)], ids=len)
 def test_right_answers_pass_with_everything_fused(
-    gpu: torch.device, dtype: str, layout: str
+    gpu: torch.device, dtype: str, layout: str, spatial: tuple[int, ...]
 ) -> None:
     fused = ("scale", "shift", "pre_add", "residual")
-    trial = Trial(Workload("", 1, 4, 2, (6,), dtype, "bfloat16", layout, "gelu", fused), gpu)
+    trial = Trial(Workload("", 1, 4, 2, spatial, dtype, "bfloat16", layout, "gelu", fused), gpu)
     assert trial.check("forward") is None
     assert trial.check("backward") is None
     assert trial.outputs("backward").keys() == {"x", "weight", "bias", *fused}

@@ -1,0 +1,672 @@
+"""Run the PTX of a compiled kernel on the CPU: what no interpreter of Triton's language can show.
+
+All that comes between the kernels and the machine is in it: layouts, conversions through shared
+memory, shuffles, barriers, predicates, the width of each access, clusters, inline assembly. The
+threads of a warp run in step, warps and programs in any order that barriers allow, so that a
+missing barrier shows. An access that is not aligned or leaves its tensor is an error, as is an
+instruction that is not known here; shared memory is NaN until it is written.
+"""
+
+import itertools
+import random
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Array = Any  # of NumPy, a number for each thread
+
+_UNSIGNED = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+_TYPES: dict[str, Any] = {
+    "pred": np.bool_, "f16": np.float16, "f32": np.float32, "f64": np.float64,
+    "b8": np.uint8, "u8": np.uint8, "s8": np.int8, "b16": np.uint16, "u16": np.uint16,
+    "s16": np.int16, "b32": np.uint32, "u32": np.uint32, "s32": np.int32, "b64": np.uint64,
+    "u64": np.uint64, "s64": np.int64,
+}  # fmt: skip
+_LANES = 32
+_SHARED_BYTES = 227 * 1024
+_OF_RANK = 1 << 24  # addresses in the shared memory of a cluster's CTA begin at its rank + 1 times
+
+
+class Fault(Exception):
+    """What a GPU would not do, or would not tell."""
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """``guard``: the predicate under which it is executed, after "!" its opposite."""
+
+    text: str
+    guard: str
+    name: str
+    kinds: tuple[str, ...]  # what follows the name, after points
+    operands: tuple[str, ...]
+
+    @property
+    def is_barrier(self) -> bool:
+        """Whether all warps of a CTA, or of a cluster, wait here for each other."""
+        return (self.name, *self.kinds[:2]) in (("bar", "sync"), ("barrier", "cluster", "wait"))
+
+
+class Code:
+    """Instructions, where labels point, and the types of registers."""
+
+    def __init__(self, body: str) -> None:
+        self.instructions: list[Instruction] = []
+        self.labels: dict[str, int] = {}
+        self.types: dict[str, Any] = {}
+        body = re.sub(r"(?m)//.*$|^\s*\.(loc|file|pragma)\b.*$", "", body)
+        for statement in body.split(";"):
+            self._add(statement.lstrip(_AROUND).rstrip())
+
+    def _add(self, statement: str) -> None:
+        while label := re.match(r"([$\w]+):\s*", statement):
+            self.labels[label[1]] = len(self.instructions)
+            statement = statement[label.end() :].lstrip(_AROUND)
+        if declared := re.match(r"\.reg \.(\w+)\s+(.*)", statement):
+            for name in declared[2].split(","):
+                self.types[name.strip().partition("<")[0]] = _TYPES[declared[1]]
+        elif statement and not statement.startswith("."):
+            guard, name, rest = _groups(r"(?:@(\S+)\s+)?([\w.:]+)\s*(.*)", statement)
+            first, *kinds = name.replace("::", ".").split(".")
+            operands = re.findall(r"\{[^}]*\}|\[[^]]*\]|[^\s,]+", rest)
+            self.instructions.append(
+                Instruction(statement, guard or "", first, tuple(kinds), tuple(operands))
+            )
+
+    def type_of(self, register: str) -> Any:
+        """Of "%r12", that of "%r"; inline assembly has registers with names of their own."""
+        return self.types.get(register) or self.types[register.rstrip("0123456789")]
+
+
+_AROUND = "{} \t\n"  # blocks, in front of a statement
+
+
+class Kernel:
+    """A kernel's PTX, to be launched on tensors of the CPU."""
+
+    def __init__(self, ptx: str) -> None:
+        signature, header, body = _groups(r".*?\.entry \w+\((.*?)\)(.*?)\n(\{.*?\n\}).*", ptx)
+        self.parameters = re.findall(r"\w+_param_\d+", signature)
+        self.threads = int(_groups(r".*\.reqntid (\d+).*", header)[0])
+        of_cluster = re.search(r"\.reqnctapercluster (\d+)", header)
+        self.ctas = int(of_cluster[1]) if of_cluster else 1
+        self.code = Code(body)
+
+    def run(
+        self, grid: int, arguments: Iterable[Tensor | float], seed: int = 0, at_a_time: int = 1
+    ) -> None:
+        """Launch.
+
+        Args:
+            grid: how many programs.
+            arguments: as in the kernel's signature, without constants and what the compiler adds.
+            seed: of the order of warps and programs.
+            at_a_time: how many programs run beside each other.
+        """
+        given = [*arguments]
+        memory = _Memory([one for one in given if isinstance(one, Tensor)])
+        bits = [*map(_bits, given), *[0] * (len(self.parameters) - len(given))]
+        values = dict(zip(self.parameters, bits, strict=True))
+        order = random.Random(seed)
+        programs = (
+            _Program(self, memory, values, program, grid).run(order) for program in range(grid)
+        )
+        running = list(itertools.islice(programs, at_a_time))
+        with np.errstate(all="ignore"):
+            while running:
+                one = order.choice(running)
+                for _ in one:
+                    break  # at a barrier
+                else:
+                    running.remove(one)
+                    running += itertools.islice(programs, 1)
+
+
+def _groups(pattern: str, text: str) -> tuple[Any, ...]:
+    found = re.fullmatch(pattern, text, re.DOTALL)
+    if found is None:
+        raise Fault(f"not understood: {text}")
+    return found.groups()
+
+
+def _bits(value: Tensor | float) -> int:
+    if isinstance(value, Tensor):
+        return value.data_ptr()
+    return int(np.float64(value).view(np.uint64)) if isinstance(value, float) else value
+
+
+class _Memory:
+    """The tensors of a launch."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._spans = []
+        for one in tensors:
+            storage = one.untyped_storage()
+            data = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+            self._spans.append((storage.data_ptr(), data))
+
+    def at(self, addresses: Array, size: int) -> tuple[Array, Array]:
+        """Of each address ``size`` bytes: in which memory, and where there."""
+        for start, data in self._spans:
+            if start <= addresses[0] < start + len(data):
+                return data, _places(addresses.astype(np.int64) - start, size, len(data))
+        raise Fault("an access is to no tensor of the launch")
+
+
+def _places(offsets: Array, size: int, length: int) -> Array:
+    if (offsets % size).any():
+        raise Fault(f"an access of {size} bytes is not aligned")
+    if offsets.min() < 0 or offsets.max() + size > length:
+        raise Fault(f"an access leaves the {length} bytes that there are")
+    return offsets[:, None] + np.arange(size)
+
+
+class Threads:
+    """Registers of so many threads."""
+
+    def __init__(self, code: Code, count: int) -> None:
+        self.code, self.count = code, count
+        self.registers: dict[str, Array] = {}
+        self.parameters: dict[str, int] = {}
+        self.special: dict[str, Any] = {"global_smem": 0}
+
+    def value(self, name: str, kind: Any) -> Array:
+        """An operand of each thread, its bits taken as that kind of number."""
+        if name.startswith("!"):
+            return ~self.value(name[1:], kind)
+        if name in self.special:
+            numbers = np.asarray(self.special[name], np.dtype(f"u{np.dtype(kind).itemsize}"))
+            bits = np.ascontiguousarray(np.broadcast_to(numbers, self.count))
+        elif name.startswith("%") or name in self.code.types:
+            bits = self.bits(name)
+        else:
+            bits = np.full(self.count, _immediate(name, kind))
+        return bits if bits.dtype == kind else bits.view(kind)
+
+    def bits(self, name: str) -> Array:
+        """What a register holds; all ones, a NaN, until it is written."""
+        if name not in self.registers:
+            kind = self.code.type_of(name)
+            kind = kind if kind == np.bool_ else _UNSIGNED[np.dtype(kind).itemsize]
+            self.registers[name] = ~np.zeros(self.count, kind)
+        return self.registers[name]
+
+    def write(self, name: str, value: Array, mask: Array) -> None:
+        """To the threads' register, whatever kind of number it is for."""
+        if name == "_":
+            return
+        before = self.bits(name)
+        if before.dtype != np.bool_:
+            value = np.ascontiguousarray(value)
+            if value.itemsize != before.itemsize:
+                raise Fault(f"{value.itemsize} bytes go to {name}, which has {before.itemsize}")
+            value = value.view(before.dtype)
+        self.registers[name] = np.where(mask, value, before)
+
+    def reach(self, space: str, address: str, size: int, mask: Array) -> tuple[Array, Array]:
+        """In which memory, and where there, threads access so many bytes each."""
+        raise Fault(f"there is no {space} memory here")
+
+    def run(self) -> None:
+        """Once through the instructions, which do not branch."""
+        everyone = np.ones(self.count, bool)
+        for one in self.code.instructions:
+            _execute(self, one, everyone)
+
+
+class _Program(Threads):
+    """One program: of the threads of all CTAs of a cluster, in this order."""
+
+    def __init__(
+        self, kernel: Kernel, memory: _Memory, parameters: dict[str, int], program: int, grid: int
+    ) -> None:
+        super().__init__(kernel.code, kernel.threads * kernel.ctas)
+        self._memory, self.parameters = memory, parameters
+        thread = np.arange(self.count)
+        self._cta, self._ctas = thread // kernel.threads, kernel.ctas
+        self._shared = np.full(kernel.ctas * _SHARED_BYTES, 0xFF, np.uint8)
+        self.special |= {
+            "%tid.x": thread % kernel.threads, "%laneid": thread % _LANES,
+            "%ctaid.x": program * kernel.ctas + self._cta, "%ctaid.y": 0, "%ctaid.z": 0,
+            "%nctaid.x": grid * kernel.ctas, "%nctaid.y": 1, "%nctaid.z": 1,
+            "%clusterid.x": program, "%clusterid.y": 0, "%clusterid.z": 0, "%nclusterid.x": grid,
+            "%cluster_ctarank": self._cta,
+        }  # fmt: skip
+
+    def run(self, order: random.Random) -> Iterator[None]:  # type: ignore[override]
+        """Until all threads have returned, with a break at each barrier.
+
+        Between barriers one warp runs after the other, in any order.
+        """
+        warps = [
+            _Warp(self, np.arange(self.count) // _LANES == warp)
+            for warp in range(self.count // _LANES)
+        ]
+        while warps:
+            for warp in order.sample(warps, len(warps)):
+                warp.advance()
+            if not (warps := [warp for warp in warps if not warp.ended]):
+                return
+            self._release(warps)
+            yield
+
+    def _release(self, warps: "list[_Warp]") -> None:
+        """Those whose barrier all warps have reached, of their CTA or of the cluster."""
+        warps_of_cta = self.count // _LANES // self._ctas
+        of_cta: dict[int, list[_Warp]] = {}
+        for warp in warps:
+            of_cta.setdefault(int(self._cta[warp.first]), []).append(warp)
+        if len({warp.barrier for warp in warps}) == 1 and len(of_cta) == self._ctas:
+            waiting = [warps]
+        else:
+            waiting = [one for one in of_cta.values() if len({warp.barrier for warp in one}) == 1]
+            waiting = [one for one in waiting if one[0].barrier.name == "bar"]
+        if not waiting or any(len(one) % warps_of_cta for one in waiting):
+            raise Fault(f"some threads never come to {warps[0].barrier.text}")
+        for one in waiting:
+            for warp in one:
+                warp.release()
+
+    def reach(self, space: str, address: str, size: int, mask: Array) -> tuple[Array, Array]:
+        name, offset = _groups(r"\[\s*([^\s+]+)\s*(?:\+\s*(-?\d+))?\s*\]", address)
+        if space == "global":
+            start = self.value(name, np.uint64)[mask] + np.uint64(int(offset or 0))
+            return self._memory.at(start, size)
+        start = self.value(name, np.uint32)[mask].astype(np.int64) + int(offset or 0)
+        rank = np.where(start < _OF_RANK, self._cta[mask], start // _OF_RANK - 1)
+        places = _places(start % _OF_RANK, size, _SHARED_BYTES)
+        return self._shared, places + rank[:, None] * _SHARED_BYTES
+
+
+class _Warp:
+    """Where the threads of a warp are: of those that have parted, the last ones go first."""
+
+    def __init__(self, program: _Program, mask: Array) -> None:
+        self._program = program
+        self._places = {0: mask}
+        self.first = int(np.argmax(mask))
+
+    @property
+    def ended(self) -> bool:
+        return not self._places
+
+    @property
+    def barrier(self) -> Instruction:
+        """What it waits at."""
+        return self._program.code.instructions[min(self._places)]
+
+    def release(self) -> None:
+        (place,) = self._places
+        self._places = {place + 1: self._places[place]}
+
+    def advance(self) -> None:
+        """To its next barrier, or to its end."""
+        while self._places:
+            place = min(self._places)
+            one = self._program.code.instructions[place]
+            if one.is_barrier:
+                if len(self._places) > 1:
+                    raise Fault(f"threads are elsewhere: {one.text}")
+                return
+            mask = executed = self._places.pop(place)
+            if one.guard:
+                executed = mask & self._program.value(one.guard, np.bool_)
+            if one.name == "bra":
+                self._go(self._program.code.labels[one.operands[0]], executed)
+                mask = mask & ~executed
+            elif one.name in ("ret", "exit"):
+                mask = mask & ~executed
+            elif executed.any():
+                try:
+                    _execute(self._program, one, executed)
+                except (KeyError, Fault) as error:
+                    raise Fault(f"{error}: {one.text}") from error
+            self._go(place + 1, mask)
+
+    def _go(self, place: int, mask: Array) -> None:
+        if mask.any():
+            self._places[place] = self._places.get(place, False) | mask
+
+
+def _immediate(text: str, kind: Any) -> Array:
+    if text.startswith("0f"):
+        return np.uint32(int(text[2:], 16)).view(np.float32)
+    if text.startswith("0d"):
+        return np.uint64(int(text[2:], 16)).view(np.float64)
+    if kind is np.bool_:
+        return np.bool_(int(text, 0) != 0)
+    size = np.dtype(kind).itemsize
+    return np.dtype(_UNSIGNED[size]).type(int(text.rstrip("U"), 0) % (1 << 8 * size)).view(kind)
+
+
+Operation = Callable[..., Array]
+
+
+def _execute(threads: Threads, one: Instruction, mask: Array) -> None:
+    if one.name in _MEMORY:
+        _MEMORY[one.name](threads, one, mask)
+        return
+    if one.name in _IGNORED:
+        return
+    kinds = [kind for kind in one.kinds if kind not in _WITHOUT_EFFECT]
+    target, *names = one.operands
+    if "{" in target + names[0]:
+        _move_parts(threads, mask, target, *names)
+        return
+    threads.write(target, _OPERATIONS[one.name](threads, kinds, names), mask)
+
+
+_IGNORED = ("bar", "barrier", "griddepcontrol", "createpolicy", "membar", "fence")
+_WITHOUT_EFFECT = ("ftz", "rn", "approx", "sync", "uni", "full")
+
+
+def _move_parts(threads: Threads, mask: Array, target: str, source: str) -> None:
+    """Of a register to several smaller ones, or the other way."""
+    if source.startswith("{"):
+        parts = [threads.bits(name) for name in _names(source)]
+        whole = np.stack(parts, 1).view(_UNSIGNED[parts[0].itemsize * len(parts)])[:, 0]
+        threads.write(target, whole, mask)
+        return
+    names = _names(target)
+    whole = threads.bits(source)
+    parts = whole[:, None].view(_UNSIGNED[whole.itemsize // len(names)]).T
+    for name, part in zip(names, parts, strict=True):
+        threads.write(name, part, mask)
+
+
+def _names(operand: str) -> list[str]:
+    return re.findall(r"[%$\w.]+", operand)
+
+
+# arithmetic: each makes its result of the instruction's kinds and the names of its sources
+
+
+def _plain(compute: Operation) -> Operation:
+    """Of sources and a result of the last kind, or of pairs of them."""
+
+    def operation(threads: Threads, kinds: list[str], names: list[str]) -> Array:
+        if kinds[-1] == "f32x2":
+            pairs = (threads.value(name, np.uint64).view(np.float32) for name in names)
+            return compute(*pairs).view(np.uint64)
+        kind = _TYPES[kinds[-1]]
+        result = compute(*(threads.value(name, kind) for name in names))
+        return result.astype(kind, copy=False)
+
+    return operation
+
+
+def _fma(a: Array, b: Array, c: Array) -> Array:
+    """With one rounding: in float64, or of float64 from exact parts."""
+    if a.dtype == np.float32:
+        exact = a.astype(np.float64) * b.astype(np.float64) + c.astype(np.float64)
+        return exact.astype(np.float32)
+    product = a * b
+    halves = []
+    for one in (a, b):
+        high = one * 134217729.0
+        high = high - (high - one)
+        halves.append((high, one - high))
+    (ah, al), (bh, bl) = halves
+    rest = ((ah * bh - product) + ah * bl + al * bh) + al * bl
+    total = product + c
+    back = total - product
+    rounded = (product - (total - back)) + (c - back)
+    exact = total + (rounded + rest)
+    return np.where(np.isfinite(exact), exact, total)
+
+
+def _multiplied(threads: Threads, kinds: list[str], names: list[str]) -> Array:
+    """mul and mad of integers, the lower half, the upper half or all; mul of floats."""
+    if kinds[-1][0] == "f":
+        return _plain(np.multiply)(threads, kinds, names)
+    kind = _TYPES[kinds[-1]]
+    factors = [threads.value(name, kind) for name in names[:2]]
+    if kinds[0] == "wide":
+        wide = _TYPES[f"{kinds[-1][0]}{2 * int(kinds[-1][1:])}"]
+        result = factors[0].astype(wide) * factors[1].astype(wide)
+    elif kinds[0] == "hi":
+        bits = 8 * np.dtype(kind).itemsize
+        wide = _TYPES[f"{kinds[-1][0]}{2 * bits}"]
+        result = (factors[0].astype(wide) * factors[1].astype(wide) >> bits).astype(kind)
+    else:
+        result = factors[0] * factors[1]
+    return result + threads.value(names[2], result.dtype.type) if len(names) == 3 else result
+
+
+def _quotient(a: Array, b: Array) -> Array:
+    """Of integers towards 0; what 0 divides nobody may use."""
+    if np.issubdtype(a.dtype, np.floating):
+        return a / b
+    b = np.where(b == 0, 1, b)
+    return (a - _rest(a, b)) // b
+
+
+def _rest(a: Array, b: Array) -> Array:
+    return np.fmod(a, np.where(b == 0, 1, b)).astype(a.dtype)
+
+
+def _shifted(threads: Threads, kinds: list[str], names: list[str], left: bool) -> Array:
+    kind = _TYPES[kinds[-1]]
+    value, by = threads.value(names[0], kind), threads.value(names[1], np.uint32)
+    bits = 8 * value.itemsize
+    within = np.minimum(by, bits - 1).astype(kind)
+    result = value << within if left else value >> within
+    is_signed = np.issubdtype(kind, np.signedinteger)
+    return result if is_signed and not left else np.where(by < bits, result, kind(0))
+
+
+def _compared(threads: Threads, kinds: list[str], names: list[str]) -> Array:
+    relation, kind = kinds[0], _TYPES[kinds[-1]]
+    a, b = (threads.value(name, kind) for name in names[:2])
+    if relation == "num":
+        return ~(np.isnan(a) | np.isnan(b))
+    if relation == "nan":
+        return np.isnan(a) | np.isnan(b)
+    result: Array = _RELATIONS[relation.removesuffix("u")](a, b)
+    if np.issubdtype(kind, np.floating):
+        unordered = np.isnan(a) | np.isnan(b)
+        result = result | unordered if relation.endswith("u") else result & ~unordered
+    if len(kinds) == 3:
+        other = threads.value(names[2], np.bool_)
+        result = _COMBINED[kinds[1]](result, other)
+    return result
+
+
+_RELATIONS: dict[str, Operation] = {
+    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal,
+    "gt": np.greater, "ge": np.greater_equal,
+}  # fmt: skip
+_COMBINED: dict[str, Operation] = {
+    "and": np.logical_and, "or": np.logical_or, "xor": np.logical_xor
+}  # fmt: skip
+
+
+def _selected(threads: Threads, kinds: list[str], names: list[str]) -> Array:
+    kind = _TYPES[kinds[-1]]
+    yes, no = (threads.value(name, kind) for name in names[:2])
+    return np.where(threads.value(names[2], np.bool_), yes, no)
+
+
+def _converted(threads: Threads, kinds: list[str], names: list[str]) -> Array:
+    to, source = kinds[-2:]
+    values = [
+        threads.value(name, np.uint16).astype(np.uint32) << 16
+        if source == "bf16"
+        else threads.value(name, _TYPES[source])
+        for name in names
+    ]
+    if source == "bf16":
+        values = [value.view(np.float32) for value in values]
+    if to.endswith("x2"):  # the first is the upper half
+        high, low = (_narrowed(value, to.removesuffix("x2")) for value in values)
+        return high.astype(np.uint32) << 16 | low
+    if to in ("bf16", "f16"):
+        return _narrowed(values[0], to)
+    if "rni" in kinds or "rzi" in kinds:
+        values[0] = np.rint(values[0]) if "rni" in kinds else np.trunc(values[0])
+    return values[0].astype(_TYPES[to])
+
+
+def _narrowed(value: Array, to: str) -> Array:
+    """The bits of 16-bit floats, rounded to the nearest, ties to even."""
+    if to == "f16":
+        return value.astype(np.float16).view(np.uint16)
+    bits = value.astype(np.float32).view(np.uint32)
+    rounded = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
+    return np.where(np.isnan(value), 0x7FFF, rounded).astype(np.uint16)
+
+
+def _permuted(threads: Threads, kinds: list[str], names: list[str]) -> Array:
+    low, high, selectors = (threads.value(name, np.uint32).astype(np.uint64) for name in names)
+    both, result = low | high << np.uint64(32), np.zeros(threads.count, np.uint64)
+    for i in range(4):
+        selector = selectors >> np.uint64(4 * i)
+        byte = both >> (selector & np.uint64(7)) * np.uint64(8) & np.uint64(0xFF)
+        sign = np.where(byte >> np.uint64(7), np.uint64(0xFF), np.uint64(0))
+        byte = np.where(selector & np.uint64(8), sign, byte)
+        result |= byte << np.uint64(8 * i)
+    return result.astype(np.uint32)
+
+
+def _extracted(threads: Threads, kinds: list[str], names: list[str]) -> Array:
+    """bfe: bits of a register, as a number of their own."""
+    value = threads.value(names[0], _TYPES[kinds[-1]])
+    first, count = (threads.value(name, np.uint32).astype(value.dtype) for name in names[1:])
+    bits = value.dtype.type(8 * value.itemsize)
+    return value << (bits - first - count) >> (bits - count)
+
+
+def _shuffled(threads: Threads, kinds: list[str], names: list[str]) -> Array:
+    value = threads.value(names[0], np.uint32)
+    by = threads.value(names[1], np.uint32)
+    if threads.value(names[2], np.uint32)[0] != _LANES - 1:
+        raise Fault("shuffles within parts of a warp are not known here")
+    lane = np.arange(threads.count, dtype=np.uint32)
+    warp, lane = lane // _LANES * _LANES, lane % _LANES
+    source = {"bfly": lane ^ by, "idx": by % _LANES}[kinds[0]]
+    return value[warp + source]
+
+
+def _mapped(threads: Threads, kinds: list[str], names: list[str]) -> Array:
+    """An address in the shared memory of another CTA of the cluster."""
+    address, rank = (threads.value(name, np.uint32) for name in names)
+    return (rank + 1) * np.uint32(_OF_RANK) + address % np.uint32(_OF_RANK)
+
+
+_OPERATIONS: dict[str, Operation] = {
+    "mov": _plain(lambda a: a),
+    "add": _plain(np.add),
+    "sub": _plain(np.subtract),
+    "mul": _multiplied,
+    "mad": _multiplied,
+    "fma": _plain(_fma),
+    "div": _plain(_quotient),
+    "rem": _plain(_rest),
+    "neg": _plain(np.negative),
+    "abs": _plain(np.abs),
+    "min": _plain(np.fmin),
+    "max": _plain(np.fmax),
+    "and": _plain(np.bitwise_and),
+    "or": _plain(np.bitwise_or),
+    "xor": _plain(np.bitwise_xor),
+    "not": _plain(np.invert),
+    "sqrt": _plain(np.sqrt),
+    "rcp": _plain(np.reciprocal),
+    "ex2": _plain(np.exp2),
+    "lg2": _plain(np.log2),
+    "shl": partial(_shifted, left=True),
+    "shr": partial(_shifted, left=False),
+    "setp": _compared,
+    "selp": _selected,
+    "cvt": _converted,
+    "prmt": _permuted,
+    "bfe": _extracted,
+    "shfl": _shuffled,
+    "mapa": _mapped,
+}
+
+
+# memory
+
+
+def _access(one: Instruction) -> tuple[str, int, Any]:
+    """The space, how many numbers, and of which kind."""
+    space = next(kind for kind in one.kinds if kind in ("global", "shared", "param"))
+    count = next((int(kind[1:]) for kind in one.kinds if re.fullmatch(r"v\d", kind)), 1)
+    return space, count, _TYPES[one.kinds[-1]]
+
+
+def _load(threads: Threads, one: Instruction, mask: Array) -> None:
+    space, count, kind = _access(one)
+    target, address, *_ = one.operands
+    if space == "param":
+        bits = threads.parameters[address.strip("[]")]
+        value = np.full(threads.count, _immediate(str(bits), kind))
+        wide = _UNSIGNED[np.dtype(threads.code.type_of(target)).itemsize]
+        threads.write(target, value if value.dtype.kind == "f" else value.astype(wide), mask)
+        return
+    size = np.dtype(kind).itemsize
+    data, places = threads.reach(space, address, size * count, mask)
+    found = np.zeros((threads.count, count), kind)
+    found[mask] = np.ascontiguousarray(data[places]).view(kind)
+    for name, value in zip(_names(target), found.T, strict=True):
+        threads.write(name, value, mask)
+
+
+def _store(threads: Threads, one: Instruction, mask: Array) -> None:
+    space, count, kind = _access(one)
+    address, source, *_ = one.operands
+    data, places = threads.reach(space, address, np.dtype(kind).itemsize * count, mask)
+    values = np.stack([threads.value(name, kind)[mask] for name in _names(source)], 1)
+    data[places] = values.view(np.uint8).reshape(places.shape)
+
+
+def _add_to(threads: Threads, one: Instruction, mask: Array) -> None:
+    """atom and red: one thread after the other."""
+    if "add" not in one.kinds:
+        raise Fault("atomics but additions are not known here")
+    *target, address, source = one.operands
+    data, places = threads.reach("global", address, 4, mask)
+    added = threads.value(source, np.uint32)[mask]
+    before = np.zeros(threads.count, np.uint32)
+    for thread, place, value in zip(np.flatnonzero(mask), places, added, strict=True):
+        number = data[place].view(np.uint32)
+        before[thread] = number[0]
+        data[place] = (number + value).view(np.uint8)
+    for name in target:
+        threads.write(name, before, mask)
+
+
+def _matrix(threads: Threads, one: Instruction, mask: Array) -> None:
+    """ldmatrix and stmatrix: 8 rows of 16 bytes each, whose addresses 8 lanes have."""
+    registers, address = one.operands if one.name == "ldmatrix" else one.operands[::-1]
+    lanes = np.flatnonzero(mask)
+    if len(lanes) != _LANES:
+        raise Fault("matrices by some threads of a warp are not known here")
+    for j, register in enumerate(_names(registers)):
+        of_rows = np.zeros(threads.count, bool)
+        of_rows[lanes[8 * j : 8 * j + 8]] = True
+        data, places = threads.reach("shared", address, 16, of_rows)
+        places = places.reshape(8, 8, 2)
+        if "trans" in one.kinds:
+            places = places.swapaxes(0, 1)
+        places = places.reshape(_LANES, 4)
+        if one.name == "ldmatrix":
+            value = np.zeros(threads.count, np.uint32)
+            value[lanes] = data[places].view(np.uint32)[:, 0]
+            threads.write(register, value, mask)
+        else:
+            value = threads.value(register, np.uint32)[lanes]
+            data[places] = value[:, None].view(np.uint8)
+
+
+_MEMORY: dict[str, Callable[[Threads, Instruction, Array], None]] = {
+    "ld": _load, "st": _store, "atom": _add_to, "red": _add_to,
+    "ldmatrix": _matrix, "stmatrix": _matrix,
+}  # fmt: skip

@@ -1,0 +1,215 @@
+"""What compiled kernels compute: their PTX, run on the CPU (tests/ptx.py), against float64."""
+
+import itertools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import layer_norm
+
+pytest.importorskip("triton", reason="device code")
+
+from tests.ptx import Fault, Kernel
+from triton_gn import compiling
+from triton_gn.ops import launch, layout
+from triton_gn.ops.launch import Launch
+from triton_gn.plan import Config, is_packed, plan
+from triton_gn.reference import ACTIVATIONS
+from triton_gn.trial import EPS, Trial, errors_of, tolerance
+from triton_gn.workloads import FUSED, Workload
+
+CPU = torch.device("cpu")
+STRATEGIES = ("resident", "split", "pipelined")
+LAYOUTS = ("contiguous", "channels_last")
+CLUSTERS = pytest.mark.skipif(
+    launch.target("sm_90").clusters == 1, reason="this Triton has no sums over clusters"
+)
+
+
+def run(launches: Iterable[Launch], target: str = "sm_90", **order: int) -> None:
+    """All programs of each launch, in an order of their own."""
+    for one in launches:
+        kernel = Kernel(compiling.assembly_of(one, target))
+        kernel.run(one.grid, (value for _, value in compiling.arguments_in_code(one)), **order)
+
+
+def check(
+    workload: Workload, target: str = "sm_90", override: dict[str, Any] | None = None, **order: int
+) -> list[Config]:
+    """Run a forward, then a backward on its statistics; no more is lost than rounding explains.
+
+    Returns:
+        Their plans.
+    """
+    trial = Trial(workload, CPU)
+    stats = launch.statistics(trial.operands.x, workload.n, workload.groups, 3).fill_(torch.nan)
+    configs = []
+    for direction in ("forward", "backward"):
+        problem, given = workload.problem(direction), workload.given(trial.operands, direction)
+        gpu, fields = launch.target(target), tuple(sorted((override or {}).items()))
+        config = plan(problem, gpu, override=fields)
+        outputs = trial.outputs(direction)
+        for output in outputs.values():
+            output.fill_(torch.nan)
+        if direction == "forward":
+            y = outputs["y"]
+            launches = launch.forward_launches(problem, config, given, y, stats, EPS)
+        else:
+            launches = launch.backward_launches(problem, config, trial.dy, given, stats, outputs)
+        run(launches, target, **order)
+        for name, error in errors_of(outputs, trial.expected(direction)).items():
+            assert error <= tolerance(outputs[name], given.x), (direction, name)
+        configs.append(config)
+    return configs
+
+
+# 7x7 pixels span channels; groups of 5 channels lie side by side; of one pixel, samples are stacked
+SHAPES: list[tuple[int, int, int, tuple[int, ...]]] = [
+    (2, 12, 3, (8, 8)), (3, 16, 2, (7, 7)), (2, 20, 4, (9, 7)), (17, 24, 3, ()), (2, 6, 6, (5,)),
+]  # fmt: skip
+CASES = [
+    (dtype, layout, strategy, SHAPES[i % 5], [*ACTIVATIONS][i % 9], FUSED if i % 3 else ())
+    for i, (layout, strategy, dtype) in enumerate(
+        itertools.product(LAYOUTS, STRATEGIES, ("float16", "bfloat16", "float32", "float64"))
+    )
+]
+
+
+@pytest.mark.parametrize(("dtype", "memory", "strategy", "shape", "activation", "fused"), CASES)
+def test_answers(
+    dtype: str,
+    memory: str,
+    strategy: str,
+    shape: tuple[int, int, int, tuple[int, ...]],
+    activation: str,
+    fused: tuple[str, ...],
+) -> None:
+    n, channels, groups, spatial = shape
+    workload = Workload(
+        "", n, channels, groups, spatial, dtype, layout=memory, activation=activation, fused=fused
+    )
+    check(workload, override={"strategy": strategy})
+
+
+@pytest.mark.parametrize("target", ["sm_75", "sm_80", "sm_100", "sm_120"])
+@pytest.mark.parametrize("memory", LAYOUTS)
+def test_answers_of_other_targets(memory: str, target: str) -> None:
+    dtype = "float16" if target == "sm_75" else "bfloat16"
+    check(Workload("", 2, 24, 3, (8, 8), dtype, layout=memory, activation="silu"), target)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("memory", "spatial"), [("contiguous", (64, 64)), ("channels_last", (50, 64))]
+)
+def test_answers_of_packed_tiles(memory: str, spatial: tuple[int, ...], dtype: str) -> None:
+    workload = Workload("", 1, 8, 1, spatial, dtype, layout=memory, activation="silu")
+    configs = check(workload, override={"strategy": "resident"})
+    for direction, config in zip(("forward", "backward"), configs, strict=True):
+        assert is_packed(workload.problem(direction), config)
+
+
+@CLUSTERS
+@pytest.mark.parametrize(
+    ("shape", "override"),
+    [
+        ((2, 16, 2, (32, 32)), {"ctas": 2}),
+        ((1, 6, 1, (50, 40)), {"ctas": 2, "rows": 1, "cols": 1024, "num_warps": 4}),
+        ((1, 16, 1, (7, 7)), {"ctas": 4}),
+        ((1, 10, 1, (30, 30)), {"ctas": 8}),
+    ],
+)
+def test_answers_of_clusters(
+    shape: tuple[int, int, int, tuple[int, ...]], override: dict[str, Any]
+) -> None:
+    n, channels, groups, spatial = shape
+    fused = ("pre_add", "residual")
+    workload = Workload("", n, channels, groups, spatial, "float32", activation="silu", fused=fused)
+    configs = check(workload, override={"strategy": "resident"} | override)
+    assert [config.ctas for config in configs] == [override["ctas"]] * 2
+
+
+@pytest.mark.parametrize("memory", LAYOUTS)
+@pytest.mark.parametrize("seed", range(4))
+def test_pipelines_of_programs_beside_each_other(memory: str, seed: int) -> None:
+    """Whichever runs next: a second pass waits for the first ones of its unit."""
+    workload = Workload("", 2, 12, 3, (16, 20), layout=memory, activation="silu")
+    override = {"strategy": "pipelined", "chunks": 2, "pixel_tiles": 1, "workers": 5}
+    check(workload, override=override, seed=seed, at_a_time=3)
+
+
+@pytest.mark.parametrize("memory", LAYOUTS)
+def test_moments(memory: str) -> None:
+    """Statistics apart from apply: split's first launch, and one that merges its parts."""
+    workload = Workload("", 2, 12, 3, (16, 20), "float32", layout=memory, fused=("pre_add",))
+    operands = workload.operands(CPU)._replace(weight=None, bias=None)
+    config = plan(
+        workload.problem("forward"), launch.target("sm_90"), override=(("strategy", "split"),)
+    )
+    found = launch.statistics(operands.x, 4, 2, 3)
+    run(
+        launch.forward_launches(
+            workload.problem("forward"), config, operands, None, None, 0.0, found
+        )
+    )
+    assert operands.pre_add is not None
+    x = (operands.x.double() + operands.pre_add.double()[:, :, None, None]).reshape(2, 3, -1)
+    count, mean, mean_lo, m2 = found.double()
+    assert torch.equal(count, torch.full((2, 3), 4.0 * 320, dtype=torch.float64))
+    torch.testing.assert_close(mean + mean_lo, x.mean(2), rtol=0, atol=1e-7)
+    torch.testing.assert_close(m2, x.var(2, correction=0) * 1280, rtol=1e-6, atol=0)
+
+
+# what goes wrong is seen: otherwise the tests above could not fail
+
+
+def simple() -> tuple[Launch, Tensor, Tensor]:
+    """A forward of several warps, its x and its y."""
+    workload = Workload("", 1, 4, 1, (32, 32), "float32")
+    operands = workload.operands(CPU)._replace(weight=None, bias=None)
+    problem = workload.problem("forward")
+    config = plan(problem, launch.target("sm_90"))
+    assert config.num_warps > 1
+    y = layout.empty_like(operands.x)
+    (one,) = launch.forward_launches(problem, config, operands, y, None, EPS)
+    return one, operands.x, y
+
+
+@pytest.mark.parametrize("are_missing", [False, True])
+def test_missing_barriers_show(are_missing: bool) -> None:
+    """As NaN, of shared memory that nobody has written yet, in some order of the warps."""
+    one, x, y = simple()
+    ptx = compiling.assembly_of(one, "sm_90")
+    if are_missing:
+        ptx = ptx.replace("bar.sync", "bar.warp.sync")
+    results = []
+    for seed in range(4):
+        Kernel(ptx).run(1, [value for _, value in compiling.arguments_in_code(one)], seed)
+        results.append(torch.allclose(y, layer_norm(x, x.shape[1:]), atol=1e-5))
+    assert all(results) is not are_missing
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda x: x.flatten()[:-1].clone(), "leaves the 16380 bytes"),
+        (lambda x: torch.cat([x.flatten()[:1], x.flatten()])[1:], "of 16 bytes is not aligned"),
+    ],
+    ids=["short", "askew"],
+)
+def test_wrong_accesses_show(spoil: Callable[[Tensor], Tensor], message: str) -> None:
+    one, x, _ = simple()
+    arguments = [spoil(x) if v is x else v for _, v in compiling.arguments_in_code(one)]
+    with pytest.raises(Fault, match=message):
+        Kernel(compiling.assembly_of(one, "sm_90")).run(1, arguments)
+
+
+def test_barriers_that_some_threads_never_reach_show() -> None:
+    one, _, _ = simple()
+    ptx = compiling.assembly_of(one, "sm_90")
+    leave = "mov.u32 %r0, %tid.x; setp.gt.s32 %p0, %r0, 31; @%p0 ret;"
+    ptx = ptx.replace("bar.sync", f"{leave} bar.sync")
+    with pytest.raises(Fault, match=r"some threads never come to bar\.sync"):
+        Kernel(ptx).run(1, [value for _, value in compiling.arguments_in_code(one)])
