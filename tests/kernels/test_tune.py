@@ -218,7 +218,7 @@ def test_right_answers_pass_with_everything_fused(
     gpu: torch.device, dtype: str, layout: str, spatial: tuple[int, ...]
 ) -> None:
     fused = ("scale", "shift", "pre_add", "residual")
-    trial = Trial(Workload("", 1, 4, 2, spatial, dtype, "bfloat16", layout, "gelu", fused), gpu)
+    trial = Trial(Workload("", 1, 16, 2, spatial, dtype, "bfloat16", layout, "gelu", fused), gpu)
     assert trial.check("forward") is None
     assert trial.check("backward") is None
     assert trial.outputs("backward").keys() == {"x", "weight", "bias", *fused}
