@@ -10,6 +10,7 @@ instruction that is not known here; shared memory is NaN until it is written.
 import itertools
 import random
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -100,7 +101,7 @@ class Kernel:
 
     def run(
         self, grid: int, arguments: Iterable[Tensor | float], seed: int = 0, at_a_time: int = 1
-    ) -> None:
+    ) -> Counter[tuple[int, str]]:
         """Launch.
 
         Args:
@@ -108,6 +109,10 @@ class Kernel:
             arguments: as in the kernel's signature, without constants and what the compiler adds.
             seed: of the order of warps and programs.
             at_a_time: how many programs run beside each other.
+
+        Returns:
+            How many bytes all threads have loaded ("ld") and stored ("st") of tensors, by their
+            addresses.
         """
         given = [*arguments]
         memory = _Memory([one for one in given if isinstance(one, Tensor)])
@@ -126,6 +131,7 @@ class Kernel:
                 else:
                     running.remove(one)
                     running += itertools.islice(programs, 1)
+        return memory.traffic
 
 
 def _groups(pattern: str, text: str) -> tuple[Any, ...]:
@@ -145,16 +151,18 @@ class _Memory:
     """The tensors of a launch."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self.traffic: Counter[tuple[int, str]] = Counter()
         self._spans = []
         for one in tensors:
             storage = one.untyped_storage()
             data = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
-            self._spans.append((storage.data_ptr(), data))
+            self._spans.append((storage.data_ptr(), data, one.data_ptr()))
 
-    def at(self, addresses: Array, size: int) -> tuple[Array, Array]:
+    def at(self, addresses: Array, size: int, name: str) -> tuple[Array, Array]:
         """Of each address ``size`` bytes: in which memory, and where there."""
-        for start, data in self._spans:
+        for start, data, tensor in self._spans:
             if start <= addresses[0] < start + len(data):
+                self.traffic[tensor, name] += size * len(addresses)
                 return data, _places(addresses.astype(np.int64) - start, size, len(data))
         raise Fault("an access is to no tensor of the launch")
 
@@ -209,9 +217,9 @@ class Threads:
             value = value.view(before.dtype)
         self.registers[name] = np.where(mask, value, before)
 
-    def reach(self, space: str, address: str, size: int, mask: Array) -> tuple[Array, Array]:
+    def reach(self, one: Instruction, address: str, size: int, mask: Array) -> tuple[Array, Array]:
         """In which memory, and where there, threads access so many bytes each."""
-        raise Fault(f"there is no {space} memory here")
+        raise Fault("there is no memory here")
 
     def run(self) -> None:
         """Once through the instructions, which do not branch."""
@@ -273,11 +281,11 @@ class _Program(Threads):
             for warp in one:
                 warp.release()
 
-    def reach(self, space: str, address: str, size: int, mask: Array) -> tuple[Array, Array]:
+    def reach(self, one: Instruction, address: str, size: int, mask: Array) -> tuple[Array, Array]:
         name, offset = _groups(r"\[\s*([^\s+]+)\s*(?:\+\s*(-?\d+))?\s*\]", address)
-        if space == "global":
+        if "global" in one.kinds:
             start = self.value(name, np.uint64)[mask] + np.uint64(int(offset or 0))
-            return self._memory.at(start, size)
+            return self._memory.at(start, size, one.name)
         start = self.value(name, np.uint32)[mask].astype(np.int64) + int(offset or 0)
         rank = np.where(start < _OF_RANK, self._cta[mask], start // _OF_RANK - 1)
         places = _places(start % _OF_RANK, size, _SHARED_BYTES)
@@ -595,24 +603,23 @@ _OPERATIONS: dict[str, Operation] = {
 # memory
 
 
-def _access(one: Instruction) -> tuple[str, int, Any]:
-    """The space, how many numbers, and of which kind."""
-    space = next(kind for kind in one.kinds if kind in ("global", "shared", "param"))
+def _access(one: Instruction) -> tuple[int, Any]:
+    """How many numbers a thread loads or stores, and of which kind."""
     count = next((int(kind[1:]) for kind in one.kinds if re.fullmatch(r"v\d", kind)), 1)
-    return space, count, _TYPES[one.kinds[-1]]
+    return count, _TYPES[one.kinds[-1]]
 
 
 def _load(threads: Threads, one: Instruction, mask: Array) -> None:
-    space, count, kind = _access(one)
+    count, kind = _access(one)
     target, address, *_ = one.operands
-    if space == "param":
+    if "param" in one.kinds:
         bits = threads.parameters[address.strip("[]")]
         value = np.full(threads.count, _immediate(str(bits), kind))
         wide = _UNSIGNED[np.dtype(threads.code.type_of(target)).itemsize]
         threads.write(target, value if value.dtype.kind == "f" else value.astype(wide), mask)
         return
     size = np.dtype(kind).itemsize
-    data, places = threads.reach(space, address, size * count, mask)
+    data, places = threads.reach(one, address, size * count, mask)
     found = np.zeros((threads.count, count), kind)
     found[mask] = np.ascontiguousarray(data[places]).view(kind)
     for name, value in zip(_names(target), found.T, strict=True):
@@ -620,9 +627,9 @@ def _load(threads: Threads, one: Instruction, mask: Array) -> None:
 
 
 def _store(threads: Threads, one: Instruction, mask: Array) -> None:
-    space, count, kind = _access(one)
+    count, kind = _access(one)
     address, source, *_ = one.operands
-    data, places = threads.reach(space, address, np.dtype(kind).itemsize * count, mask)
+    data, places = threads.reach(one, address, np.dtype(kind).itemsize * count, mask)
     values = np.stack([threads.value(name, kind)[mask] for name in _names(source)], 1)
     data[places] = values.view(np.uint8).reshape(places.shape)
 
@@ -632,7 +639,7 @@ def _add_to(threads: Threads, one: Instruction, mask: Array) -> None:
     if "add" not in one.kinds:
         raise Fault("atomics but additions are not known here")
     *target, address, source = one.operands
-    data, places = threads.reach("global", address, 4, mask)
+    data, places = threads.reach(one, address, 4, mask)
     added = threads.value(source, np.uint32)[mask]
     before = np.zeros(threads.count, np.uint32)
     for thread, place, value in zip(np.flatnonzero(mask), places, added, strict=True):
@@ -652,7 +659,7 @@ def _matrix(threads: Threads, one: Instruction, mask: Array) -> None:
     for j, register in enumerate(_names(registers)):
         of_rows = np.zeros(threads.count, bool)
         of_rows[lanes[8 * j : 8 * j + 8]] = True
-        data, places = threads.reach("shared", address, 16, of_rows)
+        data, places = threads.reach(one, address, 16, of_rows)
         places = places.reshape(8, 8, 2)
         if "trans" in one.kinds:
             places = places.swapaxes(0, 1)

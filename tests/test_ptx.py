@@ -1,6 +1,7 @@
 """What compiled kernels compute: their PTX, run on the CPU (tests/ptx.py), against float64."""
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -28,17 +29,23 @@ CLUSTERS = pytest.mark.skipif(
 )
 
 
-def run(launches: Iterable[Launch], target: str = "sm_90", **order: int) -> None:
-    """All programs of each launch, in an order of their own."""
+def run(
+    launches: Iterable[Launch], target: str = "sm_90", **order: int
+) -> Counter[tuple[int, str]]:
+    """All programs of each launch, in an order of their own; what they load and store."""
+    traffic: Counter[tuple[int, str]] = Counter()
     for one in launches:
         kernel = Kernel(compiling.assembly_of(one, target))
-        kernel.run(one.grid, (value for _, value in compiling.arguments_in_code(one)), **order)
+        arguments = (value for _, value in compiling.arguments_in_code(one))
+        traffic += kernel.run(one.grid, arguments, **order)
+    return traffic
 
 
 def check(
     workload: Workload, target: str = "sm_90", override: dict[str, Any] | None = None, **order: int
 ) -> list[Config]:
-    """Run a forward, then a backward on its statistics; no more is lost than rounding explains.
+    """Run a forward, then a backward on its statistics: no more is lost than rounding explains, and
+    tensors of x's size are loaded once for each pass and stored once.
 
     Returns:
         Their plans.
@@ -58,9 +65,17 @@ def check(
             launches = launch.forward_launches(problem, config, given, y, stats, EPS)
         else:
             launches = launch.backward_launches(problem, config, trial.dy, given, stats, outputs)
-        run(launches, target, **order)
+        traffic = run(launches, target, **order)
         for name, error in errors_of(outputs, trial.expected(direction)).items():
             assert error <= tolerance(outputs[name], given.x), (direction, name)
+        passes = 1 if config.strategy == "resident" else 2
+        read = [given.x, given.residual, *[trial.dy] * (direction == "backward")]
+        for tensor in (one for one in read if one is not None):
+            once = direction == "forward" and tensor is given.residual
+            assert traffic[tensor.data_ptr(), "ld"] == (1 if once else passes) * tensor.nbytes
+        for output in outputs.values():
+            if output.shape == given.x.shape:
+                assert traffic[output.data_ptr(), "st"] == output.nbytes
         configs.append(config)
     return configs
 
