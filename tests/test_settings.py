@@ -237,6 +237,16 @@ def test_explain_gives_strategy_and_reason(
     assert re.search(expected, str(explanation)), explanation
 
 
+def test_explain_tells_of_launches_that_overlap() -> None:
+    """A forward of one launch has nothing to overlap with."""
+    x = torch.empty(2, 64, 16, 16, device="meta")
+    with triton_gn.plan_override(overlap=2, strategy="split"):
+        assert "launches that overlap\nno GPU has proven" in str(triton_gn.explain(x, 32))
+    with triton_gn.plan_override(overlap=2, strategy="resident"):
+        assert "that overlap" not in str(triton_gn.explain(x, 32))
+        assert "that overlap" in str(triton_gn.explain(x, 32, direction="backward"))
+
+
 def test_explain_follows_the_settings() -> None:
     def config(n: int) -> Config:
         return triton_gn.explain(torch.empty(n, 320, 256, 256, device="meta"), 32).config
