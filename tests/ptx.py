@@ -100,7 +100,12 @@ class Kernel:
         self.code = Code(body)
 
     def run(
-        self, grid: int, arguments: Iterable[Tensor | float], seed: int = 0, at_a_time: int = 1
+        self,
+        grid: int,
+        arguments: Iterable[Tensor | float],
+        seed: int = 0,
+        at_a_time: int = 1,
+        fuses: bool = False,
     ) -> Counter[tuple[int, str]]:
         """Launch.
 
@@ -109,6 +114,8 @@ class Kernel:
             arguments: as in the kernel's signature, without constants and what the compiler adds.
             seed: of the order of warps and programs.
             at_a_time: how many programs run beside each other.
+            fuses: whether float32 products that are added are not rounded before. PTX leaves that
+                to ptxas.
 
         Returns:
             How many bytes all threads have loaded ("ld") and stored ("st") of tensors, by their
@@ -120,7 +127,8 @@ class Kernel:
         values = dict(zip(self.parameters, bits, strict=True))
         order = random.Random(seed)
         programs = (
-            _Program(self, memory, values, program, grid).run(order) for program in range(grid)
+            _Program(self, memory, values, program, grid, fuses).run(order)
+            for program in range(grid)
         )
         running = list(itertools.islice(programs, at_a_time))
         with np.errstate(all="ignore"):
@@ -183,6 +191,8 @@ class Threads:
         self.registers: dict[str, Array] = {}
         self.parameters: dict[str, int] = {}
         self.special: dict[str, Any] = {"global_smem": 0}
+        self.fuses = False
+        self.products: dict[str, Array] = {}  # of registers, before rounding; NaN for others
 
     def value(self, name: str, kind: Any) -> Array:
         """An operand of each thread, its bits taken as that kind of number."""
@@ -216,6 +226,15 @@ class Threads:
                 raise Fault(f"{value.itemsize} bytes go to {name}, which has {before.itemsize}")
             value = value.view(before.dtype)
         self.registers[name] = np.where(mask, value, before)
+        self.keep_product(name, np.nan, mask)
+
+    def product(self, name: str) -> Array:
+        """What a register holds of a product; NaN where it is none."""
+        return self.products.get(name, np.full(self.count, np.nan))
+
+    def keep_product(self, name: str, product: Array, mask: Array) -> None:
+        if name in self.products or not np.isscalar(product):
+            self.products[name] = np.where(mask, product, self.product(name))
 
     def reach(self, one: Instruction, address: str, size: int, mask: Array) -> tuple[Array, Array]:
         """In which memory, and where there, threads access so many bytes each."""
@@ -232,9 +251,16 @@ class _Program(Threads):
     """One program: of the threads of all CTAs of a cluster, in this order."""
 
     def __init__(
-        self, kernel: Kernel, memory: _Memory, parameters: dict[str, int], program: int, grid: int
+        self,
+        kernel: Kernel,
+        memory: _Memory,
+        parameters: dict[str, int],
+        program: int,
+        grid: int,
+        fuses: bool,
     ) -> None:
         super().__init__(kernel.code, kernel.threads * kernel.ctas)
+        self.fuses = fuses
         self._memory, self.parameters = memory, parameters
         thread = np.arange(self.count)
         self._cta, self._ctas = thread // kernel.threads, kernel.ctas
@@ -367,11 +393,33 @@ def _execute(threads: Threads, one: Instruction, mask: Array) -> None:
     if "{" in target + names[0]:
         _move_parts(threads, mask, target, *names)
         return
-    threads.write(target, _OPERATIONS[one.name](threads, kinds, names), mask)
+    result = _OPERATIONS[one.name](threads, kinds, names)
+    product = None
+    if threads.fuses and kinds == ["f32"] and "rn" not in one.kinds:
+        if one.name == "mul":
+            left, right = (threads.value(name, np.float32).astype(np.float64) for name in names)
+            product = left * right
+        elif one.name in ("add", "sub"):
+            result = _fused_sum(threads, one.name, names, result)
+    threads.write(target, result, mask)
+    if product is not None:
+        threads.keep_product(target, product, mask)
 
 
 _IGNORED = ("bar", "barrier", "griddepcontrol", "createpolicy", "membar", "fence")
 _WITHOUT_EFFECT = ("ftz", "rn", "approx", "sync", "uni", "full")
+
+
+def _fused_sum(threads: Threads, name: str, names: list[str], result: Array) -> Array:
+    """With one of the operands as it was before rounding, where it is a product."""
+    for i, one in enumerate(names):
+        operands = [threads.value(name, np.float32).astype(np.float64) for name in names]
+        product = threads.product(one)
+        operands[i] = product
+        fused = operands[0] + operands[1] if name == "add" else operands[0] - operands[1]
+        if not np.isnan(product).all():
+            return np.where(np.isnan(product), result, fused.astype(np.float32))
+    return result
 
 
 def _move_parts(threads: Threads, mask: Array, target: str, source: str) -> None:

@@ -50,6 +50,13 @@ def divide(a, b):
 
 
 @triton.jit
+def rounded(product):
+    """A product as one number. Fused with what it is added to, it would not be rounded there, and a
+    mean that is told from its own low part must be the same wherever it is used."""
+    return product + 0.0
+
+
+@triton.jit
 def _inverse(n):
     return divide(tl.full(n.shape, 1.0, n.dtype), n)
 
@@ -106,7 +113,7 @@ def rough_mean(xs, pre_add, window, TILE: tl.constexpr, dtype: tl.constexpr):
             if pre_add is not None:
                 x = zero_beyond_pixels(x + over_pixels(added, window, p, TILE), window, p, TILE)
             total += x
-    return group_sums(total, TILE) * _inverse(window_count(window, TILE, dtype))
+    return rounded(group_sums(total, TILE) * _inverse(window_count(window, TILE, dtype)))
 
 
 @triton.jit
@@ -174,7 +181,7 @@ def combine_all(parts):
     count = tl.sum(parts.count, axis=1)
     share = _inverse(tl.maximum(count, 1.0))
     weight = parts.count * share[:, None]
-    reference = tl.sum(tl.where(there, parts.mean, 0.0) * weight, axis=1)
+    reference = rounded(tl.sum(tl.where(there, parts.mean, 0.0) * weight, axis=1))
     difference = tl.where(there, (parts.mean - reference[:, None]) + parts.mean_lo, 0.0)
     step = tl.sum(difference * weight, axis=1)
     rest = difference - step[:, None]
