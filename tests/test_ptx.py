@@ -182,7 +182,14 @@ def test_moments(memory: str) -> None:
     torch.testing.assert_close(m2, x.var(2, correction=0) * 1280, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("fuses", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "mean", "most", "fuses"),
+    [
+        ("float32", 1e4, 1e-6, False),
+        ("float32", 1e4, 1e-6, True),
+        ("float64", 1e8, 1e-10, False),  # so much the answers lose themselves
+    ],
+)
 @pytest.mark.parametrize(
     ("strategy", "memory", "fused"),
     [
@@ -192,12 +199,15 @@ def test_moments(memory: str) -> None:
     ],
 )
 def test_a_mean_far_from_0_keeps_its_low_part(
-    strategy: str, memory: str, fused: tuple[str, ...], fuses: bool
-) -> None:
+    strategy: str, memory: str, fused: tuple[str, ...], dtype: str, mean: float, most: float,
+    fuses: bool,
+) -> None:  # fmt: skip
     """Compilers put products into sums, unrounded, which the interpreter's arithmetic does not."""
-    workload = Workload("", 2, 12, 3, (16, 20), "float32", layout=memory, fused=fused)
+    if dtype == "float64":
+        fused = ()  # the oracle's sum with a pre_add would lose more
+    workload = Workload("", 2, 12, 3, (16, 20), dtype, layout=memory, fused=fused)
     override = {"strategy": strategy} | ({} if strategy == "resident" else {"chunks": 2})
-    check(workload, override=override, most=1e-6, mean=1e4, std=0.1, fuses=fuses)
+    check(workload, override=override, most=most, mean=mean, std=0.1, fuses=fuses)
 
 
 # what goes wrong is seen: otherwise the tests above could not fail

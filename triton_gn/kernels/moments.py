@@ -51,8 +51,9 @@ def divide(a, b):
 
 @triton.jit
 def rounded(product):
-    """A product as one number. Fused with what it is added to, it would not be rounded there, and a
-    mean that is told from its own low part must be the same wherever it is used."""
+    """A product as one number. A compiler may fuse it with what it is added to, where it is not
+    rounded then; but the mean that a low part belongs to must be one wherever it is used, in all
+    threads."""
     return product + 0.0
 
 
@@ -181,7 +182,7 @@ def combine_all(parts):
     count = tl.sum(parts.count, axis=1)
     share = _inverse(tl.maximum(count, 1.0))
     weight = parts.count * share[:, None]
-    reference = rounded(tl.sum(tl.where(there, parts.mean, 0.0) * weight, axis=1))
+    reference = tl.sum(rounded(tl.where(there, parts.mean, 0.0) * weight), axis=1)
     difference = tl.where(there, (parts.mean - reference[:, None]) + parts.mean_lo, 0.0)
     step = tl.sum(difference * weight, axis=1)
     rest = difference - step[:, None]
