@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from torch.nn.functional import layer_norm
 
 pytest.importorskip("triton", reason="device code")
 
-from tests.ptx import Fault, Kernel
+from tests.ptx import Code, Fault, Kernel, Threads
 from triton_gn import compiling
 from triton_gn.ops import launch, layout
 from triton_gn.ops.launch import Launch
@@ -261,3 +262,15 @@ def test_barriers_that_some_threads_never_reach_show() -> None:
     ptx = ptx.replace("bar.sync", f"{leave} bar.sync")
     with pytest.raises(Fault, match=r"some threads never come to bar\.sync"):
         Kernel(ptx).run(1, [value for _, value in compiling.arguments_in_code(one)])
+
+
+@pytest.mark.parametrize(("fuses", "left"), [(False, 0.0), (True, 2.0**-24)])
+def test_fused_products_are_not_rounded(fuses: bool, left: float) -> None:
+    """(1 + 2**-12)**2 is 1 + 2**-11 + 2**-24, of which float32 drops the last."""
+    code = ".reg .b32 %r<4>; mul.f32 %r1, %r0, %r0; sub.f32 %r3, %r1, %r2;"
+    threads = Threads(Code(code), 1)
+    threads.fuses = fuses
+    for name, value in (("%r0", 1 + 2.0**-12), ("%r2", 1 + 2.0**-11)):
+        threads.registers[name] = np.array([value], np.float32).view(np.uint32)
+    threads.run()
+    assert threads.value("%r3", np.float32) == left
