@@ -410,16 +410,15 @@ _IGNORED = ("bar", "barrier", "griddepcontrol", "createpolicy", "membar", "fence
 _WITHOUT_EFFECT = ("ftz", "rn", "approx", "sync", "uni", "full")
 
 
-def _fused_sum(threads: Threads, name: str, names: list[str], result: Array) -> Array:
-    """With one of the operands as it was before rounding, where it is a product."""
-    for i, one in enumerate(names):
-        operands = [threads.value(name, np.float32).astype(np.float64) for name in names]
-        product = threads.product(one)
-        operands[i] = product
-        fused = operands[0] + operands[1] if name == "add" else operands[0] - operands[1]
-        if not np.isnan(product).all():
-            return np.where(np.isnan(product), result, fused.astype(np.float32))
-    return result
+def _fused_sum(threads: Threads, operation: str, names: list[str], rounded: Array) -> Array:
+    """With the first operand that is a product as it was before rounding; without one, rounded."""
+    exact = [threads.value(name, np.float32).astype(np.float64) for name in names]
+    products = [threads.product(name) for name in names]
+    first = np.isnan(products[0])
+    left = np.where(first, exact[0], products[0])
+    right = np.where(first & ~np.isnan(products[1]), products[1], exact[1])
+    fused = left + right if operation == "add" else left - right
+    return np.where(first & np.isnan(products[1]), rounded, fused.astype(np.float32))
 
 
 def _move_parts(threads: Threads, mask: Array, target: str, source: str) -> None:
