@@ -1,6 +1,7 @@
 """What only a GPU can show. The kernels' results there: tests/kernels without TRITON_INTERPRET."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
 ]
 STRATEGIES = pytest.mark.parametrize("strategy", ["resident", "pipelined", "split"])
+Results = tuple[torch.Tensor, ...]
 FORMATS = pytest.mark.parametrize(
     "memory_format", [torch.contiguous_format, torch.channels_last], ids=str
 )
@@ -53,7 +55,7 @@ def replay_with_other_values(shape: tuple[int, ...], memory_format: torch.memory
     layer = triton_gn.GroupNorm(32, shape[1], device="cuda")
     dy = torch.randn_like(x)
 
-    def step() -> tuple[torch.Tensor, ...]:
+    def step() -> Results:
         y = layer(x)
         return (y, *torch.autograd.grad(y, (x, layer.weight, layer.bias), dy))
 
@@ -93,6 +95,25 @@ def of_two_streams(inputs: list[torch.Tensor]) -> None:
         assert all(map(torch.equal, results, expected))
 
 
+def repeat_among_others(
+    steps: Sequence[Callable[[], Results]], expected: Sequence[Results], times: int
+) -> None:
+    """Each step on a stream of its own, all at once, beside a matrix product: always its bits."""
+    streams = [torch.cuda.Stream() for _ in steps]
+    other, matrix = torch.cuda.Stream(), torch.randn(4096, 4096, device="cuda").half()
+    torch.cuda.synchronize()
+    for _ in range(times):
+        with torch.cuda.stream(other):
+            matrix @ matrix
+        results = []
+        for step, stream in zip(steps, streams, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(step())
+        torch.cuda.synchronize()
+        for result, answer in zip(results, expected, strict=True):
+            assert all(map(torch.equal, result, answer))
+
+
 @FORMATS
 @pytest.mark.parametrize(
     ("shape", "num_groups"),
@@ -113,7 +134,7 @@ def test_pipelined_among_others_thousands_of_times(
     x.requires_grad_()
     dy = torch.randn_like(x)
 
-    def step(**fields: int | str) -> tuple[torch.Tensor, ...]:
+    def step(**fields: int | str) -> Results:
         with triton_gn.backend("triton"), triton_gn.plan_override(**fields):
             y = triton_gn.group_norm(x, num_groups, activation="silu")
             return (y.detach(), *torch.autograd.grad(y, x, dy))
@@ -122,19 +143,8 @@ def test_pipelined_among_others_thousands_of_times(
     for pipelined, split in zip(expected, step(strategy="split"), strict=True):
         torch.testing.assert_close(pipelined, split)
     grids: tuple[dict[str, int], ...] = ({}, {"workers": 1}, {"workers": 200}, {"workers": 20_000})
-    streams = [torch.cuda.Stream() for _ in grids]
-    other, matrix = torch.cuda.Stream(), torch.randn(4096, 4096, device="cuda").half()
-    torch.cuda.synchronize()
-    for _ in range(500):
-        with torch.cuda.stream(other):
-            matrix @ matrix
-        results = []
-        for grid, stream in zip(grids, streams, strict=True):
-            with torch.cuda.stream(stream):
-                results.append(step(strategy="pipelined", **grid))
-        torch.cuda.synchronize()
-        for result in results:
-            assert all(map(torch.equal, result, expected))
+    steps = [partial(step, strategy="pipelined", **grid) for grid in grids]
+    repeat_among_others(steps, [expected] * len(steps), times=500)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +172,7 @@ def test_clusters_among_others_thousands_of_times(
     weight, bias = torch.randn(2, shape[1], device="cuda", dtype=dtype).requires_grad_()
     dy = torch.randn_like(x)
 
-    def step(**fields: int | str) -> tuple[torch.Tensor, ...]:
+    def step(**fields: int | str) -> Results:
         with triton_gn.backend("triton"), triton_gn.plan_override(**fields):
             y = triton_gn.group_norm(x, num_groups, weight, bias, activation="silu")
             return (y.detach(), *torch.autograd.grad(y, (x, weight, bias), dy))
@@ -173,19 +183,7 @@ def test_clusters_among_others_thousands_of_times(
     for answer in expected[1:]:
         for clustered, split in zip(answer, expected[0], strict=True):
             torch.testing.assert_close(clustered, split)
-    streams = [torch.cuda.Stream() for _ in plans]
-    other, matrix = torch.cuda.Stream(), torch.randn(4096, 4096, device="cuda").half()
-    torch.cuda.synchronize()
-    for _ in range(2000):
-        with torch.cuda.stream(other):
-            matrix @ matrix
-        results = []
-        for fields, stream in zip(plans, streams, strict=True):
-            with torch.cuda.stream(stream):
-                results.append(step(**fields))
-        torch.cuda.synchronize()
-        for result, answer in zip(results, expected, strict=True):
-            assert all(map(torch.equal, result, answer))
+    repeat_among_others([partial(step, **fields) for fields in plans], expected, times=2000)
 
 
 def test_clusters_in_a_cuda_graph() -> None:
@@ -218,7 +216,7 @@ def test_overlapping_launches_thousands_of_times(
     x = torch.randn(shape, device="cuda", dtype=torch.bfloat16).to(memory_format=memory_format)
     weight, bias = torch.randn(2, shape[1], device="cuda", dtype=torch.bfloat16)
 
-    def step(factor: float, **fields: int | str) -> tuple[torch.Tensor, ...]:
+    def step(factor: float, **fields: int | str) -> Results:
         operands = tuple((one * factor).requires_grad_() for one in (x, weight, bias))
         with triton_gn.backend("triton"), triton_gn.plan_override(strategy=strategy, **fields):
             given, w, b = operands
@@ -230,19 +228,12 @@ def test_overlapping_launches_thousands_of_times(
         expected = [step(factor) for factor in factors]
     except ValueError:
         pytest.skip(f"no {strategy} program can hold these groups")
-    streams = [torch.cuda.Stream() for _ in factors]
-    other, matrix = torch.cuda.Stream(), torch.randn(4096, 4096, device="cuda").half()
-    torch.cuda.synchronize()
-    for _ in range(500):
-        with torch.cuda.stream(other):
-            matrix @ matrix
-        results = []
-        for factor, stream in zip(factors, streams, strict=True):
-            with torch.cuda.stream(stream):
-                results.append([step(factor, overlap=2) for _ in range(2)])
-        torch.cuda.synchronize()
-        for twice, answer in zip(results, expected, strict=True):
-            assert all(all(map(torch.equal, result, answer)) for result in twice)
+
+    def twice(factor: float) -> Results:
+        return (*step(factor, overlap=2), *step(factor, overlap=2))
+
+    steps = [partial(twice, factor) for factor in factors]
+    repeat_among_others(steps, [one * 2 for one in expected], times=500)
 
 
 @FORMATS
@@ -272,7 +263,7 @@ def test_fused_step_under_torch_compile(strategy: str, memory_format: torch.memo
     x = torch.randn(2, 320, 32, 32, device="cuda").to(memory_format=memory_format)
     scale, shift, pre_add = torch.randn(3, 2, 320, device="cuda")
 
-    def step(forward: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    def step(forward: Callable[..., torch.Tensor]) -> Results:
         leaf = x.detach().requires_grad_()
         y = forward(leaf, scale=scale, shift=shift, pre_add=pre_add, residual=x)
         return (y.detach(), *torch.autograd.grad(y.square().sum(), (leaf, layer.weight)))
