@@ -18,13 +18,15 @@ from rich.console import Console
 from rich.table import Table
 
 from perf import bench
-from perf.providers import FIXED
-from perf.records import folder_of
+from perf.providers import PROVIDERS
+from perf.records import OURS, folder_of
 from triton_gn.ops import launch
 
 _PASSED = (0, 5)  # 5: pytest's, where all tests of a file are the interpreter's
 _SANITIZED = "tests/kernels/test_bits.py"
-_PROVIDERS = ",".join(("triton_gn", *(f"triton_gn[{name}]" for name in FIXED), "torch_eager"))
+_PROVIDERS = ",".join(
+    one.name for one in PROVIDERS if one.is_fixed or one.name in (OURS, "torch_eager")
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

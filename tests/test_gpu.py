@@ -8,6 +8,7 @@ import torch
 
 import triton_gn
 from triton_gn.ops import launch
+from triton_gn.plan import Device
 
 pytestmark = [
     pytest.mark.gpu,
@@ -18,6 +19,10 @@ Results = tuple[torch.Tensor, ...]
 FORMATS = pytest.mark.parametrize(
     "memory_format", [torch.contiguous_format, torch.channels_last], ids=str
 )
+
+
+def gpu() -> Device:
+    return launch.gpu(torch.device("cuda", torch.cuda.current_device()))
 
 
 @FORMATS
@@ -164,8 +169,7 @@ def test_clusters_among_others_thousands_of_times(
 ) -> None:
     """They end, and with the same bits, whatever else runs: on a stream for each size of cluster at
     once, beside a matrix product and the same groups in split."""
-    most = launch.gpu(torch.device("cuda", torch.cuda.current_device())).clusters
-    sizes = tuple(ctas for ctas in sizes if ctas <= most)
+    sizes = tuple(ctas for ctas in sizes if ctas <= gpu().clusters)
     if not sizes:
         pytest.skip("no clusters of this size with this Triton or on this GPU")
     x = torch.randn(shape, device="cuda", dtype=dtype).requires_grad_()
@@ -187,8 +191,7 @@ def test_clusters_among_others_thousands_of_times(
 
 
 def test_clusters_in_a_cuda_graph() -> None:
-    device = torch.device("cuda", torch.cuda.current_device())
-    if launch.gpu(device).clusters < 4:
+    if gpu().clusters < 4:
         pytest.skip("no clusters of this size with this Triton or on this GPU")
     with triton_gn.plan_override(strategy="resident", ctas=4):
         replay_with_other_values((2, 320, 64, 64), torch.contiguous_format)
@@ -211,7 +214,7 @@ def test_overlapping_launches_thousands_of_times(
 ) -> None:
     """Their bits are those of launches one after the other: back to back on four streams at once,
     beside a matrix product, each from operands that the launch before it on its stream has made."""
-    if not launch.gpu(torch.device("cuda", torch.cuda.current_device())).overlaps:
+    if not gpu().overlaps:
         pytest.skip("launches do not overlap on this GPU")
     x = torch.randn(shape, device="cuda", dtype=torch.bfloat16).to(memory_format=memory_format)
     weight, bias = torch.randn(2, shape[1], device="cuda", dtype=torch.bfloat16)
@@ -241,7 +244,7 @@ def test_overlapping_launches_thousands_of_times(
 def test_overlapping_launches_in_a_cuda_graph(
     strategy: str, memory_format: torch.memory_format
 ) -> None:
-    if not launch.gpu(torch.device("cuda", torch.cuda.current_device())).overlaps:
+    if not gpu().overlaps:
         pytest.skip("launches do not overlap on this GPU")
     with triton_gn.plan_override(strategy=strategy, overlap=2):
         replay_with_other_values((2, 320, 16, 16), memory_format)

@@ -245,7 +245,8 @@ def tune(
         problem, kept, 1e3 * cold[0].p50, 1e3 * cold[winner].p50, 1e3 * noise,
         1e3 * warm[0].p50, 1e3 * warm[winner].p50, origin,
     )  # fmt: skip
-    return Result(f"{workload.name} {direction}", entry, len(right), faults)
+    timed = len({*right, *finalists})
+    return Result(f"{workload.name} {direction}", entry, timed, faults)
 
 
 def shortlist(problem: Problem, gpu: Device, most: int) -> list[Config]:
