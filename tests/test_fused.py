@@ -174,7 +174,10 @@ def test_as_exact_as_the_operations_one_by_one(
     for name, value in expected.items():
         assert ours[name].dtype is dtype
         assert ours[name].shape == value.shape
-        if torch.finfo(dtype).bits == 16:
+        if torch.finfo(dtype).bits == 16 and not names:
+            # PyTorch's own two operations: one in float32 took twice their time
+            assert torch.equal(ours[name], theirs[name]), name
+        elif torch.finfo(dtype).bits == 16:
             # the arithmetic is float32 and rounds once
             assert roundings(ours[name], value) <= 0.51, name
         else:

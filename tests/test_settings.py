@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import triton_gn
-from triton_gn.ops import dispatch, settings
+from triton_gn.ops import settings
 from triton_gn.plan import Config, Problem
 
 ROOT = Path(__file__).parents[1]
@@ -185,7 +185,7 @@ def test_torch_backend_works() -> None:
 @pytest.fixture
 def kernels_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """As under TRITON_INTERPRET=1; explain() launches nothing."""
-    monkeypatch.setattr(dispatch, "_INTERPRETED", True)
+    monkeypatch.setattr(settings, "INTERPRETED", True)
 
 
 def test_explain_says_why_there_are_no_kernels() -> None:

@@ -60,7 +60,8 @@ def sharded_group_norm(
             come within the group's timeout.
     """
     operands = Operands(input, weight, bias, scale, shift, pre_add, residual)
-    functional.check_operands(operands, num_groups, activation)
+    num_groups, eps = functional.checked_groups(num_groups), functional.checked_eps(eps)
+    functional.check(operands, num_groups, activation, is_part=True)
     if context.is_dtensor(input):
         raise TypeError(
             "sharded_group_norm: input must be this process's part, a plain tensor; got a DTensor, "

@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from triton_gn.functional import check
+from triton_gn.functional import check, checked_groups
 from triton_gn.ops import dispatch, launch, layout, settings
 from triton_gn.ops.settings import Settings
 from triton_gn.plan import (
@@ -83,6 +83,7 @@ def explain(
     Raises:
         TypeError, ValueError: as group_norm; an empty input or another direction.
     """
+    num_groups = checked_groups(num_groups)
     check(Operands(input), num_groups, activation)
     if direction not in ("forward", "backward"):
         raise ValueError(f"explain: direction must be forward or backward; got {direction!r}.")

@@ -1,12 +1,16 @@
 """group_norm as a function: every error has its name here."""
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import handle_torch_function, has_torch_function_unary
+from torch.overrides import handle_torch_function, has_torch_function
 
-from triton_gn.ops import dispatch
+from triton_gn import reference
+from triton_gn.ops import context, dispatch, torch_path
 from triton_gn.reference import ACTIVATIONS, Operands
 
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
@@ -57,69 +61,96 @@ def group_norm(
         ValueError: the shapes or devices do not fit together, there is one value per group, or the
             activation is none of those above.
     """
-    # as PyTorch's own functions, for modes and subclasses; torch.compile sees through this one
-    if has_torch_function_unary(input) and not torch.compiler.is_compiling():
-        y = handle_torch_function(
-            group_norm,
-            (input,),
-            input,
-            num_groups,
-            weight,
-            bias,
-            eps,
-            activation=activation,
-            scale=scale,
-            shift=shift,
-            residual=residual,
-            pre_add=pre_add,
-        )
-        return y
-    bare = scale is None and shift is None and residual is None and pre_add is None
-    try:
-        if bare and dispatch.is_plain(input, num_groups, weight, bias, activation):
-            y = torch.group_norm(input, num_groups, weight, bias, eps)
-            return y if activation is None else ACTIVATIONS[activation](y)
-    except Exception:  # whatever PyTorch says of bad operands, check says it better
-        check(Operands(input, weight, bias), num_groups, activation)
-        raise
-    operands = Operands(input, weight, bias, scale, shift, pre_add, residual)
+    tensors = input, weight, bias, scale, shift, pre_add, residual
+    if is_overridden(tensors):
+        fused: dict[str, Any] = {
+            "scale": scale,
+            "shift": shift,
+            "residual": residual,
+            "pre_add": pre_add,
+        }
+        if any(map(context.is_expanded_weight, tensors)):  # it knows PyTorch's function only
+            x = reference.prologue(input, pre_add)
+            n = F.group_norm(x, num_groups, weight, bias, eps)
+            n = reference.epilogue(n, Operands(input, **fused), activation or "none")
+            return n.to(input.dtype)
+        arguments = (input, num_groups, weight, bias, eps)
+        y = handle_torch_function(group_norm, tensors, *arguments, activation=activation, **fused)
+        return y  # of whatever class
+    if type(num_groups) is not int:
+        num_groups = checked_groups(num_groups)
+    if type(eps) is not float:
+        eps = checked_eps(eps)
+    if scale is None and shift is None and residual is None and pre_add is None:
+        try:
+            plain = torch_path.plain(input, num_groups, weight, bias, eps, activation)
+        except Exception:  # whatever PyTorch says of bad operands, check says it better
+            check(Operands(input, weight, bias), num_groups, activation)
+            raise
+        if plain is not None:
+            return plain
+    operands = Operands(*tensors)
     check(operands, num_groups, activation)
     return dispatch.group_norm(in_rows(operands), num_groups, eps, activation or "none")
 
 
+def is_overridden(operands: Iterable[Any]) -> bool:
+    """Whether a mode or the class of an operand has its own idea of the call, as of PyTorch's
+    functions; torch.compile sees through that by itself."""
+    return has_torch_function(operands) and not torch.compiler.is_compiling()
+
+
 def in_rows(operands: Operands) -> Operands:
     """Scale, shift and pre_add without their trailing sizes of 1."""
-    flattened = {
-        name: values.flatten(1)
-        for name in _PER_SAMPLE
-        if (values := getattr(operands, name)) is not None and values.ndim > 2
-    }
-    return operands._replace(**flattened) if flattened else operands
+    for name in _PER_SAMPLE:
+        values = getattr(operands, name)
+        if values is not None and values.ndim > 2:
+            operands = operands._replace(**{name: values.flatten(1)})
+    return operands
 
 
-def check(operands: Operands, num_groups: int, activation: str | None) -> None:
-    """Raise what ``group_norm`` promises to raise."""
-    check_operands(operands, num_groups, activation)
-    if operands.x.numel() == num_groups:
-        raise ValueError(
-            "group_norm: each group must have more than 1 value, else every output is 0; "
-            f"got shape {tuple(operands.x.shape)} with {num_groups} groups. Take fewer groups."
-        )
+def checked_groups(num_groups: Any) -> int:
+    """num_groups as PyTorch takes it: an int, or what has its index, such as NumPy's integers."""
+    if type(num_groups) is int or isinstance(num_groups, torch.SymInt):
+        return num_groups  # type: ignore[return-value]
+    try:
+        if isinstance(num_groups, bool):
+            raise TypeError
+        return operator.index(num_groups)
+    except TypeError:
+        raise TypeError(
+            f"group_norm: num_groups must be an int; got {num_groups!r} "
+            f"of type {type(num_groups).__name__}."
+        ) from None
 
 
-def check_operands(operands: Operands, num_groups: int, activation: str | None) -> None:
-    """As ``check``, but a group may have one value: there may be more of it elsewhere."""
+def checked_eps(eps: Any) -> float:
+    """eps as a float, of whatever PyTorch takes for one: a tensor is read now."""
+    if type(eps) is float:
+        return eps
+    try:
+        torch.group_norm(torch.empty(1, 1, 0), 1, None, None, eps)  # says what that is
+    except TypeError:
+        raise TypeError(
+            f"group_norm: eps must be a float; got {eps!r} of type {type(eps).__name__}."
+        ) from None
+    return float(eps)
+
+
+@context.untraced
+def check(
+    operands: Operands, num_groups: int, activation: str | None, is_part: bool = False
+) -> None:
+    """Raise what ``group_norm`` promises to raise.
+
+    ``is_part``: a group may have one value, since there is more of it elsewhere.
+    """
     input = operands.x
     _check_tensor("input", input)
     if input.ndim < 2:
         raise ValueError(
             "group_norm: input must have at least 2 dimensions, (N, C, *); "
             f"got shape {tuple(input.shape)}. Add a batch dimension with input.unsqueeze(0)."
-        )
-    if not isinstance(num_groups, int | torch.SymInt) or isinstance(num_groups, bool):
-        raise TypeError(
-            f"group_norm: num_groups must be an int; got {num_groups!r} "
-            f"of type {type(num_groups).__name__}."
         )
     channels = input.shape[1]
     if num_groups <= 0:
@@ -131,11 +162,17 @@ def check_operands(operands: Operands, num_groups: int, activation: str | None) 
         raise ValueError(
             f"group_norm: {channels} channels cannot be split into {num_groups} groups; "
             f"num_groups must divide num_channels (nearest: {_nearest(channels, num_groups)})."
+            f"{_missing_batch(operands, num_groups)}"
         )
     check_activation(activation)
     for name, operand in zip(operands._fields[1:], operands[1:], strict=True):
         if operand is not None:
             _check_operand(name, operand, input)
+    if not is_part and input.numel() == num_groups:
+        raise ValueError(
+            "group_norm: each group must have more than 1 value, else every output is 0; "
+            f"got shape {tuple(input.shape)} with {num_groups} groups. Take fewer groups."
+        )
 
 
 def check_activation(activation: str | None) -> None:
@@ -209,6 +246,16 @@ def _rule(name: str, input_shape: Sequence[int]) -> str:
         f"shape ({channels},), (1, {channels}) or ({n}, {channels}), also with trailing sizes of 1 "
         "up to input's rank"
     )
+
+
+def _missing_batch(operands: Operands, num_groups: int) -> str:
+    """A remedy where the first dimension looks like the channels."""
+    input, weight = operands.x, operands.weight
+    first = input.shape[0]
+    is_likely = first % num_groups == 0 if weight is None else weight.shape == (first,)
+    if not first or not is_likely:
+        return ""
+    return f" If {tuple(input.shape)} lacks the batch dimension, add it with input.unsqueeze(0)."
 
 
 def _nearest(channels: int, num_groups: int) -> str:

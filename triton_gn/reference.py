@@ -145,14 +145,15 @@ def moments(x: Tensor, num_groups: int, pre_add: Tensor | None) -> Moments:
         return over_channels(values.to(compute_dtype(x)).reshape(n, channels, pixels).sum(-1))
 
     count = pixels * group_channels
+    divisor = count + (count == 0)  # no max(): torch.jit.trace can record this
     total = sums(x)
     if pre_add is not None:
         total = total + pixels * over_channels(pre_add.to(total.dtype).expand(n, channels))
-    mean = total / max(count, 1)
+    mean = total / divisor
     # relative to a constant: m2 is the same for any
     deviations = centred(x, mean.detach(), torch.zeros_like(mean), pre_add)
     deviation = sums(deviations)
-    mean_lo = deviation / max(count, 1)
+    mean_lo = deviation / divisor
     m2 = sums(deviations.square()) - mean_lo * deviation
     counts = torch.full_like(mean, count, dtype=torch.int64)
     return Moments(counts, mean, mean_lo.detach(), m2.clamp(min=0))

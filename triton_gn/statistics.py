@@ -1,13 +1,14 @@
 """Statistics apart from apply, for inputs that are never in one piece: tiles, shards."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function
 
 from triton_gn import reference
-from triton_gn.functional import check_operands, in_rows
-from triton_gn.ops import dispatch
+from triton_gn.functional import check, checked_eps, checked_groups, in_rows, is_overridden
+from triton_gn.ops import context, dispatch
 from triton_gn.reference import Moments, Operands
 
 
@@ -71,10 +72,14 @@ def group_norm_stats(
     Raises:
         TypeError, ValueError: as :func:`group_norm`.
     """
+    if is_overridden(tensors := (input, pre_add)):
+        found = handle_torch_function(group_norm_stats, tensors, input, num_groups, pre_add)
+        return found  # of whatever class
+    num_groups = checked_groups(num_groups)
     operands = Operands(input, pre_add=pre_add)
-    check_operands(operands, num_groups, None)
-    found = dispatch.group_norm_stats(input, num_groups, in_rows(operands).pre_add)
-    return GroupNormStats(*found)
+    check(operands, num_groups, None, is_part=True)
+    moments = dispatch.group_norm_stats(input, num_groups, in_rows(operands).pre_add)
+    return GroupNormStats(*moments)
 
 
 def group_norm_apply(
@@ -112,13 +117,35 @@ def group_norm_apply(
             CPU, a group of a non-empty input has count 0. On a GPU, which would have to be waited
             for, its y is NaN.
     """
-    operands = Operands(input, weight, bias, scale, shift, pre_add, residual)
+    tensors = input, weight, bias, scale, shift, pre_add, residual
+    fields = stats if isinstance(stats, tuple) else (stats,)
+    if is_overridden((*tensors, *fields)):
+        fused: dict[str, Any] = {
+            "scale": scale,
+            "shift": shift,
+            "residual": residual,
+            "pre_add": pre_add,
+        }
+        y = handle_torch_function(
+            group_norm_apply,
+            (*tensors, *fields),
+            input,
+            stats,
+            weight,
+            bias,
+            eps,
+            activation=activation,
+            **fused,
+        )
+        return y  # of whatever class
+    eps = checked_eps(eps)
+    operands = Operands(*tensors)
     if not isinstance(stats, GroupNormStats):
         raise TypeError(
             f"group_norm_apply: stats must be a GroupNormStats; got {type(stats).__name__}. "
             "Take it from group_norm_stats."
         )
-    check_operands(operands, 1, activation)
+    check(operands, 1, activation, is_part=True)
     _check_stats(stats, input)
     return dispatch.group_norm_apply(in_rows(operands), Moments(*stats), eps, activation or "none")
 
@@ -133,6 +160,7 @@ def _described(tensor: Tensor) -> str:
     return f"{tuple(tensor.shape)} of {tensor.dtype} on {tensor.device}"
 
 
+@context.untraced
 def _check_stats(stats: GroupNormStats, input: Tensor) -> None:
     n, channels = input.shape[:2]
     dtype = reference.compute_dtype(input)
@@ -151,7 +179,7 @@ def _check_stats(stats: GroupNormStats, input: Tensor) -> None:
                 f"the same for all and a divisor of the {channels} channels; "
                 f"got {tuple(tensor.shape)}. Take stats of parts with all of input's channels."
             )
-    is_known = input.is_cpu and input.numel() > 0 and dispatch.is_eager((input, *stats))
+    is_known = input.is_cpu and input.numel() > 0 and context.is_eager((input, *stats))
     if is_known and not stats.count.all():
         raise ValueError(
             "group_norm_apply: every group of a non-empty input must have a count above 0; "

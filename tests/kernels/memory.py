@@ -22,16 +22,20 @@ class GuardedMemory:
         self._buffers: list[tuple[Tensor, int]] = []  # with the bits of their guard zones
 
     def empty_strided(
-        self, shape: Any, stride: Any, *, dtype: torch.dtype, device: Any = "cpu"
+        self, shape: Any, stride: Any, *, dtype: torch.dtype, device: Any = "cpu", **rest: Any
     ) -> Tensor:
-        if torch.device(device).type == "meta" or dtype not in _BITS:
-            return _empty_strided(shape, stride, dtype=dtype, device=device)
+        is_real = torch.device(device).type != "meta" and not torch._C._len_torch_dispatch_stack()
+        if rest or dtype not in _BITS or not is_real:
+            return _empty_strided(shape, stride, dtype=dtype, device=device, **rest)
         extent = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
         extent = 0 if 0 in shape else extent
         bits_dtype, bits = _BITS[dtype]
         buffer = _empty(extent + 2 * _GUARD, dtype=bits_dtype, device=device).fill_(bits)
         self._buffers.append((buffer, bits))
-        return buffer.view(dtype).as_strided(shape, stride, _GUARD)
+        # no view, which autograd would let nobody change in place
+        return _empty(0, dtype=dtype, device=device).set_(
+            buffer.untyped_storage(), _GUARD, torch.Size(shape), tuple(stride)
+        )
 
     def empty(self, *shape: Any, dtype: Any = None, device: Any = "cpu", **rest: Any) -> Tensor:
         sizes = shape[0] if shape and not isinstance(shape[0], int) else shape

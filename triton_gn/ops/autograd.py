@@ -45,7 +45,7 @@ def backward(
     """Gradients of those operands that ``needs`` names; the residual's only with an activation."""
     operands = native(operands)
     grads = empty_gradients(operands, needs)
-    dy = layout.like(dy, operands.x)
+    dy = beside(dy, operands.x)
     prepared.backward(dy, stats, operands, grads, call.groups, call.activation, call.settings)
     return list(grads.values())
 
@@ -66,10 +66,16 @@ def empty_gradients(
 
 
 def native(operands: Operands) -> Operands:
-    """The operands as the kernels read them."""
-    x, _ = layout.native(operands.x)
-    residual = None if operands.residual is None else layout.like(operands.residual, x)
-    return operands._replace(x=x, residual=residual)
+    """The operands as the kernels read them, in memory that holds their values densely."""
+    x, *per_channel, residual = operands
+    x = layout.real(layout.native(x)[0])
+    dense = [None if values is None else layout.rows(values) for values in per_channel]
+    return Operands._make([x, *dense, None if residual is None else beside(residual, x)])
+
+
+def beside(t: Tensor, x: Tensor) -> Tensor:
+    """dy or the residual as the kernels read it beside a native x."""
+    return layout.real(layout.like(t, x))
 
 
 def keep(ctx: Any, operands: Operands, stats: Tensor, call: Call, *more: Tensor) -> None:

@@ -1,11 +1,16 @@
 """Who else is at work on a call: compilers, transforms, modes. Each asks for a way of its own."""
 
-from collections.abc import Iterable
+import functools
+import sys
+from collections.abc import Callable, Iterable
+from typing import ParamSpec
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn import Parameter
+
+P = ParamSpec("P")
 
 
 def is_compiling() -> bool:
@@ -29,17 +34,60 @@ def has_mode() -> bool:
 
 
 def is_tracing() -> bool:
-    """make_fx, which records what runs on real tensors too."""
-    if not has_mode():
-        return False
-    from torch.fx.experimental.proxy_tensor import get_proxy_mode
+    """torch.jit.trace."""
+    return torch._C._get_tracing_state() is not None
 
-    return get_proxy_mode() is not None
+
+def wants_pytorch() -> bool:
+    """torch.jit.trace and torch.onnx.export, which know PyTorch's operators only."""
+    return is_tracing() or (is_compiling() and torch.onnx.is_in_onnx_export())
+
+
+def untraced(function: Callable[P, None]) -> Callable[P, None]:
+    """Hide a function from torch.jit.trace: sizes are plain numbers in it, not recorded ones."""
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        if not is_tracing():
+            return function(*args, **kwargs)
+        state = torch._C._get_tracing_state()
+        torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+        try:
+            function(*args, **kwargs)
+        finally:
+            torch._C._set_tracing_state(state)  # type: ignore[attr-defined]
+
+    return run
 
 
 def has_subclass(tensors: Iterable[Tensor | None]) -> bool:
     """A tensor whose class has its own idea of what an operator does."""
     return any(t is not None and type(t) not in (Tensor, Parameter) for t in tensors)
+
+
+def is_expanded_weight(t: object) -> bool:
+    """A parameter of torch.nn.utils' gradients per sample, which loads its module itself."""
+    module = sys.modules.get("torch.nn.utils._expanded_weights.expanded_weights_impl")
+    return module is not None and isinstance(t, module.ExpandedWeight)
+
+
+def is_eager(tensors: Iterable[Tensor | None]) -> bool:
+    """Whether nobody compiles, traces or transforms the call, or has tensors of another class.
+
+    Spelt out: after a large tensor has gone through the caches each function costs microseconds.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    ):
+        return False
+    for t in tensors:
+        if t is not None and type(t) is not Tensor and type(t) is not Parameter:
+            return False
+    return True
 
 
 def is_dtensor(x: Tensor) -> bool:

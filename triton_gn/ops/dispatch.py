@@ -2,7 +2,6 @@
 
 import functools
 import importlib.util
-import os
 import warnings
 from collections.abc import Iterable
 
@@ -24,8 +23,6 @@ from triton_gn.ops.settings import Settings
 from triton_gn.ops.sharded import Shards
 from triton_gn.reference import Moments, Operands
 
-# Triton reads it when a kernel is defined; set later, it has no effect
-_INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes")
 _TRITON_IS_INSTALLED = importlib.util.find_spec("triton") is not None
 
 
@@ -37,7 +34,7 @@ def warn_once(message: str) -> None:
 def why_not_kernels(x: Tensor) -> str | None:
     """Why x cannot run through the kernels; None if it can."""
     device = x.device.type
-    if device == "cpu" and not _INTERPRETED:
+    if device == "cpu" and not settings.INTERPRETED:
         return "the input is on the CPU, where kernels run only under TRITON_INTERPRET=1"
     if device not in ("cpu", "cuda"):
         return f"the input is on {x.device}, for which there are no kernels"
@@ -52,7 +49,7 @@ def uses_kernels(x: Tensor, backend: str) -> bool:
     Raises:
         RuntimeError: the backend is "triton" and it cannot.
     """
-    if backend == "torch":
+    if backend == "torch" or (backend == "auto" and x.is_cpu and not settings.INTERPRETED):
         return False
     reason = why_not_kernels(x)
     if reason is None:
@@ -65,31 +62,6 @@ def uses_kernels(x: Tensor, backend: str) -> bool:
     if x.is_cuda:
         warn_once(f"triton_gn falls back to PyTorch's group_norm, which is slower: {reason}.")
     return False
-
-
-def is_plain(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    activation: str | None,
-) -> bool:
-    """Whether PyTorch's group_norm is right for the call, or raises, without any help of ours; and
-    its activation after that, which in 16 bits would round twice.
-
-    Few questions, for the sake of small layers on the CPU: most calls there are plain.
-    """
-    return (
-        type(x) is Tensor
-        and x.is_cpu
-        and not _INTERPRETED
-        and settings.current().backend != "triton"
-        and x.is_contiguous()
-        and x.numel() not in (0, num_groups)
-        and (weight is None) is (bias is None)
-        and (weight is None or bias is None or weight.dtype is x.dtype is bias.dtype)
-        and (activation is None or x.dtype.itemsize > 2)
-    )
 
 
 def _y_dtype(x: Tensor, autocast_policy: str) -> torch.dtype:
@@ -116,7 +88,7 @@ def group_norm(operands: Operands, num_groups: int, eps: float, activation: str)
         current = settings.current()
         backend, autocast_policy = current.backend, current.autocast_policy
     y_dtype = _y_dtype(x, autocast_policy)
-    if x.numel() == 0 or not uses_kernels(x, backend):
+    if context.wants_pytorch() or x.numel() == 0 or not uses_kernels(x, backend):
         return torch_path.group_norm(operands, num_groups, eps, activation, y_dtype)
     as_operator = compiling or context.has_mode() or context.has_subclass(operands)
     # torch.func cannot differentiate a PyTorch operator that is written in Python
@@ -131,7 +103,7 @@ def group_norm(operands: Operands, num_groups: int, eps: float, activation: str)
     if as_operator:
         if not compiling:
             settings_text = settings.to_text(current)
-        constants = (num_groups, float(eps), activation, y_dtype, settings_text)
+        constants = (num_groups, eps, activation, y_dtype, settings_text)
         y_of_operator: Tensor = library.group_norm(*operands, *constants)[0]
         return y_of_operator
     call = autograd.Call(num_groups, eps, activation, y_dtype, current)
@@ -145,21 +117,10 @@ def group_norm(operands: Operands, num_groups: int, eps: float, activation: str)
     return y
 
 
-def is_eager(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether nobody compiles, traces or transforms the call, or has tensors of another class."""
-    return not (
-        context.is_compiling()
-        or context.has_mode()
-        or context.in_functorch()
-        or context.in_forward_mode()
-        or context.has_subclass(tensors)
-    )
-
-
 def _for_kernels(x: Tensor, tensors: Iterable[Tensor | None]) -> Settings | None:
     """The settings for the kernels of statistics or apply; None for plain PyTorch, whose formulas
     any compiler or transform takes as they are."""
-    if x.numel() == 0 or not is_eager(tensors):
+    if not context.is_eager(tensors) or x.numel() == 0:
         return None
     current = settings.current()
     return current if uses_kernels(x, current.backend) else None
@@ -184,9 +145,12 @@ def group_norm_apply(operands: Operands, given: Moments, eps: float, activation:
     current = _for_kernels(x, (*operands, *given))
     if current is None:
         y = reference.group_norm_apply(operands, given, eps, activation).to(y_dtype)
-        # a compiler cannot sort strides that are symbols, and keeps the format by itself
-        return y if context.is_compiling() else layout.like(y, layout.native(x)[0])
-    call = autograd.Call(given.mean.shape[1], float(eps), activation, y_dtype, current)
+        # a compiler cannot sort strides that are symbols, and keeps the format by itself; a trace
+        # would keep those of its example
+        if context.is_compiling() or context.is_tracing():
+            return y
+        return layout.like(y, layout.native(x)[0])
+    call = autograd.Call(given.mean.shape[1], eps, activation, y_dtype, current)
     return statistics.apply(operands, given, call)
 
 
@@ -212,5 +176,5 @@ def _sharded_group_norm(
     way = sharded.ByKernels() if by_kernels else sharded.ByFormulas()
     y_dtype = _y_dtype(x, current.autocast_policy)
     split = statistics.split_settings(current)
-    call = autograd.Call(num_groups, float(eps), activation, y_dtype, split)
+    call = autograd.Call(num_groups, eps, activation, y_dtype, split)
     return sharded.group_norm(operands, call, way, shards)

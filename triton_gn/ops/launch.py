@@ -31,6 +31,10 @@ _MERGE_WARPS = 4
 Half = Literal["first", "second"] | None
 
 
+class Workspace(Tensor):
+    """Memory that launches of a call hand each other, allocated anew at each call."""
+
+
 @dataclass(frozen=True)
 class Launch:
     """One kernel launch, described in full: ``grid`` programs, each a cluster of ``ctas`` CTAs.
@@ -151,6 +155,10 @@ def statistics(x: Tensor, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=compute_dtype(x), device=x.device)
 
 
+def _workspace(x: Tensor, *shape: int) -> Tensor:
+    return statistics(x, *shape).as_subclass(Workspace)
+
+
 def _sizes(problem: Problem, config: Config) -> dict[str, Any]:
     sizes: dict[str, Any] = {
         "groups": problem.groups,
@@ -184,7 +192,9 @@ def _pipeline(problem: Problem, config: Config, x: Tensor) -> dict[str, Any]:
     in_sample = config.units_in_sample(problem)
     units = problem.n * in_sample
     return _slots(config, config.slots) | {
-        "counters_ptr": torch.zeros(1 + units, dtype=torch.int32, device=x.device),
+        "counters_ptr": torch.zeros(1 + units, dtype=torch.int32, device=x.device).as_subclass(
+            Workspace
+        ),
         "order": _kernels().pipelined.Units(
             units, in_sample, config.blocks * config.slots, config.lag(problem)
         ),
@@ -198,8 +208,11 @@ def _params(operands: Operands) -> Any:
     def per_channel(values: Tensor | None) -> Any:
         if values is None:
             return None
-        if values.stride(-1) != 1:
-            values = values.contiguous()
+        if values.stride(-1) != 1 and values.shape[-1] > 1:
+            raise RuntimeError(
+                "the kernels read operands whose channels are adjacent in memory; got strides "
+                f"{values.stride()}. Make them dense with ops.layout.rows."
+            )
         shared = values.ndim == 1 or values.shape[0] == 1
         return tile.PerChannel(values, 0 if shared else values.stride(0))
 
@@ -231,7 +244,7 @@ def forward_launches(
         kernel = _kernels().resident.group_norm_forward_resident_kernel
         return [Launch(kernel, programs, x | apply | sizes, config.num_warps, config.ctas)]
     groups = problem.n * problem.groups
-    partials = {"partials_ptr": statistics(operands.x, groups * config.slots, 4)}
+    partials = {"partials_ptr": _workspace(operands.x, groups * config.slots, 4)}
     if config.strategy == "pipelined":
         kernel = _kernels().pipelined.group_norm_forward_pipelined_kernel
         arguments = x | apply | partials | sizes | _pipeline(problem, config, operands.x)
@@ -287,7 +300,7 @@ def _param_parts(
         if total_rows == rows:
             parts[name] = total
         else:
-            parts[name] = statistics(x, rows, problem.channels)
+            parts[name] = _workspace(x, rows, problem.channels)
             reductions[name] = _kernels().params.Reduction(parts[name], total, total_rows)
     return parts, reductions
 
@@ -352,7 +365,7 @@ def backward_launches(
 
     inputs["partials_ptr"] = sums
     if sums is None:
-        partials = statistics(operands.x, problem.n * problem.groups * config.slots, 2)
+        partials = _workspace(operands.x, problem.n * problem.groups * config.slots, 2)
         inputs["partials_ptr"] = partials
     first = Launch(
         _kernels().split.group_norm_backward_split_sums_kernel,

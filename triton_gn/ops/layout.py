@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+ALIGNMENT = 16  # bytes that Triton compiles a pointer for
+
 
 def is_channels_last(x: Tensor) -> bool | None:
     """Whether channels are innermost (True) or outside the pixels (False); None if neither.
@@ -34,6 +36,28 @@ def is_channels_last(x: Tensor) -> bool | None:
     if innermost == channels and (channels == 1 or stride_c == 1):
         return True
     return None
+
+
+def real(x: Tensor) -> Tensor:
+    """x, or a copy where memory holds something else than its values: PyTorch's lazily negated
+    tensors and zeros without memory."""
+    if x.is_neg() or x._is_zerotensor():
+        return x.clone(memory_format=torch.preserve_format)
+    return x
+
+
+def rows(values: Tensor) -> Tensor:
+    """(C,) or (N, C), or a copy where the channels of a row are not adjacent in memory."""
+    values = real(values)
+    if values.stride(-1) == 1 or values.shape[-1] == 1:
+        return values
+    return values.contiguous()
+
+
+def packed(t: Tensor) -> Tensor:
+    """t as PyTorch allocates it, or a copy: hooks on saved tensors may have given it any strides
+    and address."""
+    return t if t.is_contiguous() and t.data_ptr() % ALIGNMENT == 0 else t.clone().contiguous()
 
 
 def native(x: Tensor) -> tuple[Tensor, bool]:

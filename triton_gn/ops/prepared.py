@@ -15,12 +15,10 @@ import torch
 from torch import Tensor
 
 from triton_gn.ops import launch, layout
-from triton_gn.ops.launch import Half, Launch
+from triton_gn.ops.launch import Half, Launch, Workspace
 from triton_gn.ops.settings import Settings
 from triton_gn.plan import Config, Problem, plan
 from triton_gn.reference import Operands
-
-_ALIGNMENT = 16  # bytes that Triton compiles a pointer for
 
 Tensors = Sequence[Tensor | None]
 
@@ -42,7 +40,7 @@ class Prepared:
     """The launches of a call, made on tensors without memory, to be bound to real ones.
 
     ``templates``: the tensors of the call that the launches' arguments are made of; what else these
-    hold are workspaces, allocated anew at each call.
+    hold must be a ``Workspace``.
     """
 
     def __init__(
@@ -59,6 +57,11 @@ class Prepared:
         self._workspaces: list[tuple[torch.Size, tuple[int, ...], torch.dtype]] = []
         for tensor in _tensors_in([one.arguments for one in launches]):
             if id(tensor) not in places:
+                if not isinstance(tensor, Workspace):
+                    raise RuntimeError(
+                        "a launch takes a tensor of its call or a Workspace; got one of shape "
+                        f"{tuple(tensor.shape)} that is neither, which no call would ever fill."
+                    )
                 places[id(tensor)] = len(templates) + len(self._workspaces)
                 self._workspaces.append((tensor.shape, tensor.stride(), tensor.dtype))
         self._steps = [_Step(one, places, device) for one in launches]
@@ -181,7 +184,7 @@ _Traits = tuple[torch.Size, tuple[int, ...], torch.dtype, bool] | None
 def _traits(tensor: Tensor | None) -> _Traits:
     if tensor is None:
         return None
-    aligned = not tensor.data_ptr() % _ALIGNMENT
+    aligned = not tensor.data_ptr() % layout.ALIGNMENT
     return tensor.shape, tensor.stride(), tensor.dtype, aligned
 
 
@@ -277,7 +280,7 @@ def backward(
         dy.device, tuple(map(_traits, operands)), _traits(dy), _dtypes(grads), None, groups,
         activation, settings.batch_invariant, settings.plan_override, config,
     )  # fmt: skip
-    prepared(*operands, dy, stats, *grads.values(), None)
+    prepared(*operands, dy, layout.packed(stats), *grads.values(), None)
 
 
 def first_half(
@@ -298,7 +301,7 @@ def first_half(
         activation, settings.batch_invariant, settings.plan_override, None,
     )  # fmt: skip
     sums = launch.statistics(operands.x, dy.shape[0], groups, 2, prepared.config.slots)
-    prepared(*operands, dy, stats, *grads.values(), sums)
+    prepared(*operands, dy, layout.packed(stats), *grads.values(), sums)
     return sums
 
 
@@ -320,7 +323,7 @@ def second_half(
         sums.device, tuple(map(_traits, operands)), _traits(dy), _dtypes(grads), "second", groups,
         activation, settings.batch_invariant, settings.plan_override, None,
     )  # fmt: skip
-    prepared(*operands, dy, stats, *grads.values(), sums)
+    prepared(*operands, dy, layout.packed(stats), *grads.values(), sums)
 
 
 def _dtypes(grads: Mapping[str, Tensor]) -> tuple[tuple[str, torch.dtype], ...]:

@@ -10,6 +10,8 @@ from types import TracebackType
 from typing import Any
 
 BACKENDS = ("auto", "triton", "torch")
+# Triton reads it when a kernel is defined; set later, it has no effect
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "y", "yes")
 AUTOCAST_POLICIES = ("torch", "keep")
 
 

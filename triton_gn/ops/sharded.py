@@ -69,7 +69,7 @@ class ByKernels:
         grads = autograd.empty_gradients(operands, needs, compute_dtype(operands.x))
         assert step.dy is not None
         rest = step.stats, operands, grads, call.groups, call.activation, call.settings
-        return layout.like(step.dy, operands.x), rest, grads
+        return autograd.beside(step.dy, operands.x), rest, grads
 
 
 class ByFormulas:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from triton_gn import reference
-from triton_gn.ops import autograd, layout, prepared
+from triton_gn.ops import autograd, prepared
 from triton_gn.ops.autograd import Call
 from triton_gn.ops.settings import Settings
 from triton_gn.reference import Moments, Operands
@@ -133,7 +133,7 @@ def _apply_backward(
     operands = autograd.native(operands)
     grads = autograd.empty_gradients(operands, of_operands)
     parts = prepared.first_half(
-        layout.like(dy, operands.x), stats, operands, grads, call.groups, call.activation,
+        autograd.beside(dy, operands.x), stats, operands, grads, call.groups, call.activation,
         call.settings,
     )  # fmt: skip
     dx_hat_sum, dx_hat_x_hat_sum = parts.sum(-1).unbind(-1)

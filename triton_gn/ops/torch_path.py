@@ -1,41 +1,77 @@
-"""PyTorch's own group_norm, with what it gets wrong repaired.
+"""PyTorch's own group_norm and elementwise operations, with what is wrong on the CPU repaired.
 
-Never slower and never less exact than what it replaces, but for the price of the repairs.
+All of it is PyTorch's operators, so that hooks, tracers, transforms and in-place operations find
+what they know. Where nothing but an activation is fused, the call is PyTorch's to the bit, and no
+slower; other 16-bit calls compute in float32 and round once.
 """
 
+import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from triton_gn import reference
-from triton_gn.ops import context, layout
-from triton_gn.reference import Operands
+from triton_gn.ops import context, layout, settings
+from triton_gn.reference import ACTIVATIONS, Operands
 
-# PyTorch's channels-last CPU kernel takes E[x^2] - E[x]^2: the square of |mean| / std says how many
-# roundings the variance loses. At 2 that is 3e-7 in float32; at 1e5 nothing is left.
-_FAR_FROM_ZERO = 2.0
+# largest |mean| / std of a group that PyTorch's channels-last kernel is trusted with: its variance,
+# E[x^2] - E[x]^2, loses as many roundings as the square of it
+_FAR_FROM_ZERO = 16.0
+# variance of a group, over eps, below which PyTorch's contiguous kernel is not trusted: of a
+# constant x it leaves what x / sqrt(eps) rounds by
+_NEARLY_CONSTANT = 0.01
 
 
 def group_norm(
     operands: Operands, num_groups: int, eps: float, activation: str, y_dtype: torch.dtype
 ) -> Tensor:
     """y of x's shape and strides: PyTorch's group_norm, then elementwise operations."""
-    x, weight, bias, *fused = operands
-    if activation == "none" and all(t is None for t in fused):
-        return _affine(x, num_groups, weight, bias, eps).to(y_dtype)
-    x, _ = layout.native(x)
-    prepared = reference.prologue(x, operands.pre_add).to(reference.compute_dtype(x))
+    x, weight, bias, scale, shift, pre_add, residual = operands
+    if scale is None and shift is None and pre_add is None and residual is None:
+        y = ACTIVATIONS[activation](_affine(x, num_groups, weight, bias, eps))
+        return y if y.dtype is y_dtype else y.to(y_dtype)
+    prepared = reference.prologue(x, pre_add).to(reference.compute_dtype(x))
     n = _affine(prepared, num_groups, weight, bias, eps)
-    y = reference.epilogue(n, operands, activation)
-    return layout.like(y.to(y_dtype), x)
+    y = reference.epilogue(n, operands, activation).to(y_dtype)
+    return y if context.is_tracing() else layout.like(y, layout.native(x)[0])
+
+
+def plain(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str | None,
+) -> Tensor | None:
+    """y of a call that PyTorch's group_norm is right for, or raises at; None of any other.
+
+    Few questions, for the sake of small layers on the CPU: most calls there are plain.
+    """
+    is_plain = (
+        x.is_cpu
+        and not settings.INTERPRETED
+        and settings.current().backend != "triton"
+        and context.is_eager((x, weight, bias))
+        and ((x.is_contiguous() and x.stride(1) != 1) or _is_image(x))
+        and x.numel() not in (0, num_groups)
+        and (weight is None) is (bias is None)
+        and (weight is None or bias is None or weight.dtype is x.dtype is bias.dtype)
+    )
+    if not is_plain:
+        return None
+    y = _checked(x, num_groups, weight, bias, eps)
+    return y if activation is None else ACTIVATIONS[activation](y)
 
 
 def _affine(
     x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
     """As torch.nn.functional.group_norm, without its checks; perhaps in a wider dtype than x."""
-    if x.numel() == 0:
+    # a trace would record the answer to this question for all sizes
+    if not context.is_tracing() and x.numel() == 0:
         return _empty(x, weight, bias)
     if bias is not None and weight is None:
         weight = torch.ones_like(bias)  # PyTorch's backward raises without one
@@ -45,32 +81,108 @@ def _affine(
         bias = None if bias is None else bias.to(compute_dtype)
         if x.device.type != "cpu":  # only the CPU mixes dtypes
             x = x.to(compute_dtype)
-    if x.is_contiguous():
-        return torch.group_norm(x, num_groups, weight, bias, eps)
-    x, channels_last = layout.native(x)
-    if x.device.type != "cpu":  # PyTorch's kernels there give contiguous results
-        return layout.like(torch.group_norm(x, num_groups, weight, bias, eps), x)
-    if not channels_last:
-        return torch.group_norm(x, num_groups, weight, bias, eps)
-    # no autograd.Function and no look at a value where someone else traces or transforms
+    if context.is_tracing():
+        return F.group_norm(x, num_groups, weight, bias, eps)
     if (
-        context.is_compiling()
-        or context.is_tracing()
+        not x.is_cpu
+        or context.is_compiling()
         or context.in_functorch()
         or context.in_forward_mode()
         or context.has_subclass((x, weight, bias))
     ):
-        y = reference.group_norm(Operands(x, weight, bias), num_groups, eps, "none")
-        return layout.like(y.to(x.dtype), x)
-    y_channels_last: Tensor = _ChannelsLast.apply(x, num_groups, weight, bias, eps)
-    return y_channels_last
+        # as PyTorch's compiler and transforms know it; they know channels-last in part
+        y = F.group_norm(x.contiguous(), num_groups, weight, bias, eps)
+        return y if x.is_contiguous() else layout.like(y, layout.native(x)[0])
+    if not x.is_contiguous():
+        x, _ = layout.native(x)
+    image = x
+    if x.is_contiguous():
+        image = x.flatten(2) if x.ndim > 2 else x  # of rank 3 nothing is channels-last to PyTorch
+    elif not _is_image(x):
+        image = x.flatten(2).unsqueeze(2)  # of one row, which PyTorch knows to be channels-last
+        if image.stride(0) * image.shape[0] != image.numel():
+            image = x.contiguous()
+    y = _checked(image, num_groups, weight, bias, eps)
+    return layout.like(y.reshape(x.shape), x)
+
+
+def _is_image(x: Tensor) -> bool:
+    """Whether x is channels-last as PyTorch knows it, whatever it makes of sizes of 1."""
+    memory_format = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
+    return (
+        memory_format is not None
+        and x.is_contiguous(memory_format=memory_format)
+        and x.stride(0) * x.shape[0] == x.numel()
+        and 1 not in x.shape[1:]
+    )
+
+
+def _checked(
+    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """PyTorch's group_norm on the CPU, or the formulas where it is not to be trusted."""
+    n, channels = x.shape[:2]
+    weight = None if weight is None else weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    arguments = x, weight, bias, n, channels, x.numel() // (n * channels), num_groups, eps
+    # a NaN compares false: it says nothing of the other groups; a mode may have no values at all
+    if x.is_contiguous():
+        y, mean, rstd = torch.native_group_norm(*arguments)
+        is_right = context.has_mode() or rstd.amax().item() ** 2 * eps * (1 + _NEARLY_CONSTANT) < 1
+    else:
+        run = _ChannelsLast.apply if torch.is_grad_enabled() else torch.native_group_norm
+        y, mean, rstd = run(*arguments)
+        farthest = mean * rstd
+        is_right = (
+            context.has_mode()
+            or torch.linalg.vector_norm(farthest, math.inf).item() < _FAR_FROM_ZERO
+        )
+    if is_right:
+        return y
+    exact = reference.group_norm(Operands(x, weight, bias), num_groups, eps, "none")
+    return layout.like(exact.to(x.dtype), x)
+
+
+class _ChannelsLast(torch.autograd.Function):
+    """PyTorch's channels-last CPU kernels. Its own backward crashes where parameters ask for
+    gradients and x does not."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        weight, bias, *ctx.sizes, ctx.eps = arguments
+        y, mean, rstd = torch.native_group_norm(x, *arguments)
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.save_for_backward(x, weight, bias, mean, rstd)
+        return y, mean, rstd
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, mean, rstd = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():
+            # create_graph=True: what runs now must itself be differentiable
+            given = Operands(x, weight, bias), ctx.sizes[-1], ctx.eps, "none"
+            grads = iter(reference.gradients(dy, *given, (*needs, *[False] * 4)))
+            found = [next(grads) if needed else None for needed in needs]
+            return *found, *[None] * 5
+        # hooks on saved tensors may have given x any strides
+        image_format = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
+        x, dy = (t.contiguous(memory_format=image_format) for t in (x, dy))
+        has_weight = weight is not None
+        dx, dweight, dbias = torch.ops.aten.native_group_norm_backward(
+            dy, x, mean, rstd, weight, *ctx.sizes, [True, has_weight, has_weight]
+        )
+        found = [
+            d if needed else None for d, needed in zip((dx, dweight, dbias), needs, strict=True)
+        ]
+        return *found, *[None] * 5
 
 
 def _parameter_dtype(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> torch.dtype | None:
     """What the parameters must be cast to; None if PyTorch takes them as they are."""
-    dtypes = {parameter.dtype for parameter in (weight, bias) if parameter is not None}
-    if dtypes <= {x.dtype}:
+    if all(parameter is None or parameter.dtype is x.dtype for parameter in (weight, bias)):
         return None
+    dtypes = {parameter.dtype for parameter in (weight, bias) if parameter is not None}
     compute_dtype = reference.compute_dtype(x)
     if x.device.type == "cpu" and dtypes == {compute_dtype}:
         return None
@@ -84,83 +196,3 @@ def _empty(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         if parameter is not None:
             y = y + reference.per_channel(parameter, x).to(x.dtype)
     return y
-
-
-class _ChannelsLast(torch.autograd.Function):
-    """PyTorch's channels-last CPU kernels for any rank and order of the pixels.
-
-    Repaired: the variance of a mean far from 0; the backward, which crashes where no gradient of x
-    is asked for.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        num_groups: int,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        eps: float,
-    ) -> Tensor:
-        n, channels = x.shape[:2]
-        ctx.sizes = (n, channels, x.numel() // (n * channels), num_groups)
-        ctx.eps = eps
-        image = _image(x)
-        y, mean, rstd = torch.ops.aten.native_group_norm(image, weight, bias, *ctx.sizes, eps)
-        # a NaN compares false, so it hides nothing of the other groups
-        ctx.shift = mean if ((mean * rstd).abs() > _FAR_FROM_ZERO).any() else None
-        if ctx.shift is not None:
-            image = _shifted(image, ctx.shift)
-            y, mean, rstd = torch.ops.aten.native_group_norm(
-                image, *_cast(image.dtype, weight, bias), *ctx.sizes, eps
-            )
-        ctx.save_for_backward(x, weight, bias, mean, rstd)
-        result: Tensor = y.to(x.dtype).as_strided(x.shape, x.stride())
-        return result
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, bias, mean, rstd = ctx.saved_tensors
-        num_groups = ctx.sizes[-1]
-        needs_dx, _, needs_dweight, needs_dbias, _ = ctx.needs_input_grad
-        if torch.is_grad_enabled():
-            # create_graph=True: what runs now must itself be differentiable
-            needs = (needs_dx, needs_dweight, needs_dbias, *[False] * 4)
-            operands = Operands(x, weight, bias)
-            grads = iter(reference.gradients(dy, operands, num_groups, ctx.eps, "none", needs))
-            dx, dweight, dbias = (next(grads) if needed else None for needed in needs[:3])
-            return dx, None, dweight, dbias, None
-        image, dy_image = _image(x), _image(layout.like(dy, x))
-        if ctx.shift is not None:
-            image = _shifted(image, ctx.shift)
-            dy_image = dy_image.to(image.dtype)
-        dx, dweight, dbias = torch.ops.aten.native_group_norm_backward(
-            dy_image, image, mean, rstd, *_cast(mean.dtype, weight), *ctx.sizes,
-            [True, weight is not None, weight is not None],
-        )  # fmt: skip
-        return (
-            dx.as_strided(x.shape, x.stride()).to(x.dtype) if needs_dx else None,
-            None,
-            dweight.to(weight.dtype) if needs_dweight else None,
-            dbias.to(bias.dtype) if needs_dbias else None,
-            None,
-        )
-
-
-def _image(x: Tensor) -> Tensor:
-    """The dense channels-last x as (N, C, 1, pixels), which PyTorch knows to be channels-last."""
-    n, channels = x.shape[:2]
-    pixels = x.numel() // (n * channels)
-    row = channels * pixels
-    return x.as_strided((n, channels, 1, pixels), (row, 1, row, channels))
-
-
-def _shifted(image: Tensor, shift: Tensor) -> Tensor:
-    """The image less a constant (N, G) of each group, which changes neither y nor any gradient."""
-    dtype = reference.compute_dtype(image)
-    per_channel = shift.repeat_interleave(image.shape[1] // shift.shape[1], 1)
-    return image.to(dtype) - per_channel.to(dtype)[:, :, None, None]
-
-
-def _cast(dtype: torch.dtype, *parameters: Tensor | None) -> list[Tensor | None]:
-    return [None if parameter is None else parameter.to(dtype) for parameter in parameters]
