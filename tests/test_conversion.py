@@ -1,6 +1,7 @@
 """convert and unconvert on modules of PyTorch alone."""
 
 import copy
+import functools
 import io
 import pickle
 import subprocess
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrize, prune
 
 import triton_gn
 from triton_gn.conversion import FoldedActivation, convert, unconvert
@@ -42,6 +43,14 @@ HOOKS: dict[str, Callable[[nn.Module], object]] = {
     "backward pre": lambda module: module.register_full_backward_pre_hook(lambda *_: None),
 }
 each_hook = pytest.mark.parametrize("add_hook", HOOKS.values(), ids=list(HOOKS))
+
+
+def hooks(direction: str) -> pytest.MarkDecorator:
+    names = [name for name in HOOKS if name.startswith(direction)]
+    return pytest.mark.parametrize("add_hook", [HOOKS[name] for name in names], ids=names)
+
+
+each_forward_hook, each_backward_hook = hooks("forward"), hooks("backward")
 
 
 class Block(nn.Module):
@@ -280,8 +289,8 @@ def test_second_conversion_changes_nothing() -> None:
     assert state(model) == before
 
 
-@each_hook
-def test_hooks_of_the_norm_prevent_folding(add_hook: Callable[[nn.Module], object]) -> None:
+@each_forward_hook
+def test_forward_hooks_of_the_norm_prevent_folding(add_hook: Callable[[nn.Module], object]) -> None:
     net = make_net(nn.SiLU())
     add_hook(net[1])
     reason = "has hooks, which would see the activation's output"
@@ -436,7 +445,52 @@ def test_scripted_norm_is_left() -> None:
     net = nn.Sequential(make_net(nn.SiLU()), torch.jit.script(make_net(nn.SiLU())))
     report = convert(net)
     assert report.folded == [("0.1", "silu")]
-    assert report.left == [("1.1", "is compiled by TorchScript; convert before that")]
+    assert report.left == [("1.1", "is compiled by TorchScript, which has no Triton kernels")]
+
+
+class Recorder:
+    """Looks up, in backward, what it does with a layer by the layer's exact class."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.seen: list[str] = []
+        for module in model.modules():
+            module.register_full_backward_hook(self.look_up)
+
+    def look_up(self, module: nn.Module, *_: object) -> None:
+        names: dict[type[nn.Module], str] = {nn.Conv2d: "convolution", nn.GroupNorm: "norm"}
+        if list(module.parameters(recurse=False)):
+            self.seen.append(names[type(module)])
+
+
+def test_tool_that_goes_by_the_class_in_backward_still_finds_it() -> None:
+    net, x = make_net(nn.SiLU()), make_input().requires_grad_()
+    recorder = Recorder(net)
+    report = convert(net)
+    assert not report.replaced
+    net(x).sum().backward()
+    assert recorder.seen == ["norm", "convolution"]
+
+
+@each_backward_hook
+def test_layer_with_backward_hooks_is_left(add_hook: Callable[[nn.Module], object]) -> None:
+    reason = "has backward hooks, which may go by its class; add them after the conversion"
+    net, x = make_net(nn.SiLU()), make_input()
+    add_hook(net[1])
+    before = step(net, x)
+    assert convert(net).left == [("1", reason)]
+    assert types(net)[2:] == [nn.GroupNorm, nn.SiLU]
+    torch.testing.assert_close(step(net, x), before, rtol=0, atol=0)
+    later = make_net(nn.SiLU())
+    convert(later)
+    add_hook(later[1])
+    torch.testing.assert_close(step(later, x), before)
+
+
+def test_layer_with_a_module_inside_is_left() -> None:
+    net = make_net(nn.SiLU())
+    net[1].add_module("observer", nn.Identity())
+    reason = "holds observer, whose owner may go by the layer's class"
+    assert convert(net).left == [("1", reason)]
 
 
 # What stays the same
@@ -559,7 +613,8 @@ def test_modes_set_while_converted_are_kept() -> None:
 
 
 WRAPPED: dict[str, Callable[[nn.Module], object]] = {
-    "forward": lambda norm: setattr(norm, "forward", norm.forward),
+    "forward": lambda norm: setattr(norm, "forward", functools.partial(norm.forward)),
+    "class": lambda norm: setattr(norm, "__class__", type("Wrapped", (type(norm),), {})),
     "parametrized": lambda norm: parametrize.register_parametrization(
         norm, "weight", nn.Softplus()
     ),
@@ -575,6 +630,300 @@ def test_layer_wrapped_since_is_not_taken_back(wrap: Callable[[nn.Module], objec
     with pytest.raises(RuntimeError, match=r"'3' of class .* Take that back first"):
         unconvert(net)
     assert types(net) == kinds
+
+
+@each_hook
+def test_hooked_folded_activation_is_not_taken_back(
+    add_hook: Callable[[nn.Module], Any],
+) -> None:
+    """Its hooks would be lost with it."""
+    net = make_net(nn.SiLU())
+    convert(net)
+    handle = add_hook(net[2])
+    with pytest.raises(RuntimeError, match=r"'2' of class FoldedActivation .* Take"):
+        unconvert(net)
+    handle.remove()
+    unconvert(net)
+    assert types(net) == types(make_net(nn.SiLU()))
+
+
+def wrap_forward(module: nn.Module) -> None:
+    """As accelerate and diffusers do it."""
+    vars(module)["before"] = module.forward
+    vars(module)["forward"] = functools.partial(type(module).forward, module)
+
+
+def unwrap_forward(module: nn.Module) -> None:
+    vars(module)["forward"] = vars(module).pop("before")
+
+
+def test_wrapped_layers_are_left_until_they_are_unwrapped() -> None:
+    """Whoever unwraps them leaves their own forward behind, bound to the class of that time."""
+    net, x = make_net(nn.SiLU()), make_input()
+    before = step(net, x)
+    for module in net.modules():
+        wrap_forward(module)
+    assert convert(net).left == [("1", "has its forward replaced")]
+    torch.testing.assert_close(step(net, x), before, rtol=0, atol=0)
+    for module in net.modules():
+        unwrap_forward(module)
+    assert convert(net).folded == [("1", "silu")]
+    torch.testing.assert_close(step(net, x), before)
+    for module in net.modules():
+        wrap_forward(module)
+    torch.testing.assert_close(step(net, x), before)
+    with pytest.raises(RuntimeError, match="Take that back first"):
+        unconvert(net)
+    for module in net.modules():
+        unwrap_forward(module)
+    unconvert(net)
+    assert types(net) == types(make_net(nn.SiLU()))
+    torch.testing.assert_close(step(net, x), before, rtol=0, atol=0)
+
+
+# Other tools
+
+
+def per_sample_gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Of the sum of squares, (N, *), one sample after another."""
+    parameters = dict(model.named_parameters())
+    per_sample = [
+        torch.autograd.grad(model(sample[None]).square().sum(), list(parameters.values()))
+        for sample in x
+    ]
+    return dict(zip(parameters, map(torch.stack, zip(*per_sample, strict=True)), strict=True))
+
+
+def convert_model(model: nn.Module) -> nn.Module:
+    convert(model)
+    return model
+
+
+@pytest.mark.parametrize("order", ["convert first", "convert last", "convert after a step"])
+@pytest.mark.parametrize("functorch", [False, True], ids=["samplers", "functorch"])
+# opacus hooks the first layer too, whose input needs no gradient
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing:UserWarning")
+def test_opacus_gives_the_gradients_of_each_sample(order: str, functorch: bool) -> None:
+    from opacus.grad_sample import GradSampleModule
+
+    model, x = make_net(nn.SiLU(), nn.Conv2d(8, 8, 3), nn.GroupNorm(4, 8)), make_input()
+    expected = per_sample_gradients(model, x)
+    if order == "convert first":
+        convert(model)
+    wrapped: Any = GradSampleModule(model, loss_reduction="sum", force_functorch=functorch)
+    if order == "convert after a step":
+        wrapped(x).sum().backward()
+        wrapped.zero_grad()
+    if order != "convert first":
+        assert [name for name, _ in convert(wrapped).left] == ["_module.1", "_module.4"]
+    wrapped(x).square().sum().backward()
+    found = {name: vars(parameter)["grad_sample"] for name, parameter in model.named_parameters()}
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("to_save", [["1"], ["2"], ["1", "2"]], ids=["norm", "silu", "both"])
+@pytest.mark.parametrize("convert_first", [True, False])
+def test_peft_trains_and_disables_what_it_saves(to_save: list[str], convert_first: bool) -> None:
+    import peft
+
+    model, x = make_net(nn.SiLU()), make_input()
+    expected = model(x)
+    if convert_first:
+        convert(model)
+    config = peft.LoraConfig(target_modules=["0"], modules_to_save=to_save)
+    adapted = peft.get_peft_model(model, config)
+    if not convert_first:
+        reasons = {reason for _, reason in convert(adapted).replaced}
+        inside = "nothing that can be folded is known to follow it"
+        wrapped = "is followed by ModulesToSaveWrapper(), which cannot be folded"
+        assert reasons == ({inside} if "1" in to_save else {wrapped})
+    torch.testing.assert_close(adapted(x), expected)
+    optimizer = torch.optim.SGD(adapted.parameters(), lr=0.1)
+    adapted(x).sum().backward()
+    optimizer.step()
+    trained = adapted(x)
+    assert not torch.allclose(trained, expected)
+    with adapted.disable_adapter():
+        torch.testing.assert_close(adapted(x), expected)
+    unconvert(adapted)
+    torch.testing.assert_close(adapted(x), trained)
+    assert FoldedActivation not in types(adapted)
+
+
+@pytest.mark.parametrize("convert_first", [True, False])
+@pytest.mark.parametrize("how", ["hooks", "offload", "dispatch"])
+def test_accelerate_can_hook_every_layer(how: str, convert_first: bool) -> None:
+    import accelerate
+    from accelerate import hooks
+
+    model, x = make_net(nn.SiLU()), make_input()
+    expected = step(model, x)
+    if convert_first:
+        convert(model)
+    if how == "hooks":
+        for module in list(model.modules()):
+            hooks.add_hook_to_module(module, hooks.ModelHook())
+    elif how == "offload":
+        accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    else:
+        places = dict.fromkeys(dict(model.named_children()), "cpu")
+        accelerate.dispatch_model(model, places, main_device="cpu", force_hooks=True)
+    if not convert_first:
+        assert convert(model).left == [("1", "has its forward replaced")]
+    torch.testing.assert_close(model(x), expected["output"])
+    if how == "hooks":
+        torch.testing.assert_close(step(model, x), expected)
+        hooks.remove_hook_from_submodules(model)
+        unconvert(model)
+        assert types(model) == types(make_net(nn.SiLU()))
+        torch.testing.assert_close(step(model, x), expected, rtol=0, atol=0)
+
+
+def prune_weight(norm: nn.Module) -> object:
+    return prune.l1_unstructured(norm, "weight", 0.5)
+
+
+def parametrize_weight(norm: nn.Module) -> object:
+    return parametrize.register_parametrization(norm, "weight", nn.Softplus())
+
+
+@pytest.mark.parametrize("change", [prune_weight, parametrize_weight])
+def test_converted_layer_can_be_reparametrized(change: Callable[[nn.Module], object]) -> None:
+    plain, converted = make_net(nn.SiLU()), convert_model(make_net(nn.SiLU()))
+    x = make_input()
+    for net in (plain, converted):
+        change(net.get_submodule("1"))
+    torch.testing.assert_close(step(converted, x), step(plain, x))
+
+
+# PyTorch's own warnings of the operations and the flow
+quantises = pytest.mark.filterwarnings(
+    "ignore:torch.ao.quantization is deprecated:DeprecationWarning",
+    "ignore:Please use quant_min and quant_max:UserWarning",
+    "ignore:torch.quantize_per_tensor, .* are deprecated:UserWarning",
+)
+
+
+def make_quantisable() -> nn.Module:
+    from torch.ao import quantization
+
+    torch.manual_seed(0)
+    norm = nn.Sequential(nn.GroupNorm(2, 6), nn.ReLU())
+    model: Any = quantization.QuantWrapper(norm)
+    model.qconfig = quantization.default_qconfig
+    return nn.Sequential(nn.Conv2d(3, 6, 1), model).eval()
+
+
+@quantises
+@pytest.mark.parametrize("when", ["before, taken back", "when observed", "when quantised"])
+def test_quantised_as_without_conversion(when: str) -> None:
+    from torch.ao import quantization
+
+    plain, model = (quantization.prepare(make_quantisable()) for _ in range(2))
+    name, x = "1.module.0", make_input()
+    if when == "before, taken back":
+        converted = make_quantisable()
+        convert(converted)
+        unconvert(converted)
+        model = quantization.prepare(converted)
+    plain(x), model(x)
+    if when == "when observed":
+        reason = "holds activation_post_process, whose owner may go by the layer's class"
+        assert convert(model).left == [(name, reason)]
+    plain, model = quantization.convert(plain), quantization.convert(model)
+    if when == "when quantised":
+        assert [left for left, _ in convert(model).left] == [name]
+    assert type(model.get_submodule(name)) is torch.ao.nn.quantized.GroupNorm
+    torch.testing.assert_close(model(x), plain(x), rtol=0, atol=0)
+
+
+@quantises
+def test_quantised_input_of_a_converted_layer_raises() -> None:
+    from torch.ao import quantization
+
+    model = make_quantisable()
+    convert(model)
+    observed = quantization.prepare(model)
+    observed(make_input())
+    with pytest.raises(TypeError, match=r"got torch\.quint8"):
+        quantization.convert(observed)(make_input())
+
+
+class NamingTracer(torch.fx.Tracer):
+    """Names each node by the module that it comes from, as torchvision's feature extraction."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: dict[str, torch.fx.Node] = {}
+        self.path = ""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        leaf: bool = super().is_leaf_module(m, module_qualified_name)
+        return leaf or isinstance(m, nn.GroupNorm)
+
+    def call_module(self, m: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        outer, self.path = self.path, self.path_of_module(m)
+        try:
+            return super().call_module(m, *args, **kwargs)
+        finally:
+            self.path = outer
+
+    def create_proxy(self, *args: Any, **kwargs: Any) -> Any:
+        proxy = super().create_proxy(*args, **kwargs)
+        self.names[self.path] = proxy.node
+        return proxy
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_folded_activation_has_a_node_of_its_own(inplace: bool) -> None:
+    net, x = make_net(nn.ReLU(inplace), nn.Conv2d(8, 2, 1)), make_input()
+    model, expected = nn.Sequential(net), net[:3](x)
+    convert(model)
+    tracer = NamingTracer()
+    graph = tracer.trace(model)
+    (output,) = graph.find_nodes(op="output")
+    output.args = (tracer.names["0.2"],)
+    features = torch.fx.GraphModule(model, graph)
+    graph.eliminate_dead_code()
+    features.recompile()
+    torch.testing.assert_close(features(x), expected)
+    for copied in (copy.deepcopy, through_pickle):
+        torch.testing.assert_close(copied(features)(x), expected)
+
+
+def test_folded_activation_returns_its_input() -> None:
+    x = make_input()
+    assert FoldedActivation(nn.SiLU())(x) is x
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_script_says_what_to_do_and_changes_nothing() -> None:
+    inner, x = make_net(nn.SiLU()), make_input()
+    net = nn.Sequential(inner)
+    expected = step(net, x)
+    convert(net)
+    before = state(net)
+    for module in (net, inner[1], triton_gn.GroupNorm(2, 8, activation="silu")):
+        message = "got a GroupNorm. Call triton_gn.unconvert on a converted model first, or use"
+        with pytest.raises(RuntimeError, match=message):
+            torch.jit.script(module)
+    assert state(net) == before
+    unconvert(net)
+    torch.testing.assert_close(step(torch.jit.script(net), x), expected)
+
+
+def test_replicas_work() -> None:
+    """Of nn.DataParallel."""
+    net = make_net(nn.SiLU())
+    expected = net(make_input())
+    convert(net)
+    replica: Any = net._replicate_for_data_parallel()
+    for name, module in net._modules.items():
+        assert module is not None
+        part: Any = module._replicate_for_data_parallel()
+        part._parameters = module._parameters
+        replica._modules[name] = part
+    torch.testing.assert_close(replica(make_input()), expected)
 
 
 # What is said

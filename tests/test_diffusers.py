@@ -2,6 +2,7 @@
 
 import ast
 import copy
+import functools
 import inspect
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import triton_gn
 from triton_gn.conversion import FoldedActivation, convert, unconvert
 
 diffusers = pytest.importorskip("diffusers")
+accelerate = pytest.importorskip("accelerate")
 
 from diffusers.models import resnet  # noqa: E402
 
@@ -488,8 +490,12 @@ OBSTACLES: dict[str, tuple[Callable[[nn.Module], object], str]] = {
         "is followed by ELU(alpha=1.0), which cannot be folded",
     ),
     "replaced forward": (
-        lambda block: setattr(block, "forward", block.forward),
+        lambda block: setattr(block, "forward", functools.partial(block.forward)),
         "its parent, a ResnetBlock2D, has its forward replaced",
+    ),
+    "backward hooks of the block": (
+        lambda block: block.register_full_backward_hook(lambda *_: None),
+        "its parent has backward hooks, which may go by its class",
     ),
     "unknown use": (
         lambda block: setattr(block, "time_embedding_norm", "film"),
@@ -510,6 +516,62 @@ def test_obstacle_prevents_folding(alter: Callable[[nn.Module], object], reason:
     assert {text for _, text in report.replaced} == {reason}
     assert not report.folded
     assert type(block) is resnet.ResnetBlock2D
+
+
+def offload(model: nn.Module, kind: str) -> None:
+    cpu = torch.device("cpu")
+    if kind == "accelerate":
+        accelerate.cpu_offload(model, execution_device=cpu)
+    elif kind == "casting":
+        # else the norms are skipped by their names
+        options: dict[str, Any] = {"storage_dtype": torch.bfloat16, "compute_dtype": torch.float32}
+        diffusers.hooks.apply_layerwise_casting(model, skip_modules_pattern=(), **options)
+    else:
+        options = {"offload_type": kind, "num_blocks_per_group": 1}
+        diffusers.hooks.apply_group_offloading(
+            model, onload_device=cpu, offload_device=cpu, **options
+        )
+
+
+@pytest.mark.parametrize("kind", ["accelerate", "casting", "leaf_level", "block_level"])
+def test_offloaded_model_computes_the_same_in_both_orders(kind: str) -> None:
+    case = CASES["conditioned"]
+    results = []
+    for order in ("alone", "convert first", "convert last"):
+        model, x = make(case)
+        if order == "convert first":
+            convert(model)
+        offload(model, kind)
+        if order == "convert last":
+            report = convert(model)
+            hooked = kind in ("accelerate", "leaf_level")
+            assert len(report.left if hooked else report.replaced) == case.folded + case.replaced
+        with torch.no_grad():
+            results.append(case.run(model, x))
+    alone, first, last = results
+    torch.testing.assert_close(first, alone, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(last, alone, rtol=1e-4, atol=1e-4)
+
+
+def test_block_wrapped_since_is_not_taken_back() -> None:
+    """As FSDP2 does it, which derives a class of its own from that of the block."""
+    block = make_block()
+    convert(block)
+    fused = type(block)
+    block.__class__ = type("Wrapped", (fused,), {})
+    with pytest.raises(RuntimeError, match=r"'' of class Wrapped .* Take that back first"):
+        unconvert(block)
+    block.__class__ = fused
+    unconvert(block)
+    assert type(block) is resnet.ResnetBlock2D
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_script_of_a_block_says_what_to_do() -> None:
+    block = make_block()
+    convert(block)
+    with pytest.raises(RuntimeError, match=r"Call triton_gn\.unconvert on a converted model"):
+        torch.jit.script(block)
 
 
 def test_norm_of_another_kind_prevents_folding() -> None:

@@ -30,7 +30,8 @@ _PUBLIC_NAMES: dict[type[nn.Module], str] = {
     ShardedGroupNorm: "triton_gn.distributed.ShardedGroupNorm",
 }
 _OURS = ("activation", "process_group")  # attributes that PyTorch's layer does not have
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", *_BACKWARD_HOOKS)
 
 
 @dataclass
@@ -65,6 +66,12 @@ class Report:
         return "\n".join([f"{len(rows)} GroupNorm {layers}: {totals}", *lines])
 
 
+@torch.fx.wrap
+def _folded(input: Tensor) -> Tensor:
+    """Return the input itself. torch.fx records the call, so that the module has a node."""
+    return input
+
+
 class FoldedActivation(nn.Module):
     """Stands in the place of an activation that its norm applies, and returns its input."""
 
@@ -78,7 +85,7 @@ class FoldedActivation(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return the input itself, of any shape."""
-        return input
+        return _folded(input)
 
     def extra_repr(self) -> str:
         """The activation."""
@@ -117,9 +124,12 @@ def convert(
     whose inputs are shared out among its processes by their pixels; a triton_gn.GroupNorm too. One
     that is left takes the statistics of its shard alone, which a warning says.
 
-    Layers with hooks or used in several places are replaced only; subclasses of torch.nn.GroupNorm
-    are left. A part of a model called by itself, such as ``net[:1]``, includes what its norms took
-    over. Convert before torch.compile, which traces anew otherwise, and before torch.jit.
+    Layers with forward hooks or used in several places are replaced only. Left are subclasses of
+    torch.nn.GroupNorm and layers to which another tool has given backward hooks, modules inside or
+    another forward, because the tool may go by their class. A part of a model called by itself,
+    such as ``net[:1]``, includes what its norms took over. Convert before torch.compile, which
+    traces anew otherwise. TorchScript, ONNX, saved exports and quantisation: "When not to use it"
+    in the README.
 
     Args:
         model: any module, which may be a GroupNorm itself.
@@ -144,7 +154,7 @@ def convert(
             fresh = kind is nn.GroupNorm
             if process_group is not None:
                 vars(module)["process_group"] = process_group
-            module.__class__ = GroupNorm if process_group is None else ShardedGroupNorm
+            _set_class(module, GroupNorm if process_group is None else ShardedGroupNorm)
             vars(module).setdefault("_converted", kind)
             fates[module] = "replaced", unfolded if fresh else "was a triton_gn.GroupNorm"
         else:
@@ -173,8 +183,8 @@ def unconvert(model: nn.Module) -> None:
 
     Raises:
         TypeError: model is no module.
-        RuntimeError: a converted layer was wrapped since, so that its class cannot be restored.
-            Nothing has changed then.
+        RuntimeError: a converted layer was wrapped since, so that its class cannot be restored, or
+            a folded activation has hooks. Nothing has changed then.
     """
     _check_is_module("unconvert", model)
     names = {module: name for name, module in model.named_modules()}
@@ -188,9 +198,9 @@ def unconvert(model: nn.Module) -> None:
             before = vars(module).pop("_converted")
             for attribute in ("process_group",) if before is GroupNorm else _OURS:
                 vars(module).pop(attribute, None)
-            module.__class__ = before
+            _set_class(module, before)
         elif hasattr(type(module), "unfused"):
-            module.__class__ = type(module).unfused
+            _set_class(module, type(module).unfused)
 
 
 def _check_is_module(function: str, model: nn.Module) -> None:
@@ -202,13 +212,28 @@ def _check_is_module(function: str, model: nn.Module) -> None:
 
 
 def _check_is_reversible(module: nn.Module, name: str) -> None:
-    changed = "_converted" in vars(module) or hasattr(type(module), "unfused")
-    if changed and ("forward" in vars(module) or parametrize.is_parametrized(module)):
+    kind = type(module)
+    folded = isinstance(module, FoldedActivation)
+    changed = folded or "_converted" in vars(module) or hasattr(kind, "unfused")
+    known = kind in (*_PUBLIC_NAMES, FoldedActivation) or "unfused" in vars(kind)
+    hooked = folded and _has_hooks(module)
+    if changed and (not known or hooked or _has_other_forward(module)):
         raise RuntimeError(
-            f"unconvert: a converted layer must have its own class and forward; {name!r} of class "
-            f"{type(module).__name__} was parametrized or had its forward replaced after the "
-            "conversion. Take that back first."
+            "unconvert: a converted module must have its own class and forward, and a folded "
+            f"activation no hooks; {name!r} of class {kind.__name__} was parametrized, wrapped or "
+            "hooked after the conversion. Take that back first."
         )
+
+
+def _set_class(module: nn.Module, kind: type[nn.Module]) -> None:
+    vars(module).pop("forward", None)  # the old class's, where a wrapper has put it back
+    module.__class__ = kind
+
+
+def _has_other_forward(module: nn.Module) -> bool:
+    """Whether a forward stands in for that of the module's class."""
+    own = type(module).forward.__get__(module)
+    return bool(vars(module).get("forward", own) != own)
 
 
 def _is_group_norm(module: nn.Module) -> bool:
@@ -236,7 +261,7 @@ def _why_left(module: nn.Module, sharded: bool) -> str | None:
     """Why the GroupNorm cannot be replaced, by a sharded one if asked for; None if it can."""
     kind = type(module)
     if isinstance(module, torch.jit.ScriptModule):
-        return "is compiled by TorchScript; convert before that"
+        return "is compiled by TorchScript, which has no Triton kernels"
     if parametrize.is_parametrized(module):
         return f"is parametrized, which made its class {kind.__name__}; convert before that"
     if kind is ShardedGroupNorm or (kind is GroupNorm and not sharded):
@@ -245,11 +270,15 @@ def _why_left(module: nn.Module, sharded: bool) -> str | None:
         own = kind.forward not in (nn.GroupNorm.forward, GroupNorm.forward)
         forward = " with a forward of its own" if own else ""
         return f"is a {kind.__module__}.{kind.__qualname__}, a subclass{forward}"
-    if "forward" in vars(module):
+    if _has_other_forward(module):
         return "has its forward replaced"
     for name in _OURS:
         if kind is nn.GroupNorm and hasattr(module, name):
             return f"has an attribute named {name}, which would be in the way"
+    if module._modules:
+        return f"holds {', '.join(module._modules)}, whose owner may go by the layer's class"
+    if _has_hooks(module, _BACKWARD_HOOKS):
+        return "has backward hooks, which may go by its class; add them after the conversion"
     return None
 
 
@@ -299,7 +328,7 @@ def _try(
         elif reason is not None and fates.get(norm) == ("replaced", _UNFOLDED):
             fates[norm] = "replaced", reason
     if reason is None and fold.fused is not None:
-        parent.__class__ = fold.fused
+        _set_class(parent, fold.fused)
     elif reason is None and activation is not None:
         parent._modules[fold.activation] = FoldedActivation(activation)
 
@@ -313,8 +342,10 @@ def _why_unfolded(
     """Why the activation cannot be folded into the norms; None if it can."""
     if fold.problem is not None:
         return fold.problem
-    if "forward" in vars(parent):
+    if _has_other_forward(parent):
         return f"its parent, a {type(parent).__name__}, has its forward replaced"
+    if fold.fused is not None and _has_hooks(parent, _BACKWARD_HOOKS):
+        return "its parent has backward hooks, which may go by its class"
     for key in fold.norms:
         norm, which = parent.get_submodule(key), f"{key} " if len(fold.norms) > 1 else ""
         if "_converted" not in vars(norm) or "activation" in vars(norm):
@@ -328,13 +359,13 @@ def _why_unfolded(
     described = f"{type(activation).__name__}({activation.extra_repr()})"
     if _activation_name(activation) is None:
         return f"is followed by {described}, which cannot be folded"
-    if _has_hooks(activation) or "forward" in vars(activation):
+    if _has_hooks(activation) or _has_other_forward(activation):
         return f"is followed by {described}, which has hooks or its forward replaced"
     return None
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return any(vars(module).get(hooks) for hooks in _HOOKS)
+def _has_hooks(module: nn.Module, kinds: tuple[str, ...] = _HOOKS) -> bool:
+    return any(vars(module).get(kind) for kind in kinds)
 
 
 def _activation_name(module: nn.Module) -> str | None:

@@ -1,6 +1,6 @@
 """GroupNorm as a layer: it holds the parameters, ``functional`` does the work."""
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -73,3 +73,11 @@ class GroupNorm(nn.GroupNorm):
         """The arguments of PyTorch's layer, and the activation if there is one."""
         text = super().extra_repr()
         return text if self.activation is None else f"{text}, activation={self.activation!r}"
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """Raise the error of torch.jit.script, whose own does not say what to do."""
+        raise RuntimeError(
+            "torch.jit.script: the modules must be TorchScript, which Triton kernels are not; got "
+            f"a {type(self).__name__}. Call triton_gn.unconvert on a converted model first, or use "
+            "torch.jit.trace, torch.compile or torch.export."
+        )

@@ -269,6 +269,16 @@ def test_export(device: str, strict: bool) -> None:
     assert torch.equal(program.module()(x, scale), network(x, scale))
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_under_the_torch_backend_needs_pytorch_alone(device: str, strict: bool) -> None:
+    layer, x = triton_gn.GroupNorm(GROUPS, 6, activation="silu").to(device), operands(device)[0]
+    with triton_gn.backend("torch"):
+        program = torch.export.export(layer, (x,), strict=strict)
+        expected = layer(x)
+    assert not [node for node in program.graph.nodes if "triton_gn" in str(node.target)]
+    torch.testing.assert_close(program.module()(x), expected)
+
+
 def test_tracing_sees_the_operator(device: str) -> None:
     tensors = operands(device)
     graph = make_fx(lambda *tensors: fused(*tensors))(*tensors)
