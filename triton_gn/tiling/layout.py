@@ -45,12 +45,28 @@ def is_cut(dim: Dim) -> bool:
     return any(isinstance(factor, Axis) for factor in dim)
 
 
+def scaled(axis: Axis, factor: int) -> Axis:
+    """Return the axis with ``factor`` pixels in place of each."""
+    *sizes, first, last = (value * factor for value in (*axis.sizes, *axis.padding))
+    return Axis(axis.number, tuple(sizes), (first, last))
+
+
+def divided(axis: Axis, divisor: int) -> Axis | None:
+    """Return the axis that is ``scaled`` to this one; None if a tile has no whole number of it."""
+    values = (*axis.sizes, *axis.padding)
+    if any(value % divisor for value in values):
+        return None
+    *sizes, first, last = (value // divisor for value in values)
+    return Axis(axis.number, tuple(sizes), (first, last))
+
+
 def joined(factors: Iterable[int | Axis]) -> Dim:
-    """The factors as one dimension, numbers side by side multiplied."""
+    """The factors as one dimension, numbers multiplied into what is before them."""
     dim: list[int | Axis] = []
     for factor in factors:
-        if dim and isinstance(factor, int) and isinstance(dim[-1], int):
-            dim[-1] *= factor
+        if dim and isinstance(factor, int):
+            last = dim[-1]
+            dim[-1] = last * factor if isinstance(last, int) else scaled(last, factor)
         elif factor != 1:
             dim.append(factor)
     return tuple(dim)
@@ -84,11 +100,14 @@ def reshaped(layout: Layout, sizes: Sequence[int]) -> Layout | None:
             here = size_of((factor,))
             if size % here == 0:
                 size //= here
-            elif isinstance(factor, int) and factor % size == 0:
-                rest.insert(0, factor // size)
-                factor, size = size, 1
-            else:
+            elif here % size:
                 return None
+            else:
+                rest.insert(0, here // size)
+                part = size if isinstance(factor, int) else divided(factor, here // size)
+                if part is None:
+                    return None
+                factor, size = part, 1
             dim.append(factor)
         dims.append(joined(dim))
     return None if rest else tuple(dims)

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from triton_gn.tiling.layout import Dim, Layout, is_cut, joined, reshaped, size_of, whole
-from triton_gn.tiling.tile import Tile, each, leaves, refuse, relaid
+from triton_gn.tiling.tile import NO_DROPOUT, Tile, each, leaves, refuse, relaid
 
 # Products
 
@@ -23,12 +24,13 @@ def linear(tile: Tile, func: Any, input: Tensor, weight: Tensor, bias: Any = Non
 
 
 def matmul(tile: Tile, func: Any, input: Tensor, other: Tensor) -> Any:
-    """Of matrices with an uncut inner dimension; only one may have pixels."""
-    if min(input.ndim, other.ndim) < 2:
-        refuse(func, "is known for matrices only")
+    """Of matrices of which one has pixels, or a sum over all pixels."""
+    a, b = tile.layout(input), tile.layout(other)
+    if a[-1] == b[-2] and tile.is_all_cut(a[-1]):
+        parts = tile.exchange(func, (a, b), func(input, other), torch.stack)
+        return tile.mark(parts.sum(0))
     tile.require_whole(func, input, (-1,))
     tile.require_whole(func, other, (-2,))
-    a, b = tile.layout(input), tile.layout(other)
     if is_cut(a[-2]) and is_cut(b[-1]):
         refuse(
             func,
@@ -46,6 +48,8 @@ def pointwise(tile: Tile, func: Any, *args: Any, **kwargs: Any) -> Any:
     """Operands broadcast."""
     layout = tile.broadcast(func, [tile.layout(t) for t in leaves((args, kwargs), Tensor)])
     y = func(*args, **kwargs)
+    if y is NotImplemented:  # by == with what is no number
+        return y
     if not isinstance(y, Tensor):
         refuse(func, "is known with one result only")
     return tile.mark(y, layout)
@@ -66,7 +70,7 @@ def dropout(
 ) -> Any:
     """Nothing in evaluation."""
     if training and p:
-        refuse(func, "draws random numbers in training", "Call model.eval() first.")
+        refuse(func, "draws random numbers in training", NO_DROPOUT)
     return tile.mark(func(input, p, False), tile.layout(input))
 
 
@@ -153,7 +157,8 @@ def getitem(tile: Tile, func: Any, input: Tensor, index: Any) -> Any:
     kept: dict[int, Dim] = {}
     taken = made = 0
     for item in items:
-        if item == slice(None):
+        size = size_of(tile.layout(input)[taken]) if item is not None else 0
+        if isinstance(item, slice) and item.indices(size) == (0, size, 1):
             kept[made] = tile.layout(input)[taken]
         elif item is not None:
             tile.require_whole(func, input, (taken,))
@@ -170,17 +175,26 @@ def rearrange(tile: Tile, func: Any, input: Tensor, *args: Any, **kwargs: Any) -
     layout = tile.layout(input)
     sizes = [i + 2 if dim else 1 for i, dim in enumerate(layout)]
     shape = func(torch.empty(sizes, device="meta"), *args, **kwargs).shape
+    dims = tuple(() if size == 1 else layout[size - 2] for size in shape)
     y = func(input, *args, **kwargs)
-    if y.ndim != len(shape):
-        refuse(func, "takes away a dimension of which other tiles have the rest", "Name others.")
-    return tile.mark(y, tuple(() if size == 1 else layout[size - 2] for size in shape))
+    # a cut dimension of which this tile has one pixel stays
+    return tile.mark(y if y.ndim == len(dims) else input.reshape(tile.own_sizes(dims)), dims)
 
 
-def reshape(tile: Tile, func: Any, input: Tensor, *shape: Any) -> Any:
+def repeat(tile: Tile, func: Any, input: Tensor, *repeats: Any, **named: Any) -> Any:
+    """Along dimensions that are not cut."""
+    times = _sizes(*repeats, *named.values())
+    layout = [()] * (len(times) - input.ndim) + list(tile.layout(input))
+    tile.require_whole(
+        func, input, [-i for i, n in enumerate(times[::-1], 1) if n != 1 and i <= input.ndim]
+    )
+    kept = {i: dim for i, dim in enumerate(layout) if times[i] == 1}
+    return relaid(tile, func(input, times), kept)
+
+
+def reshape(tile: Tile, func: Any, input: Tensor, *shape: Any, **named: Any) -> Any:
     """Splits and joins dimensions; the sizes are those of the whole."""
-    sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape
-    if not all(isinstance(size, int) for size in sizes):
-        refuse(func, "is known with sizes only")
+    sizes = _sizes(*shape, *named.values())
     layout = _reshaped(func, tile.layout(input), sizes)
     return tile.mark(func(input, tile.own_sizes(layout)), layout)
 
@@ -203,9 +217,9 @@ def unflatten(tile: Tile, func: Any, input: Tensor, dim: int, sizes: Sequence[in
     return tile.mark(y, (*layout[:at], *inner, *layout[at + 1 :]))
 
 
-def expand(tile: Tile, func: Any, input: Tensor, *shape: Any) -> Any:
+def expand(tile: Tile, func: Any, input: Tensor, *shape: Any, **named: Any) -> Any:
     """Repeats what has size 1 in the whole."""
-    sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape
+    sizes = _sizes(*shape, *named.values())
     layout = [()] * (len(sizes) - input.ndim) + list(tile.layout(input))
     for i, size in enumerate(sizes):
         if size not in (-1, size_of(layout[i])):
@@ -221,6 +235,11 @@ def shape(tile: Tile, func: Any, input: Tensor, dim: int | None = None) -> Any:
     return sizes if dim is None else sizes[dim]
 
 
+def as_whole(tile: Tile, input: Tensor) -> Tensor:
+    """Without values, of the size that it has in one piece."""
+    return torch.empty(shape(tile, None, input), dtype=input.dtype, device="meta")
+
+
 def numel(tile: Tile, func: Any, input: Tensor) -> int:
     """Of the whole."""
     return math.prod(map(size_of, tile.layout(input)))
@@ -234,6 +253,11 @@ def length(tile: Tile, func: Any, input: Tensor) -> int:
 def query(tile: Tile, func: Any, *args: Any, **kwargs: Any) -> Any:
     """What is no tensor and the same for all tiles."""
     return func(*args, **kwargs)
+
+
+def _sizes(*shape: Any) -> list[int]:
+    sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape
+    return list(map(operator.index, sizes))
 
 
 def _reshaped(func: Any, layout: Layout, sizes: Sequence[int]) -> Layout:
