@@ -22,7 +22,7 @@ from triton_gn.ops import context, settings
 from triton_gn.tiling.baton import Baton
 from triton_gn.tiling.hooks import enter
 from triton_gn.tiling.layout import Axis, Layout, NotExactError, is_cut, whole
-from triton_gn.tiling.local import as_whole
+from triton_gn.tiling.local import raise_if_illegal
 from triton_gn.tiling.rules import ALIASES, ALWAYS_ASKED, RULES
 from triton_gn.tiling.state import attributes, same, write_back
 from triton_gn.tiling.tile import Tile, assembled, leaves, refuse
@@ -88,7 +88,6 @@ def exact_tiles(
         return _forward(model, original, tile_size, offload, cuts, args, kwargs)
 
     cuts = WeakTensorKeyDictionary()  # of tensors that the model has returned
-
     forward.is_tiled = True  # type: ignore[attr-defined]
     own = vars(model).get(name)
     setattr(model, name, forward)
@@ -253,7 +252,8 @@ class _Mode(TorchFunctionMode):
         tensors = list(leaves((args, kwargs), Tensor))
         tile.check(func, tensors)
         is_cut = any(map(tile.is_cut, tensors))
-        tile.check_changes(func, tensors[:1] if _is_in_place(func) else kwargs.get("out"))
+        changed = (args[:1] or tensors[:1]) if _is_in_place(func) else kwargs.get("out")
+        tile.check_changes(func, changed)
         if is_cut and rule is None:
             refuse(func, "is not known to need pixels of its own tile only")
         if rule is not None and (is_cut or rule in ALWAYS_ASKED):
@@ -263,14 +263,7 @@ class _Mode(TorchFunctionMode):
             except (NotExactError, NotImplementedError, MemoryError, torch.OutOfMemoryError):
                 raise
             except Exception as error:
-                sized = functools.partial(as_whole, tile)
-                whole = pytree.tree_map_only(Tensor, sized, (args, kwargs))
-                try:
-                    func(*whole[0], **whole[1])
-                except NotImplementedError:
-                    pass  # not known of tensors without values
-                except Exception as own:  # of the model, in one piece too
-                    raise (error if isinstance(error, RuntimeError) else own) from None
+                raise_if_illegal(tile, func, args, kwargs, error)
                 reason = str(error).partition("\n")[0].rstrip(".")
                 refuse(func, f"is not known in this form ({reason})", cause=error)
         if kwargs.get("generator") is not None or _is_random(_name(func)):

@@ -45,17 +45,11 @@ def is_cut(dim: Dim) -> bool:
     return any(isinstance(factor, Axis) for factor in dim)
 
 
-def scaled(axis: Axis, factor: int) -> Axis:
-    """Return the axis with ``factor`` pixels in place of each."""
-    *sizes, first, last = (value * factor for value in (*axis.sizes, *axis.padding))
-    return Axis(axis.number, tuple(sizes), (first, last))
-
-
-def divided(axis: Axis, divisor: int) -> Axis | None:
-    """Return the axis that is ``scaled`` to this one; None if a tile has no whole number of it."""
-    values = (*axis.sizes, *axis.padding)
+def scaled(axis: Axis, factor: int, divisor: int = 1) -> Axis:
+    """With ``factor`` pixels in place of each ``divisor``, of which each tile holds all or none."""
+    values = [value * factor for value in (*axis.sizes, *axis.padding)]
     if any(value % divisor for value in values):
-        return None
+        raise ValueError(f"tiles of {axis.sizes} pixels have parts of blocks of {divisor}")
     *sizes, first, last = (value // divisor for value in values)
     return Axis(axis.number, tuple(sizes), (first, last))
 
@@ -85,29 +79,26 @@ def own_size(dim: Dim, coords: Sequence[int]) -> int:
     return math.prod(sizes)
 
 
-def reshaped(layout: Layout, sizes: Sequence[int]) -> Layout | None:
-    """The layout after ``reshape(sizes)`` of the whole; None where that would split an axis."""
+def reshaped(layout: Layout, sizes: Sequence[int]) -> Layout:
+    """The layout after ``reshape(sizes)`` of the whole; ValueError where that mixes tiles."""
+    before = tuple(map(size_of, layout))
     rest = list(joined(itertools.chain.from_iterable(layout)))
-    missing = size_of(tuple(rest)) // max(1, math.prod(size for size in sizes if size != -1))
+    missing = math.prod(before) // max(1, math.prod(size for size in sizes if size != -1))
     dims = []
     for wanted in sizes:
         size = missing if wanted == -1 else wanted
         dim: list[int | Axis] = []
         while size != 1:
-            if not rest:
-                return None
-            factor = rest.pop(0)
+            factor = rest.pop(0)  # an IndexError is for sizes that do not fit the whole either
             here = size_of((factor,))
             if size % here == 0:
                 size //= here
-            elif here % size:
-                return None
-            else:
+            elif here % size == 0:
                 rest.insert(0, here // size)
-                part = size if isinstance(factor, int) else divided(factor, here // size)
-                if part is None:
-                    return None
-                factor, size = part, 1
+                factor = size if isinstance(factor, int) else scaled(factor, 1, here // size)
+                size = 1
+            else:
+                raise ValueError(f"from {before} to {tuple(sizes)} mixes pixels of several tiles")
             dim.append(factor)
         dims.append(joined(dim))
-    return None if rest else tuple(dims)
+    return tuple(dims)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from triton_gn.tiling.layout import Dim, Layout, is_cut, joined, reshaped, size_of, whole
 from triton_gn.tiling.tile import NO_DROPOUT, Tile, each, leaves, refuse, relaid
@@ -195,7 +196,7 @@ def repeat(tile: Tile, func: Any, input: Tensor, *repeats: Any, **named: Any) ->
 def reshape(tile: Tile, func: Any, input: Tensor, *shape: Any, **named: Any) -> Any:
     """Splits and joins dimensions; the sizes are those of the whole."""
     sizes = _sizes(*shape, *named.values())
-    layout = _reshaped(func, tile.layout(input), sizes)
+    layout = reshaped(tile.layout(input), sizes)
     return tile.mark(func(input, tile.own_sizes(layout)), layout)
 
 
@@ -212,7 +213,7 @@ def unflatten(tile: Tile, func: Any, input: Tensor, dim: int, sizes: Sequence[in
     """Splits a dimension."""
     layout = tile.layout(input)
     at = dim % input.ndim
-    inner = _reshaped(func, (layout[at],), sizes)
+    inner = reshaped((layout[at],), sizes)
     y = func(input, dim, tile.own_sizes(inner))
     return tile.mark(y, (*layout[:at], *inner, *layout[at + 1 :]))
 
@@ -235,9 +236,19 @@ def shape(tile: Tile, func: Any, input: Tensor, dim: int | None = None) -> Any:
     return sizes if dim is None else sizes[dim]
 
 
-def as_whole(tile: Tile, input: Tensor) -> Tensor:
-    """Without values, of the size that it has in one piece."""
-    return torch.empty(shape(tile, None, input), dtype=input.dtype, device="meta")
+def raise_if_illegal(tile: Tile, func: Any, args: Any, kwargs: Any, error: Exception) -> None:
+    """Raise an error that the model's call has in one piece too, on tensors without values."""
+
+    def whole_of(part: Tensor) -> Tensor:
+        return torch.empty(shape(tile, func, part), dtype=part.dtype, device="meta")
+
+    whole_args, whole_kwargs = pytree.tree_map_only(Tensor, whole_of, (args, kwargs))
+    try:
+        func(*whole_args, **whole_kwargs)
+    except NotImplementedError:
+        pass
+    except Exception as own:
+        raise (error if isinstance(error, RuntimeError) else own) from None
 
 
 def numel(tile: Tile, func: Any, input: Tensor) -> int:
@@ -258,14 +269,6 @@ def query(tile: Tile, func: Any, *args: Any, **kwargs: Any) -> Any:
 def _sizes(*shape: Any) -> list[int]:
     sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape
     return list(map(operator.index, sizes))
-
-
-def _reshaped(func: Any, layout: Layout, sizes: Sequence[int]) -> Layout:
-    found = reshaped(layout, sizes)
-    if found is None:
-        before = tuple(map(size_of, layout))
-        refuse(func, f"from {before} to {tuple(sizes)} mixes pixels of several tiles")
-    return found
 
 
 def _only(func: Any, layouts: set[Layout]) -> Layout:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from triton_gn.ops import settings
 from triton_gn.statistics import group_norm_apply, group_norm_stats
-from triton_gn.tiling.layout import Axis, Dim, divided, is_cut, scaled, size_of, whole
+from triton_gn.tiling.layout import Axis, Dim, is_cut, scaled, size_of, whole
 from triton_gn.tiling.tile import NO_DROPOUT, Tile, axis_of, each, refuse, relaid
 
 # Norms
@@ -43,10 +43,7 @@ def fused_norm(
     stats = group_norm_stats(input, num_groups, per_channel.get("pre_add"))
     total = tile.exchange(func, (layout,), stats, lambda parts: parts[0].merge(*parts[1:]))
     y = group_norm_apply(
-        *(input, total, weight, bias, eps),
-        activation=activation,
-        residual=residual,
-        **per_channel,
+        *(input, total, weight, bias, eps), activation=activation, residual=residual, **per_channel
     )
     return tile.mark(y, layout)  # type: ignore[no-any-return]
 
@@ -168,10 +165,8 @@ def attention(
     q, k, v = (tile.layout(tensor) for tensor in (query, key, value))
     cut_tokens = is_cut(q[-2]) or is_cut(k[-2]) or is_cut(v[-2])
     cut_batch = any(map(is_cut, (*q[:-2], *k[:-2], *v[:-2])))
-    if cut_batch and not q[:-2] == k[:-2] == v[:-2]:
-        refuse(func, "got queries, keys and values whose batches are not cut alike")
-    if k[-2] != v[-2]:
-        refuse(func, "got keys and values that are not cut alike")
+    if k[-2] != v[-2] or (cut_batch and not q[:-2] == k[:-2] == v[:-2]):
+        refuse(func, "got queries, keys and values that are not cut alike")
     columns = _places(tile, k[-2], key.device)
     if is_cut(k[-2]):
         if cut_batch or not tile.is_all_cut(k[-2]):
@@ -274,12 +269,11 @@ def pixel_shuffle(tile: Tile, func: Any, input: Tensor, factor: int) -> Any:
     tile.require_whole(func, input, (-3,))
     *rest, channels, high, wide = tile.layout(input)
     y = func(input, factor)
-    change = divided if y.shape[-3] > size_of(channels) else scaled
+    ratio = (1, factor) if y.shape[-3] > size_of(channels) else (factor,)
     cut = dict(enumerate(rest))
     for i, dim in enumerate((high, wide), start=len(rest) + 1):
         if is_cut(dim):
-            axis = axis_of(func, dim)
-            cut[i] = (change(axis, factor) or refuse(func, f"splits tiles of {axis.sizes} pixels"),)
+            cut[i] = (scaled(axis_of(func, dim), *ratio),)
     return relaid(tile, y, cut)
 
 
