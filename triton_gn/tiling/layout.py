@@ -46,7 +46,10 @@ def is_cut(dim: Dim) -> bool:
 
 
 def scaled(axis: Axis, factor: int, divisor: int = 1) -> Axis:
-    """With ``factor`` pixels in place of each ``divisor``, of which each tile holds all or none."""
+    """Return the axis with ``factor`` pixels in place of each ``divisor``.
+
+    ValueError if a tile has a part of these.
+    """
     values = [value * factor for value in (*axis.sizes, *axis.padding)]
     if any(value % divisor for value in values):
         raise ValueError(f"tiles of {axis.sizes} pixels have parts of blocks of {divisor}")
@@ -55,7 +58,7 @@ def scaled(axis: Axis, factor: int, divisor: int = 1) -> Axis:
 
 
 def joined(factors: Iterable[int | Axis]) -> Dim:
-    """The factors as one dimension, numbers multiplied into what is before them."""
+    """Return the factors as one dimension, numbers multiplied into what is before them."""
     dim: list[int | Axis] = []
     for factor in factors:
         if dim and isinstance(factor, int):
@@ -80,7 +83,7 @@ def own_size(dim: Dim, coords: Sequence[int]) -> int:
 
 
 def reshaped(layout: Layout, sizes: Sequence[int]) -> Layout:
-    """The layout after ``reshape(sizes)`` of the whole; ValueError where that mixes tiles."""
+    """Return the layout after ``reshape(sizes)`` of the whole; ValueError if that mixes tiles."""
     before = tuple(map(size_of, layout))
     rest = list(joined(itertools.chain.from_iterable(layout)))
     missing = math.prod(before) // max(1, math.prod(size for size in sizes if size != -1))

@@ -25,7 +25,7 @@ def linear(tile: Tile, func: Any, input: Tensor, weight: Tensor, bias: Any = Non
 
 
 def matmul(tile: Tile, func: Any, input: Tensor, other: Tensor) -> Any:
-    """Of matrices of which one has pixels, or a sum over all pixels."""
+    """Multiply matrices of which one has pixels, or sum a product over all pixels."""
     a, b = tile.layout(input), tile.layout(other)
     if a[-1] == b[-2] and tile.is_all_cut(a[-1]):
         parts = tile.exchange(func, (a, b), func(input, other), torch.stack)
@@ -183,7 +183,7 @@ def rearrange(tile: Tile, func: Any, input: Tensor, *args: Any, **kwargs: Any) -
 
 
 def repeat(tile: Tile, func: Any, input: Tensor, *repeats: Any, **named: Any) -> Any:
-    """Along dimensions that are not cut."""
+    """Repeat along dimensions that are not cut."""
     times = _sizes(*repeats, *named.values())
     layout = [()] * (len(times) - input.ndim) + list(tile.layout(input))
     tile.require_whole(

@@ -192,7 +192,7 @@ def attention(
 
 
 def _places(tile: Tile, dim: Dim, device: torch.device) -> Tensor:
-    """Where in the whole the tile's values of a dimension are, (size, 1)."""
+    """Return where in the whole the tile's values of a dimension are, (size, 1)."""
     sizes = [size_of((factor,)) for factor in dim]
     places = torch.arange(size_of(dim), device=device).reshape(sizes)
     return tile.cut(places, [(factor,) for factor in dim]).reshape(-1, 1)
@@ -265,7 +265,7 @@ def interpolate(
 
 
 def pixel_shuffle(tile: Tile, func: Any, input: Tensor, factor: int) -> Any:
-    """From channels to pixels, or back."""
+    """Turn channels into pixels, or back."""
     tile.require_whole(func, input, (-3,))
     *rest, channels, high, wide = tile.layout(input)
     y = func(input, factor)

@@ -21,7 +21,7 @@ def attributes(model: nn.Module) -> dict[str, Any]:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two values are equal, as far as they can be compared."""
+    """Return whether two values are equal; False where they cannot be compared."""
     try:
         return a is b or bool(a == b)
     except Exception:

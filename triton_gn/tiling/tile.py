@@ -151,7 +151,7 @@ class Tile:
         return result
 
     def is_all_cut(self, dim: Dim) -> bool:
-        """Whether it holds all pixels, so that each tile has other ones."""
+        """Return whether a dimension holds all pixels, so that each tile has its own part."""
         return sum(isinstance(factor, Axis) for factor in dim) == len(self.coords)
 
     def own_sizes(self, layout: Layout) -> tuple[int, ...]:
