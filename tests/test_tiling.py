@@ -2,11 +2,13 @@
 
 import contextvars
 import math
+import operator
 import os
 import signal
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -166,6 +168,36 @@ def test_padding_modes_in_a_residual_block(mode: Any) -> None:
     check(Run(lambda x: x + conv(x), conv), random(2, 4, 9, 7))
 
 
+def test_windows_may_lie_in_the_padding_only() -> None:
+    layer = fill(nn.Conv2d(1, 1, 1, stride=2, padding=1))
+    check(layer, random(1, 1, 1, 2), tile_size=(1, 1))
+    check(fill(nn.Conv1d(2, 3, 1, padding=5)), random(1, 2, 7))
+    check(fill(nn.Conv2d(2, 3, (1, 3), (2, 1), (1, 2))), random(1, 2, 2, 7), tile_size=(1, 2))
+    check(fill(nn.Conv1d(2, 3, 1, 4, padding=5)), random(1, 2, 7))
+
+
+@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.parametrize("padding", [0, 1, 4, 7])
+@pytest.mark.parametrize("stride", [1, 2, 5])
+@pytest.mark.parametrize("size", [1, 2, 5, 8])
+def test_windows_and_tiles_of_any_size(size: int, stride: int, padding: int, dilation: int) -> None:
+    """The values, a refusal, or the error of the whole."""
+    layer = fill(nn.Conv1d(2, 3, size, stride, padding, dilation))
+    for pixels in (2, 3, 7, 10):
+        x = random(1, 2, pixels)
+        expected = None if pixels + 2 * padding <= dilation * (size - 1) else layer(x)
+        for tile_size in (1, 2, 5):
+            with exact_tiles(layer, tile_size):
+                if expected is None:
+                    with pytest.raises(RuntimeError, match="Kernel size can't be greater"):
+                        layer(x)
+                    continue
+                try:
+                    assert difference(layer(x), expected) <= 1e-12
+                except NotExactError as error:
+                    assert "Use larger tiles" in str(error)  # noqa: PT017
+
+
 def test_reflection_of_more_than_a_tile_is_refused() -> None:
     model = Run(lambda x: F.pad(x, (2, 2, 0, 0), mode="reflect"))
     check(model, random(2, 3, 6, 7), tile_size=(2, 4))
@@ -223,6 +255,117 @@ def test_attention_over_all_pixels() -> None:
 
     model = fill(Run(attend, to_qkv), 0.1)
     check(model, random(2, 8, 3, 5, 4), random(1, 7, 8, seed=1))
+
+
+MASKS: dict[str, dict[str, Any]] = {
+    "causal": {"is_causal": True},
+    "rows": {"attn_mask": random(105, 105)},
+    "heads": {"attn_mask": random(2, 1, 105, 105, seed=1) > -1},
+    "keys": {"attn_mask": random(1, 105)},
+    "frames": {
+        "attn_mask": (torch.arange(3)[:, None] >= torch.arange(3))
+        .repeat_interleave(35, 0)
+        .repeat_interleave(35, 1)
+    },
+}
+
+
+@pytest.mark.parametrize("tile_size", [3, (2, 3, 4)], ids=["frames whole", "frames cut"])
+@pytest.mark.parametrize("name", MASKS)
+def test_masks_of_attention(name: str, tile_size: int | tuple[int, ...]) -> None:
+    """The mask is of the whole: each tile takes the rows of its pixels."""
+
+    def attend(x: Any, options: dict[str, Any]) -> Any:
+        tokens = x.flatten(2).transpose(1, 2).unflatten(2, (2, 4)).transpose(1, 2)
+        y = F.scaled_dot_product_attention(tokens, tokens * 2, tokens - 1, **options)
+        return y.transpose(2, 3).flatten(1, 2).unflatten(2, x.shape[2:])
+
+    x = random(2, 8, 3, 5, 7)
+    check(attend, x, MASKS[name], tile_size=tile_size)
+    expected = torch.autograd.grad(attend(v := x.clone().requires_grad_(), MASKS[name]).sum(), v)
+    with exact_tiles(model := Run(attend), tile_size):
+        found = torch.autograd.grad(model(v, MASKS[name]).sum(), v)
+    assert difference(found[0], expected[0]) < 1e-11
+
+
+def test_masks_beside_cut_batches_and_uncut_tokens() -> None:
+    def over_channels(x: Any, mask: Tensor) -> Any:
+        pixels = x.permute(2, 3, 0, 1)
+        return F.scaled_dot_product_attention(pixels, pixels, pixels, mask).permute(2, 3, 0, 1)
+
+    def over_text(x: Any, text: Tensor, mask: Tensor) -> Any:
+        tokens = x.flatten(2).transpose(1, 2)
+        y = F.scaled_dot_product_attention(tokens, text, text, mask)
+        z = F.scaled_dot_product_attention(tokens, text, text, is_causal=True)
+        pooled = F.scaled_dot_product_attention(text, tokens, tokens, mask.mT)
+        return (y + z).transpose(1, 2).unflatten(2, x.shape[2:]) + pooled.sum()
+
+    check(over_channels, random(2, 4, 5, 7), random(5, 7, 2, 2))
+    check(over_text, random(2, 4, 5, 7), random(2, 9, 4), random(35, 9))
+
+
+def test_sums_over_all_pixels() -> None:
+    """Of a product, as in linear attention; each tile may change its own copy."""
+
+    def attend(x: Tensor) -> Tensor:
+        tokens = x.flatten(2).relu()
+        weights = tokens @ tokens.transpose(-1, -2)
+        weights += 1
+        return (weights.softmax(-1) @ tokens).view(x.shape)
+
+    model, x = Run(attend), random(2, 4, 5, 7).requires_grad_()
+    check(model, x)
+    (expected,) = torch.autograd.grad(attend(x).square().sum(), x)
+    with exact_tiles(model, 3):
+        (found,) = torch.autograd.grad(model(x).square().sum(), x)
+    assert difference(found, expected) < 1e-11
+    for rows in (lambda x: x @ x.mT, lambda x: x.permute(0, 2, 1, 3) @ x.permute(0, 2, 3, 1)):
+        with exact_tiles(run := Run(rows), 3), pytest.raises(NotExactError, match="matmul"):
+            run(random(2, 4, 6, 7))
+
+
+SPELLINGS: dict[str, Callable[[Any], Any]] = {
+    "axis": lambda x: x.mean(axis=1, keepdims=True),
+    "input": lambda x: torch.amax(input=x, dim=(1,), keepdim=True),
+    "tensor": lambda x: torch.split(tensor=x, split_size_or_sections=[1, 3], dim=1)[1],
+    "split_size": lambda x: x.split(split_size=2, dim=1)[1],
+    "chunks": lambda x: torch.cat(x.chunk(chunks=2, dim=-3)[::-1], dim=1),
+    "mat2": lambda x: torch.ones(2, 5, 4, dtype=x.dtype).bmm(mat2=x.flatten(2)).view(2, 5, 6, 7),
+    "train": lambda x: torch.dropout(x, 0.5, train=False),
+    "cudnn_enabled": lambda x: torch.group_norm(x, 2, None, None, 1e-5, True),
+    "group_norm": lambda x: torch.group_norm(x, num_groups=2, cudnn_enabled=False),
+    "repeats": lambda x: torch.repeat_interleave(x, repeats=2, dim=1, output_size=8),
+    "output_size": lambda x: x.repeat_interleave(2, -1, output_size=2 * x.shape[-1]),
+    "repeat": lambda x: x.repeat(1, 2, 1, 1) + x.repeat(repeats=(1, 2, 1, 1)),
+    "repeat frames": lambda x: x.repeat(3, 1, 1, 1, 1)[1],
+    "size": lambda x: x.view(size=(2, 4, -1)).reshape(shape=x.shape),
+    "expand": lambda x: x[:, :1].expand(size=(2, 4, 6, 7)),
+    "all": lambda x: x[:, :, :6, 0:100] + x[..., -7:],
+    "squeeze": lambda x: x[:1, :1].squeeze()[None, None] + x.squeeze(2).squeeze(-1),
+    "factor": lambda x: F.pixel_shuffle(input=x, upscale_factor=2),
+    "unshuffle": lambda x: F.pixel_unshuffle(F.interpolate(x, scale_factor=2), 2),
+    "space to depth": lambda x: (
+        F.interpolate(x, scale_factor=2)
+        .view(2, 4, 6, 2, 7, 2)
+        .permute(0, 1, 3, 5, 2, 4)
+        .flatten(1, 3)
+    ),
+    "depth to space": lambda x: (
+        x.view(2, 1, 2, 2, 6, 7).permute(0, 1, 4, 2, 5, 3).reshape(2, 1, 12, 14).cos()
+    ),
+    "channels to the end": lambda x: (
+        x.permute(0, 2, 3, 1).flatten(1).view(2, 6, 7, 4).movedim(3, 1)
+    ),
+    "relu_": lambda x: F.relu_(input=x * 1),
+    "equal to what is no number": lambda x: x * 2 if x == "x" or x is None else x,
+    "a constant": lambda x: x + torch.zeros(4, 1, 1, dtype=x.dtype).fill_(3).add_(1),
+}
+
+
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_spellings(name: str) -> None:
+    for tile_size in ((3, 4), 1, (6, 2)):
+        check(SPELLINGS[name], random(2, 4, 6, 7), tile_size=tile_size)
 
 
 def test_sizes_are_those_of_the_whole_where_they_are_values() -> None:
@@ -326,12 +469,78 @@ def test_video_decoder_of_diffusers() -> None:
         triton_gn.convert(vae)
 
 
+VIDEO = {"latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 2}
+CACHED = {
+    "base_dim": 8,
+    "z_dim": 4,
+    "dim_mult": [1, 2],
+    "num_res_blocks": 1,
+    "temperal_downsample": [True],
+    "latents_mean": [0.0] * 4,
+    "latents_std": [1.0] * 4,
+}
+DECODERS: dict[str, tuple[dict[str, Any], tuple[int, ...]]] = {
+    # linear attention
+    "AutoencoderDC": (
+        {
+            "latent_channels": 4,
+            "attention_head_dim": 4,
+            "encoder_block_types": ("ResBlock", "EfficientViTBlock"),
+            "decoder_block_types": ("ResBlock", "EfficientViTBlock"),
+            "encoder_block_out_channels": (8, 8),
+            "decoder_block_out_channels": (8, 8),
+            "encoder_qkv_multiscales": ((), (5,)),
+            "decoder_qkv_multiscales": ((), (5,)),
+            "encoder_layers_per_block": (1, 1),
+            "decoder_layers_per_block": (1, 1),
+        },
+        (1, 4, 6, 5),
+    ),
+    "AutoencoderKLAllegro": (VIDEO | {"block_out_channels": (8,) * 4}, (1, 4, 3, 6, 5)),
+    # attention with a mask over frames
+    "AutoencoderKLHunyuanVideo": (VIDEO | {"block_out_channels": (8,) * 4}, (1, 4, 3, 6, 5)),
+    # a cache of frames in an argument
+    "AutoencoderKLWan": (CACHED, (1, 4, 3, 6, 5)),
+    "AutoencoderKLQwenImage": (CACHED, (1, 4, 3, 6, 5)),
+    "AutoencoderKLCogVideoX": (VIDEO | {"block_out_channels": (8,) * 4}, (1, 4, 5, 6, 5)),
+    # blocks of pixels as channels
+    "AutoencoderKLHunyuanImage": (
+        {
+            "in_channels": 3,
+            "out_channels": 3,
+            "latent_channels": 4,
+            "block_out_channels": (32, 64),
+            "layers_per_block": 1,
+            "spatial_compression_ratio": 2,
+            "sample_size": 32,
+        },
+        (1, 4, 6, 5),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_decoders_of_diffusers(name: str) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    options, shape = DECODERS[name]
+    vae: Any = fill(getattr(diffusers, name)(**options).requires_grad_(False), 0.03)
+
+    def decode() -> Tensor:
+        latents = random(*shape)
+        # Allegro decodes by tiles of its own only
+        y: Tensor = vae.decoder(latents) if "Allegro" in name else vae.decode(latents).sample
+        return y
+
+    expected = decode()
+    # norms of AutoencoderDC compute in float32
+    bound = 1e-6 if name == "AutoencoderDC" else 1e-12
+    for tile_size in (2, (6, 3)):
+        with exact_tiles(vae.decoder, tile_size):
+            assert difference(decode(), expected) < bound
+    assert difference(decode(), expected) == 0
+
+
 # Refused
-
-
-def causal_attention(x: Tensor) -> Tensor:
-    tokens = x.flatten(2).transpose(1, 2)
-    return F.scaled_dot_product_attention(tokens, tokens, tokens, is_causal=True)
 
 
 REFUSED: dict[str, Callable[[Tensor], Any]] = {
@@ -377,9 +586,10 @@ REFUSED: dict[str, Callable[[Tensor], Any]] = {
     "mul": lambda x: x * x.transpose(2, 3),
     "aten.silu": torch.ops.aten.silu,
     "view": lambda x: x.view(2, 4, -1, 2),
-    "reshape": lambda x: x.transpose(1, 2).reshape(2, 4, *x.shape[2:]),
-    "pixel_unshuffle": lambda x: F.pixel_unshuffle(x, 1),
-    "scaled_dot_product_attention": causal_attention,
+    "reshape": lambda x: x.transpose(1, 2).reshape(2, 3, 8, 7),
+    "pixel_unshuffle": lambda x: F.pixel_unshuffle(F.pad(x, (0, 1)), 2),
+    "scaled_dot_product_attention": lambda x: F.scaled_dot_product_attention(x, x, x),
+    "repeat": lambda x: x.repeat(1, 1, 2, 1),
 }
 
 
@@ -437,6 +647,198 @@ def test_pixels_as_parameters_are_refused() -> None:
     ):
         with exact_tiles(model := Run(function), 3), pytest.raises(NotExactError):
             model(random(3, 3, 6, 3), uncut)
+
+
+ILLEGAL: dict[str, Callable[[Tensor], Any]] = {
+    "divisible by num_groups": lambda x: F.group_norm(x, 3),
+    "3 channels": lambda x: F.conv2d(x, torch.ones(3, 3, 1, 1, dtype=x.dtype)),
+    "non-empty": lambda x: x + torch.cat([]),
+    "out of range": lambda x: x.mean(9),
+    "Padding": lambda x: F.pad(x, (1,)),
+}
+
+
+@pytest.mark.parametrize("message", ILLEGAL)
+def test_errors_of_the_model_are_those_of_the_whole(message: str) -> None:
+    model, x = Run(ILLEGAL[message]), random(2, 4, 6, 7)
+    with pytest.raises(Exception, match=message) as expected:
+        model(x)
+    with exact_tiles(model, 3), pytest.raises(expected.type, match=message) as found:
+        model(x)
+    assert type(found.value) is expected.type is not NotExactError
+
+
+UNKNOWN_FORMS: dict[str, Callable[[Tensor], Any]] = {
+    "linear": lambda x: F.linear(x.movedim(1, 3), torch.ones(4, dtype=x.dtype)),
+    "batch_norm": lambda x: torch.batch_norm(
+        x, None, None, torch.ones(4).double(), torch.ones(4).double(), False, 0.1, 1e-5, False
+    ),
+    "view": lambda x: x.view(torch.int64),
+    "cat": lambda x: torch.cat([x, x], 1, out=torch.zeros_like(torch.cat([x, x], 1))),
+    "matmul": lambda x: x.movedim(1, 3) @ torch.ones(4, dtype=x.dtype),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN_FORMS)
+def test_forms_that_no_rule_knows_are_refused_by_name(name: str) -> None:
+    model, x = Run(UNKNOWN_FORMS[name]), random(2, 4, 6, 7)
+    model(x)
+    with exact_tiles(model, 3), pytest.raises(NotExactError, match=rf"\b{name} .*form") as raised:
+        model(x)
+    assert raised.value.__cause__ is not None
+
+
+def test_remedies_are_not_in_vain() -> None:
+    """Norms without running statistics take those of the pixels in evaluation too."""
+    model = nn.BatchNorm2d(4, track_running_stats=False).double().eval()
+    with exact_tiles(model, 3), pytest.raises(NotExactError, match=r"batch_norm (?!.*eval)"):
+        model(random(2, 4, 6, 7))
+
+
+class Recurrent(nn.Module):
+    """Keeps its state in a dict or a list of the caller."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 2, 3, padding=1)
+
+    def forward(self, x: Tensor, state: dict[str, Any], calls: list[int], *more: Any) -> Any:
+        kept = state["h"] if state else x * 0
+        state["h"] = h = torch.tanh(self.conv(torch.cat([x, kept], 1)))
+        calls.append(len(calls))
+        nested = state.setdefault("nested", deque([[None]], maxlen=1))
+        nested[0][0] = h * 2 if nested[0][0] is None else nested[0][0] + h
+        return F.interpolate(h, scale_factor=2), (h,)
+
+
+def test_state_in_arguments_is_kept_whole() -> None:
+    model = fill(Recurrent())
+
+    def run() -> list[Tensor]:
+        state: dict[str, Any] = {}
+        calls: list[int] = []
+        for seed in range(3):
+            y, (h,) = model(random(1, 2, 6, 7, seed=seed), state, calls)
+        assert calls == [0, 1, 2]
+        grads = torch.autograd.grad(y.square().sum(), list(model.parameters()))
+        return [y, h, state["h"], state["nested"][0][0], *grads]
+
+    expected = run()
+    for tile_size in (3, (6, 2)):
+        with exact_tiles(model, tile_size):
+            for found, exact in zip(run(), expected, strict=True):
+                assert difference(found, exact) < 1e-12
+
+
+def test_state_in_attributes_is_named() -> None:
+    """Each tile counts on, as the others have not finished."""
+
+    def model(x: Tensor) -> Tensor:
+        run.at = 0
+        for _ in range(2):
+            x = F.group_norm(x, 1) * [1, 2][run.at]
+            run.at += 1
+        return x
+
+    run: Any = Run(model)
+    with exact_tiles(run, 3), pytest.raises(NotExactError, match=r"attribute at ") as raised:
+        run(random(2, 4, 6, 7))
+    assert isinstance(raised.value.__cause__, IndexError)
+    run(random(2, 4, 6, 7))
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "a view": lambda total: total.view(1).add_(1),
+    "by keyword": lambda total: torch.add(total, 1, out=total),
+    "in a list": lambda total: torch._foreach_add_([torch.zeros_like(total), total], 1),
+    "by assignment": lambda total: operator.setitem(total.view(1), 0, 1),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_what_tiles_share_is_not_changed(name: str) -> None:
+    model = Run(lambda x: (CHANGES[name](model.get_buffer("total")), x))
+    model.register_buffer("total", torch.zeros((), dtype=torch.float64))
+    with exact_tiles(model, 3), pytest.raises(NotExactError, match=r" each tile would change it"):
+        model(random(2, 4, 6, 7))
+    assert not model.get_buffer("total")
+
+
+# Hooks that move parameters
+
+
+def cast_before(module: nn.Module, args: Any) -> None:
+    module.to(torch.float64)
+
+
+def cast_after(module: nn.Module, args: Any, y: Any) -> None:
+    module.to(torch.float32)
+
+
+def hook_with_pytorch(model: nn.Module) -> str:
+    for module in model.children():
+        module.register_forward_pre_hook(cast_before)
+        module.register_forward_hook(cast_after)
+    return "cast_before"
+
+
+def hook_with_accelerate(model: nn.Module) -> str:
+    pytest.importorskip("accelerate").cpu_offload(model, execution_device="cpu")
+    return "AlignDevicesHook.pre_forward"
+
+
+def hook_groups_with_diffusers(model: nn.Module) -> str:
+    hooks = pytest.importorskip("diffusers.hooks")
+    cpu = torch.device("cpu")
+    hooks.apply_group_offloading(
+        model, onload_device=cpu, offload_device=cpu, offload_type="leaf_level"
+    )
+    return "GroupOffloadingHook.pre_forward"
+
+
+def hook_dtypes_with_diffusers(model: nn.Module) -> str:
+    hooks = pytest.importorskip("diffusers.hooks")
+    hooks.apply_layerwise_casting(model, torch.bfloat16, torch.float64)
+    return "LayerwiseCastingHook.pre_forward"
+
+
+def make_small() -> nn.Module:
+    return fill(nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.GroupNorm(2, 8), nn.SiLU()))
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [
+        hook_with_pytorch,
+        hook_with_accelerate,
+        hook_groups_with_diffusers,
+        hook_dtypes_with_diffusers,
+    ],
+)
+def test_hooks_that_move_parameters_are_named(hook: Callable[[nn.Module], str]) -> None:
+    model = make_small()
+    name = hook(model)
+    message = rf"the hook {name} .*enable_model_cpu_offload"
+    with torch.no_grad(), exact_tiles(model, 3), pytest.raises(NotExactError, match=message):
+        model(random(2, 3, 6, 7))
+
+
+def test_remedies_of_hooks() -> None:
+    """The same hooks around the whole, on the model itself or taken away."""
+    accelerate = pytest.importorskip("accelerate")
+    x = random(2, 3, 6, 7)
+    expected = make_small()(x)
+    around, _ = accelerate.cpu_offload_with_hook(nn.Sequential(make_small()), "cpu")
+    itself, _ = accelerate.cpu_offload_with_hook(make_small(), "cpu")
+    removed = make_small()
+    hook_with_accelerate(removed)
+    accelerate.hooks.remove_hook_from_submodules(removed)
+    for outer, tiled in ((around, around[0]), (itself, itself), (removed, removed)):
+        with exact_tiles(tiled, 3):
+            assert difference(outer(x), expected) < 1e-12
+            with pytest.raises(RuntimeError, match="already"), exact_tiles(tiled, 3):
+                pass
+        assert difference(outer(x), expected) < 1e-12
 
 
 def test_state_is_refused() -> None:

@@ -20,30 +20,18 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from triton_gn.ops import context, settings
 from triton_gn.tiling.baton import Baton
+from triton_gn.tiling.hooks import enter
 from triton_gn.tiling.layout import Axis, Layout, NotExactError, is_cut, whole
-from triton_gn.tiling.rules import ALWAYS_ASKED, RULES
+from triton_gn.tiling.local import raise_if_illegal
+from triton_gn.tiling.rules import ALIASES, ALWAYS_ASKED, RULES
+from triton_gn.tiling.state import attributes, same, write_back
 from triton_gn.tiling.tile import Tile, assembled, leaves, refuse
 
 __all__ = ["NotExactError", "exact_tiles"]
 
+_OPERATORS = "add sub mul truediv div floordiv mod pow and or xor lshift rshift matmul"
 _IN_PLACE = {"__setitem__", "__set__", "__delitem__"} | {
-    f"__i{name}__"
-    for name in [
-        "add",
-        "sub",
-        "mul",
-        "truediv",
-        "div",
-        "floordiv",
-        "mod",
-        "pow",
-        "and",
-        "or",
-        "xor",
-        "lshift",
-        "rshift",
-        "matmul",
-    ]
+    f"__i{name}__" for name in _OPERATORS.split()
 }
 _thread = threading.local()  # has a tile while it runs one
 
@@ -62,9 +50,10 @@ def exact_tiles(
     in memory, temporaries are those of one tile at a time.
 
     Args:
-        model: of which only the own forward is changed, until the context ends: hooks see whole
-            tensors, and ``with exact_tiles(vae.decoder): vae.decode(z)`` works. It must depend on
-            nothing random, and keep no state.
+        model: of which only the own forward is changed, until the context ends: hooks of PyTorch
+            and of accelerate see whole tensors, and ``with exact_tiles(vae.decoder):
+            vae.decode(z)`` works. It must depend on nothing random, and keep state only in lists
+            and dicts that it gets as arguments. Hooks within may not move parameters.
         tile_size: the largest tile, in pixels of the model's input; all are of nearly one size.
         offload: keep what waiting tiles have in host memory, pinned for a GPU: the GPU holds one
             tile's activations at a time, at the price of copies. Without gradients only.
@@ -86,7 +75,9 @@ def exact_tiles(
             raise ValueError(f"exact_tiles: tile_size must be at least 1; got {tile_size!r}.")
     if not sizes:
         raise ValueError("exact_tiles: tile_size must have a size or several; got ().")
-    original = model.forward
+    # accelerate calls the forward by this name, within its hooks
+    name = "_old_forward" if "_old_forward" in vars(model) else "forward"
+    original = getattr(model, name)
     if getattr(original, "is_tiled", False):
         raise RuntimeError(
             "exact_tiles: the model is in such a context already. Leave that one first."
@@ -94,18 +85,19 @@ def exact_tiles(
 
     @functools.wraps(original)
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return _forward(model, original, tile_size, offload, args, kwargs)
+        return _forward(model, original, tile_size, offload, cuts, args, kwargs)
 
+    cuts = WeakTensorKeyDictionary()  # of tensors that the model has returned
     forward.is_tiled = True  # type: ignore[attr-defined]
-    own = vars(model).get("forward")  # of the module itself, as accelerate's hooks set it
-    model.forward = forward
+    own = vars(model).get(name)
+    setattr(model, name, forward)
     try:
         yield
     finally:
         if own is None:
-            del model.forward
+            delattr(model, name)
         else:
-            model.forward = own
+            setattr(model, name, own)
 
 
 def _forward(
@@ -113,6 +105,7 @@ def _forward(
     original: Callable[..., Any],
     tile_size: int | tuple[int, ...],
     offload: bool,
+    cuts: WeakTensorKeyDictionary,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> Any:
@@ -138,12 +131,7 @@ def _forward(
     if not axes or x.numel() == 0:
         return original(*args, **kwargs)
 
-    def call(part: Tensor) -> Any:
-        given = [*values[:at], part, *values[at + 1 :]]
-        named = zip(kwargs, given[len(args) :], strict=True)
-        return original(*given[: len(args)], **dict(named))
-
-    others = leaves([*values[:at], *values[at + 1 :]], Tensor)
+    others = filter(torch.is_tensor, pytree.tree_leaves([*values[:at], *values[at + 1 :]]))
     known = WeakTensorKeyDictionary(dict.fromkeys([*others, *model.parameters(), *model.buffers()]))
     grid = list(itertools.product(*(range(len(axis.sizes)) for axis in axes)))
     baton = Baton(len(grid))
@@ -151,19 +139,32 @@ def _forward(
     surroundings = _surroundings(x)
 
     def run(tile: Tile) -> Any:
+        def cut(tensor: Tensor) -> Tensor:
+            known_axes, known_layout = cuts.get(tensor, (None, ()))
+            return tile.cut(tensor, known_layout) if known_axes == axes else tensor
+
         with surroundings():
             _thread.tile = tile
-            part = x
-            for dim, factors in enumerate(layout):
-                for axis in factors:
-                    if isinstance(axis, Axis):
-                        place = tile.coords[axis.number]
-                        part = part.narrow(dim, axis.edges[place], axis.sizes[place])
-            tile.mark(part := part.clone(), layout)  # dense, as the whole is
+            own = pytree.tree_map_only(Tensor, cut, values)
+            own[at] = tile.cut(x, layout)
+            named = dict(zip(kwargs, own[len(args) :], strict=True))
             with _Mode(tile):
-                return call(part)
+                y = enter(model, original, own[: len(args)], named)
+            return y, [*own[:at], *own[at + 1 :]]
 
-    return _whole_of(baton.run([functools.partial(run, tile) for tile in tiles]), tiles, grid)
+    before = attributes(model)
+    try:
+        results = baton.run([functools.partial(run, tile) for tile in tiles])
+    except NotExactError:
+        raise
+    except Exception as error:
+        changed = [n for n, v in attributes(model).items() if not same(v, before.get(n))]
+        if changed and baton.is_in_between:
+            refuse(f"the attribute {changed[0]}", "changes, and all tiles share it", cause=error)
+        raise
+    whole_y, kept = _whole_of(results, tiles, grid, lambda t, dims: cuts.update({t: (axes, dims)}))
+    write_back([*values[:at], *values[at + 1 :]], kept)
+    return whole_y
 
 
 def _check_surroundings() -> None:
@@ -251,13 +252,20 @@ class _Mode(TorchFunctionMode):
         tensors = list(leaves((args, kwargs), Tensor))
         tile.check(func, tensors)
         is_cut = any(map(tile.is_cut, tensors))
-        target = args[0] if _is_in_place(func) else kwargs.get("out")
-        if target is not None and not tile.is_cut(target):
-            refuse(func, "changes what belongs to no tile: each tile would change it again")
+        changed = (args[:1] or tensors[:1]) if _is_in_place(func) else kwargs.get("out")
+        tile.check_changes(func, changed)
         if is_cut and rule is None:
             refuse(func, "is not known to need pixels of its own tile only")
         if rule is not None and (is_cut or rule in ALWAYS_ASKED):
-            return rule(tile, func, *args, **kwargs)
+            named = {ALIASES.get(name, name): value for name, value in kwargs.items()}
+            try:
+                return rule(tile, func, *args, **named)
+            except (NotExactError, NotImplementedError, MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:
+                raise_if_illegal(tile, func, args, kwargs, error)
+                reason = str(error).partition("\n")[0].rstrip(".")
+                refuse(func, f"is not known in this form ({reason})", cause=error)
         if kwargs.get("generator") is not None or _is_random(_name(func)):
             refuse(func, "draws random numbers: each tile would draw its own")
         return tile.mark(func(*args, **kwargs))
@@ -281,7 +289,12 @@ def _is_random(name: str) -> bool:
     return is_tagged or name == "gumbel_softmax"
 
 
-def _whole_of(results: list[Any], tiles: list[Tile], grid: list[tuple[int, ...]]) -> Any:
+def _whole_of(
+    results: list[Any],
+    tiles: list[Tile],
+    grid: list[tuple[int, ...]],
+    keep: Callable[[Tensor, Layout], None],
+) -> Any:
     """The model's output of those of its tiles."""
     flat = [pytree.tree_flatten(result) for result in results]
     spec = flat[0][1]
@@ -289,18 +302,29 @@ def _whole_of(results: list[Any], tiles: list[Tile], grid: list[tuple[int, ...]]
         raise NotExactError("exact_tiles: the tiles gave outputs of different structures.")
     outputs = []
     for parts in zip(*(leaf for leaf, _ in flat), strict=True):
-        outputs.append(_put_together(parts, tiles, grid))
+        y, layout = _put_together(parts, tiles, grid)
+        outputs.append(y)
+        if any(map(is_cut, layout)):
+            keep(y, layout)
     return pytree.tree_unflatten(outputs, spec)
 
 
-def _put_together(parts: tuple[Any, ...], tiles: list[Tile], grid: list[tuple[int, ...]]) -> Any:
-    if not isinstance(parts[0], Tensor):
-        if any(part != parts[0] for part in parts):
-            raise NotExactError(f"exact_tiles: an output is each tile's own: {parts[0]!r}.")
-        return parts[0]
-    (layout,) = {tile.output_layout(part) for tile, part in zip(tiles, parts, strict=True)}
+def _put_together(
+    parts: tuple[Any, ...], tiles: list[Tile], grid: list[tuple[int, ...]]
+) -> tuple[Any, Layout]:
+    first = parts[0]
+    if not all(isinstance(part, Tensor) for part in parts):
+        if not all(same(part, first) for part in parts):
+            raise NotExactError(
+                f"exact_tiles: an output is each tile's own: {type(first).__name__}. "
+                "Return tensors, alone or in tuples, lists and dicts."
+            )
+        return first, ()
+    layout = tiles[0].output_layout(first)
+    if any(tile.output_layout(part) != layout for tile, part in zip(tiles, parts, strict=True)):
+        raise NotExactError("exact_tiles: the tiles gave outputs of different layouts.")
     if not any(map(is_cut, layout)):
-        return parts[0]
+        return first, layout
     places = {
         dim[0].number: i
         for i, dim in enumerate(layout)
@@ -308,7 +332,8 @@ def _put_together(parts: tuple[Any, ...], tiles: list[Tile], grid: list[tuple[in
     }
     if len(places) != len(grid[0]):
         raise NotExactError(
-            f"exact_tiles: an output of shape {tuple(parts[0].shape)} in a tile is not spatial. "
+            f"exact_tiles: an output of shape {tuple(first.shape)} in a tile is not spatial. "
             "Tile a part of the model whose outputs are (N, C, *)."
         )
-    return assembled(dict(zip(grid, parts, strict=True)), [places[i] for i in sorted(places)])
+    dims = [places[i] for i in sorted(places)]
+    return assembled(dict(zip(grid, parts, strict=True)), dims), layout

@@ -20,6 +20,7 @@ class Baton:
 
     def __init__(self, tiles: int) -> None:
         self.error: BaseException | None = None
+        self.is_in_between = False  # some tiles had got further than the one that failed
         self._turns = [threading.Semaphore(0) for _ in range(tiles)]
         self._done = threading.Event()
         self._step = 1
@@ -118,6 +119,7 @@ class Baton:
     def _stop(self, error: BaseException) -> None:
         if self.error is None:
             self.error = error
+            self.is_in_between = bool(self._parts)
         for turn in self._turns:
             turn.release()
         self._done.set()

@@ -45,12 +45,25 @@ def is_cut(dim: Dim) -> bool:
     return any(isinstance(factor, Axis) for factor in dim)
 
 
+def scaled(axis: Axis, factor: int, divisor: int = 1) -> Axis:
+    """Return the axis with ``factor`` pixels in place of each ``divisor``.
+
+    ValueError if a tile has a part of these.
+    """
+    values = [value * factor for value in (*axis.sizes, *axis.padding)]
+    if any(value % divisor for value in values):
+        raise ValueError(f"tiles of {axis.sizes} pixels have parts of blocks of {divisor}")
+    *sizes, first, last = (value // divisor for value in values)
+    return Axis(axis.number, tuple(sizes), (first, last))
+
+
 def joined(factors: Iterable[int | Axis]) -> Dim:
-    """The factors as one dimension, numbers side by side multiplied."""
+    """Return the factors as one dimension, numbers multiplied into what is before them."""
     dim: list[int | Axis] = []
     for factor in factors:
-        if dim and isinstance(factor, int) and isinstance(dim[-1], int):
-            dim[-1] *= factor
+        if dim and isinstance(factor, int):
+            last = dim[-1]
+            dim[-1] = last * factor if isinstance(last, int) else scaled(last, factor)
         elif factor != 1:
             dim.append(factor)
     return tuple(dim)
@@ -69,26 +82,26 @@ def own_size(dim: Dim, coords: Sequence[int]) -> int:
     return math.prod(sizes)
 
 
-def reshaped(layout: Layout, sizes: Sequence[int]) -> Layout | None:
-    """The layout after ``reshape(sizes)`` of the whole; None where that would split an axis."""
+def reshaped(layout: Layout, sizes: Sequence[int]) -> Layout:
+    """Return the layout after ``reshape(sizes)`` of the whole; ValueError if that mixes tiles."""
+    before = tuple(map(size_of, layout))
     rest = list(joined(itertools.chain.from_iterable(layout)))
-    missing = size_of(tuple(rest)) // max(1, math.prod(size for size in sizes if size != -1))
+    missing = math.prod(before) // max(1, math.prod(size for size in sizes if size != -1))
     dims = []
     for wanted in sizes:
         size = missing if wanted == -1 else wanted
         dim: list[int | Axis] = []
         while size != 1:
-            if not rest:
-                return None
-            factor = rest.pop(0)
+            factor = rest.pop(0)  # an IndexError is for sizes that do not fit the whole either
             here = size_of((factor,))
             if size % here == 0:
                 size //= here
-            elif isinstance(factor, int) and factor % size == 0:
-                rest.insert(0, factor // size)
-                factor, size = size, 1
+            elif here % size == 0:
+                rest.insert(0, here // size)
+                factor = size if isinstance(factor, int) else scaled(factor, 1, here // size)
+                size = 1
             else:
-                return None
+                raise ValueError(f"from {before} to {tuple(sizes)} mixes pixels of several tiles")
             dim.append(factor)
         dims.append(joined(dim))
-    return None if rest else tuple(dims)
+    return tuple(dims)

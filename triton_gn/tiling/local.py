@@ -2,14 +2,16 @@
 
 import itertools
 import math
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from triton_gn.tiling.layout import Dim, Layout, is_cut, joined, reshaped, size_of, whole
-from triton_gn.tiling.tile import Tile, each, leaves, refuse, relaid
+from triton_gn.tiling.tile import NO_DROPOUT, Tile, each, leaves, refuse, relaid
 
 # Products
 
@@ -23,12 +25,13 @@ def linear(tile: Tile, func: Any, input: Tensor, weight: Tensor, bias: Any = Non
 
 
 def matmul(tile: Tile, func: Any, input: Tensor, other: Tensor) -> Any:
-    """Of matrices with an uncut inner dimension; only one may have pixels."""
-    if min(input.ndim, other.ndim) < 2:
-        refuse(func, "is known for matrices only")
+    """Multiply matrices of which one has pixels, or sum a product over all pixels."""
+    a, b = tile.layout(input), tile.layout(other)
+    if a[-1] == b[-2] and tile.is_all_cut(a[-1]):
+        parts = tile.exchange(func, (a, b), func(input, other), torch.stack)
+        return tile.mark(parts.sum(0))
     tile.require_whole(func, input, (-1,))
     tile.require_whole(func, other, (-2,))
-    a, b = tile.layout(input), tile.layout(other)
     if is_cut(a[-2]) and is_cut(b[-1]):
         refuse(
             func,
@@ -46,6 +49,8 @@ def pointwise(tile: Tile, func: Any, *args: Any, **kwargs: Any) -> Any:
     """Operands broadcast."""
     layout = tile.broadcast(func, [tile.layout(t) for t in leaves((args, kwargs), Tensor)])
     y = func(*args, **kwargs)
+    if y is NotImplemented:  # by == with what is no number
+        return y
     if not isinstance(y, Tensor):
         refuse(func, "is known with one result only")
     return tile.mark(y, layout)
@@ -66,7 +71,7 @@ def dropout(
 ) -> Any:
     """Nothing in evaluation."""
     if training and p:
-        refuse(func, "draws random numbers in training", "Call model.eval() first.")
+        refuse(func, "draws random numbers in training", NO_DROPOUT)
     return tile.mark(func(input, p, False), tile.layout(input))
 
 
@@ -153,7 +158,8 @@ def getitem(tile: Tile, func: Any, input: Tensor, index: Any) -> Any:
     kept: dict[int, Dim] = {}
     taken = made = 0
     for item in items:
-        if item == slice(None):
+        size = size_of(tile.layout(input)[taken]) if item is not None else 0
+        if isinstance(item, slice) and item.indices(size) == (0, size, 1):
             kept[made] = tile.layout(input)[taken]
         elif item is not None:
             tile.require_whole(func, input, (taken,))
@@ -170,18 +176,27 @@ def rearrange(tile: Tile, func: Any, input: Tensor, *args: Any, **kwargs: Any) -
     layout = tile.layout(input)
     sizes = [i + 2 if dim else 1 for i, dim in enumerate(layout)]
     shape = func(torch.empty(sizes, device="meta"), *args, **kwargs).shape
+    dims = tuple(() if size == 1 else layout[size - 2] for size in shape)
     y = func(input, *args, **kwargs)
-    if y.ndim != len(shape):
-        refuse(func, "takes away a dimension of which other tiles have the rest", "Name others.")
-    return tile.mark(y, tuple(() if size == 1 else layout[size - 2] for size in shape))
+    # a cut dimension of which this tile has one pixel stays
+    return tile.mark(y if y.ndim == len(dims) else input.reshape(tile.own_sizes(dims)), dims)
 
 
-def reshape(tile: Tile, func: Any, input: Tensor, *shape: Any) -> Any:
+def repeat(tile: Tile, func: Any, input: Tensor, *repeats: Any, **named: Any) -> Any:
+    """Repeat along dimensions that are not cut."""
+    times = _sizes(*repeats, *named.values())
+    layout = [()] * (len(times) - input.ndim) + list(tile.layout(input))
+    tile.require_whole(
+        func, input, [-i for i, n in enumerate(times[::-1], 1) if n != 1 and i <= input.ndim]
+    )
+    kept = {i: dim for i, dim in enumerate(layout) if times[i] == 1}
+    return relaid(tile, func(input, times), kept)
+
+
+def reshape(tile: Tile, func: Any, input: Tensor, *shape: Any, **named: Any) -> Any:
     """Splits and joins dimensions; the sizes are those of the whole."""
-    sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape
-    if not all(isinstance(size, int) for size in sizes):
-        refuse(func, "is known with sizes only")
-    layout = _reshaped(func, tile.layout(input), sizes)
+    sizes = _sizes(*shape, *named.values())
+    layout = reshaped(tile.layout(input), sizes)
     return tile.mark(func(input, tile.own_sizes(layout)), layout)
 
 
@@ -198,14 +213,14 @@ def unflatten(tile: Tile, func: Any, input: Tensor, dim: int, sizes: Sequence[in
     """Splits a dimension."""
     layout = tile.layout(input)
     at = dim % input.ndim
-    inner = _reshaped(func, (layout[at],), sizes)
+    inner = reshaped((layout[at],), sizes)
     y = func(input, dim, tile.own_sizes(inner))
     return tile.mark(y, (*layout[:at], *inner, *layout[at + 1 :]))
 
 
-def expand(tile: Tile, func: Any, input: Tensor, *shape: Any) -> Any:
+def expand(tile: Tile, func: Any, input: Tensor, *shape: Any, **named: Any) -> Any:
     """Repeats what has size 1 in the whole."""
-    sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape
+    sizes = _sizes(*shape, *named.values())
     layout = [()] * (len(sizes) - input.ndim) + list(tile.layout(input))
     for i, size in enumerate(sizes):
         if size not in (-1, size_of(layout[i])):
@@ -219,6 +234,21 @@ def shape(tile: Tile, func: Any, input: Tensor, dim: int | None = None) -> Any:
     """Of the whole, so that the model computes with the sizes that it has in one piece."""
     sizes = torch.Size(map(size_of, tile.layout(input)))
     return sizes if dim is None else sizes[dim]
+
+
+def raise_if_illegal(tile: Tile, func: Any, args: Any, kwargs: Any, error: Exception) -> None:
+    """Raise an error that the model's call has in one piece too, on tensors without values."""
+
+    def whole_of(part: Tensor) -> Tensor:
+        return torch.empty(shape(tile, func, part), dtype=part.dtype, device="meta")
+
+    whole_args, whole_kwargs = pytree.tree_map_only(Tensor, whole_of, (args, kwargs))
+    try:
+        func(*whole_args, **whole_kwargs)
+    except (NotImplementedError, ArithmeticError):
+        pass  # says nothing about real values
+    except Exception as own:
+        raise (error if isinstance(error, RuntimeError) else own) from None
 
 
 def numel(tile: Tile, func: Any, input: Tensor) -> int:
@@ -236,12 +266,9 @@ def query(tile: Tile, func: Any, *args: Any, **kwargs: Any) -> Any:
     return func(*args, **kwargs)
 
 
-def _reshaped(func: Any, layout: Layout, sizes: Sequence[int]) -> Layout:
-    found = reshaped(layout, sizes)
-    if found is None:
-        before = tuple(map(size_of, layout))
-        refuse(func, f"from {before} to {tuple(sizes)} mixes pixels of several tiles")
-    return found
+def _sizes(*shape: Any) -> list[int]:
+    sizes = shape[0] if len(shape) == 1 and isinstance(shape[0], tuple | list) else shape
+    return list(map(operator.index, sizes))
 
 
 def _only(func: Any, layouts: set[Layout]) -> Layout:

@@ -21,7 +21,7 @@ _NAMES: dict[Rule, str] = {
     spatial.attention: "scaled_dot_product_attention",
     spatial.pad: "pad",
     spatial.interpolate: "interpolate",
-    spatial.pixel_shuffle: "pixel_shuffle",
+    spatial.pixel_shuffle: "pixel_shuffle pixel_unshuffle",
     spatial.repeat_interleave: "repeat_interleave",
     local.linear: "linear",
     local.matmul: "matmul bmm mm __matmul__",
@@ -36,6 +36,7 @@ _NAMES: dict[Rule, str] = {
     local.getitem: "__getitem__",
     local.rearrange: "permute transpose swapaxes swapdims movedim moveaxis t T mT "
     "unsqueeze squeeze",
+    local.repeat: "repeat",
     local.reshape: "view reshape",
     local.expand: "expand broadcast_to",
     local.flatten: "flatten",
@@ -82,6 +83,13 @@ RULES: dict[Any, Rule] = {
     for name in names.split()
     for function in _functions(rule, name)
 } | {group_norm: spatial.fused_norm}
+
+# other spellings that PyTorch takes, by the rules' own
+_SPELLINGS = {"input": "x tensor", "other": "x2 mat2", "dim": "axis", "keepdim": "keepdims"} | {
+    "training": "train",
+    "factor": "upscale_factor downscale_factor",
+}
+ALIASES = {alias: name for name, aliases in _SPELLINGS.items() for alias in aliases.split()}
 
 # must be asked even where nothing is cut: they may draw random numbers or change buffers
 ALWAYS_ASKED = {local.dropout, spatial.attention, spatial.batch_norm}

@@ -9,25 +9,16 @@ from torch import Tensor
 
 from triton_gn.ops import settings
 from triton_gn.statistics import group_norm_apply, group_norm_stats
-from triton_gn.tiling.layout import Axis, Dim, is_cut, size_of, whole
-from triton_gn.tiling.tile import Tile, axis_of, each, refuse, relaid, scaled
+from triton_gn.tiling.layout import Axis, Dim, is_cut, scaled, size_of, whole
+from triton_gn.tiling.tile import NO_DROPOUT, Tile, axis_of, each, refuse, relaid
 
 # Norms
 
 
-def norm(
-    tile: Tile,
-    func: Any,
-    input: Tensor,
-    num_groups: int,
-    weight: Tensor | None = None,
-    bias: Tensor | None = None,
-    eps: float = 1e-5,
-    cudnn_enabled: bool = True,
-) -> Tensor:
+def norm(tile: Tile, func: Any, *args: Any, cudnn_enabled: bool = True, **kwargs: Any) -> Tensor:
     """PyTorch's group_norm."""
     with settings.autocast_policy("torch"):
-        return fused_norm(tile, func, input, num_groups, weight, bias, eps)
+        return fused_norm(tile, func, *args[:5], **kwargs)
 
 
 def fused_norm(
@@ -52,10 +43,7 @@ def fused_norm(
     stats = group_norm_stats(input, num_groups, per_channel.get("pre_add"))
     total = tile.exchange(func, (layout,), stats, lambda parts: parts[0].merge(*parts[1:]))
     y = group_norm_apply(
-        *(input, total, weight, bias, eps),
-        activation=activation,
-        residual=residual,
-        **per_channel,
+        *(input, total, weight, bias, eps), activation=activation, residual=residual, **per_channel
     )
     return tile.mark(y, layout)  # type: ignore[no-any-return]
 
@@ -74,7 +62,8 @@ def batch_norm(
 ) -> Any:
     """In evaluation only: an affine function of each channel."""
     if training or running_mean is None:
-        refuse(func, "takes statistics of the pixels in training", "Call model.eval() first.")
+        remedy = "Call model.eval() first." if running_mean is not None else ""
+        refuse(func, "takes statistics of the pixels", remedy)
     tile.require_whole(func, input, (1,))
     tile.require_uncut(func, (running_mean, running_var, weight, bias))
     y = func(input, running_mean, running_var, weight, bias, training, momentum, eps)
@@ -142,6 +131,8 @@ def _windows(
     """
     edges = axis.edges
     outputs = (edges[-1] + before + after - reach - 1) // stride + 1
+    if outputs < 1:
+        raise ValueError(f"no window fits into {edges[-1]} pixels")
     fits = outputs == -((sum(axis.padding) - edges[-1]) // stride)
     first_home = axis.padding[0] if fits else reach // 2 - before
     inner = [min(max(-((first_home - edge) // stride), 0), outputs) for edge in edges[1:-1]]
@@ -167,33 +158,44 @@ def attention(
 ) -> Any:
     """Each query of the tile over all keys: those of all tiles if they are cut."""
     if dropout_p:
-        refuse(func, "draws random numbers with dropout_p > 0", "Call model.eval() first.")
+        refuse(func, "draws random numbers with dropout_p > 0", NO_DROPOUT)
     tile.require_uncut(func, attn_mask)
     for tensor in (query, key, value):
         tile.require_whole(func, tensor, (-1,))
     q, k, v = (tile.layout(tensor) for tensor in (query, key, value))
     cut_tokens = is_cut(q[-2]) or is_cut(k[-2]) or is_cut(v[-2])
     cut_batch = any(map(is_cut, (*q[:-2], *k[:-2], *v[:-2])))
-    if (attn_mask is not None and (cut_tokens or cut_batch)) or (is_causal and cut_tokens):
-        refuse(func, "got a mask, which is of all pixels", "Attend without a mask.")
-    if cut_batch and not q[:-2] == k[:-2] == v[:-2]:
-        refuse(func, "got queries, keys and values whose batches are not cut alike")
-    if k[-2] != v[-2]:
-        refuse(func, "got keys and values that are not cut alike")
+    if k[-2] != v[-2] or (cut_batch and not q[:-2] == k[:-2] == v[:-2]):
+        refuse(func, "got queries, keys and values that are not cut alike")
+    columns = _places(tile, k[-2], key.device)
     if is_cut(k[-2]):
-        if cut_batch:
+        if cut_batch or not tile.is_all_cut(k[-2]):
             refuse(func, "got keys whose tokens and batch are both cut")
-        # the softmax does not care about the order of the keys
-        key, value = tile.exchange(
+        key, value, columns = tile.exchange(
             func,
             (q, k),
-            (key, value),
+            (key, value, columns),
             lambda parts: [torch.cat(tensors, -2) for tensors in zip(*parts, strict=True)],
         )
+    # a mask follows the order of the keys, for which the softmax does not care
+    if attn_mask is not None:
+        for i, dim in enumerate((k[-2], *q[-2::-1]), 1):
+            if is_cut(dim) and i <= attn_mask.ndim and attn_mask.shape[-i] != 1:
+                at = columns if i == 1 else _places(tile, dim, key.device)
+                attn_mask = attn_mask.index_select(-i, at[:, 0])
+    elif is_causal and cut_tokens:
+        attn_mask, is_causal = _places(tile, q[-2], key.device) >= columns.T, False
     y = func(query, key, value, attn_mask, 0.0, is_causal, **kwargs)
     if not (cut_tokens or cut_batch):
         return tile.mark(y)
     return tile.mark(y, (*q[:-1], whole(y.shape[-1])))
+
+
+def _places(tile: Tile, dim: Dim, device: torch.device) -> Tensor:
+    """Return where in the whole the tile's values of a dimension are, (size, 1)."""
+    sizes = [size_of((factor,)) for factor in dim]
+    places = torch.arange(size_of(dim), device=device).reshape(sizes)
+    return tile.cut(places, [(factor,) for factor in dim]).reshape(-1, 1)
 
 
 def pad(
@@ -262,23 +264,25 @@ def interpolate(
     return relaid(tile, func(input, tuple(sizes), mode=mode), cut)
 
 
-def pixel_shuffle(tile: Tile, func: Any, input: Tensor, upscale_factor: int) -> Any:
-    """From channels to pixels."""
+def pixel_shuffle(tile: Tile, func: Any, input: Tensor, factor: int) -> Any:
+    """Turn channels into pixels, or back."""
     tile.require_whole(func, input, (-3,))
-    *rest, _, high, wide = tile.layout(input)
+    *rest, channels, high, wide = tile.layout(input)
+    y = func(input, factor)
+    ratio = (1, factor) if y.shape[-3] > size_of(channels) else (factor,)
     cut = dict(enumerate(rest))
     for i, dim in enumerate((high, wide), start=len(rest) + 1):
         if is_cut(dim):
-            cut[i] = (scaled(axis_of(func, dim), upscale_factor),)
-    return relaid(tile, func(input, upscale_factor), cut)
+            cut[i] = (scaled(axis_of(func, dim), *ratio),)
+    return relaid(tile, y, cut)
 
 
 def repeat_interleave(
-    tile: Tile, func: Any, input: Tensor, repeats: int, dim: int | None = None
+    tile: Tile, func: Any, input: Tensor, repeats: int, dim: int | None = None, **output_size: Any
 ) -> Any:
     """Each value several times along a dimension."""
     if dim is None or not isinstance(repeats, int):
-        refuse(func, "is known with one number of repeats and a dimension only")
+        refuse(func, "is known with an int of repeats and a dimension only")
     layout = dict(enumerate(tile.layout(input)))
     at = dim % input.ndim
     before = layout.pop(at)

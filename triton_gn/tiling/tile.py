@@ -12,16 +12,29 @@ from torch.overrides import resolve_name
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from triton_gn.tiling.baton import Baton
+from triton_gn.tiling.hooks import running_hook
 from triton_gn.tiling.layout import Axis, Dim, Layout, NotExactError, is_cut, own_size, whole
 
+NO_DROPOUT = "Call model.eval(), and drop nothing in evaluation: training=False, dropout_p=0."
 Needs = Mapping[int, Sequence[tuple[int, int]]]  # by dimension, of each tile along it: from, to
 
 
-def refuse(func: Any, reason: str, remedy: str = "") -> NoReturn:
+def refuse(func: Any, reason: str, remedy: str = "", cause: Exception | None = None) -> NoReturn:
     """Raise NotExactError."""
     name = func if isinstance(func, str) else resolve_name(func) or func.__name__
     remedy = remedy or "Tile a part of the model that does without it, or run the model untiled."
-    raise NotExactError(f"exact_tiles: {name} {reason}. {remedy}")
+    raise NotExactError(f"exact_tiles: {name} {reason}. {remedy}") from cause
+
+
+def refuse_hook() -> None:
+    """Raise NotExactError where a hook runs that does what a model's forward may not."""
+    if (hook := running_hook()) is not None:
+        refuse(
+            f"the hook {hook}",
+            "moves or changes parameters, or brings in tensors, and tiles share these",
+            "Remove it, with the parameters back in place, or move a larger part as one, as "
+            "enable_model_cpu_offload of a pipeline of diffusers does.",
+        )
 
 
 def leaves(value: Any, kind: type) -> Iterator[Any]:
@@ -82,6 +95,7 @@ class Tile:
         self._baton.check()
         for tensor in tensors:
             if tensor not in self._layouts and tensor not in self._known:
+                refuse_hook()
                 refuse(
                     func,
                     f"got a tensor of shape {tuple(tensor.shape)} that is no parameter, buffer or "
@@ -89,6 +103,17 @@ class Tile:
                     "hold pixels",
                     "Register a constant with register_buffer, keep no state, compile no part.",
                 )
+
+    def check_changes(self, func: Any, targets: Any) -> None:
+        """Refuse changes of what tiles share."""
+        for target in leaves(targets, Tensor):
+            shared = not self.is_cut(target) and any(
+                torch._C._is_alias_of(target, tensor)  # type: ignore[attr-defined]
+                for tensor in self._known
+            )
+            if shared:
+                refuse_hook()
+                refuse(func, "changes what belongs to no tile: each tile would change it again")
 
     def layout(self, tensor: Tensor) -> Layout:
         """Of any tensor that a tile may use."""
@@ -99,6 +124,15 @@ class Tile:
         """Of a tensor that the model returns."""
         self.check("an output of the model", (tensor,))
         return self.layout(tensor)
+
+    def cut(self, tensor: Tensor, layout: Sequence[Dim]) -> Tensor:
+        """Return this tile's part of a tensor of the whole, dense as that is."""
+        for dim, factors in enumerate(layout):
+            for axis in factors:
+                if isinstance(axis, Axis):
+                    place = self.coords[axis.number]
+                    tensor = tensor.narrow(dim, axis.edges[place], axis.sizes[place])
+        return self.mark(tensor.clone(), tuple(layout))  # type: ignore[no-any-return]
 
     def is_cut(self, tensor: Any) -> bool:
         """Whether it is a tensor of which tiles have parts."""
@@ -113,11 +147,12 @@ class Tile:
             expected = self.own_sizes(layout)
             axes = [f.number for dim in layout for f in dim if isinstance(f, Axis)]
             if tuple(tensor.shape) != expected or len(set(axes)) != len(axes):
-                raise NotExactError(
-                    f"exact_tiles: a result has shape {tuple(tensor.shape)} where {expected} was "
-                    "expected: the operation is not known in this form. Run the model untiled."
-                )
+                raise ValueError(f"a tile has {tuple(tensor.shape)} where {expected} is expected")
         return result
+
+    def is_all_cut(self, dim: Dim) -> bool:
+        """Return whether a dimension holds all pixels, so that each tile has its own part."""
+        return sum(isinstance(factor, Axis) for factor in dim) == len(self.coords)
 
     def own_sizes(self, layout: Layout) -> tuple[int, ...]:
         """Of a tensor of this tile."""
@@ -248,6 +283,10 @@ class Tile:
             )
             for index, there in others(lambda dim, i: overlap(dim, i, here[dim]))
         }
+        if not parts:  # all that the windows need is padding
+            spans = {dim: needs[dim][here[dim]] for dim in axes}
+            sizes = [spans[i][1] - spans[i][0] if i in spans else n for i, n in enumerate(x.shape)]
+            return x.new_zeros(sizes)
         gathered = assembled(parts, list(axes))
         margins = [0] * (2 * x.ndim)
         for dim in axes:
@@ -276,11 +315,6 @@ def axis_of(func: Any, dim: Dim) -> Axis:
     if len(dim) == 1 and isinstance(dim[0], Axis):
         return dim[0]
     refuse(func, "works along a dimension in which pixels are flattened")
-
-
-def scaled(axis: Axis, factor: int) -> Axis:
-    """With ``factor`` pixels in place of each."""
-    return Axis(axis.number, tuple(size * factor for size in axis.sizes))
 
 
 def relaid(tile: Tile, y: Tensor, kept: dict[int, Any]) -> Any:
