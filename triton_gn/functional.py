@@ -195,7 +195,8 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
     if tensor.dtype not in _FLOATS:
         raise TypeError(
             f"group_norm: {name} must be float16, bfloat16, float32 or float64; "
-            f"got {tensor.dtype}. Convert it first, e.g. with {name}.float()."
+            f"got {tensor.dtype}. Convert it first, e.g. with "
+            f"{name}.{'dequantize' if tensor.is_quantized else 'float'}()."
         )
     if tensor.is_nested:
         raise TypeError(
