@@ -63,12 +63,7 @@ def group_norm(
     """
     tensors = input, weight, bias, scale, shift, pre_add, residual
     if is_overridden(tensors):
-        fused: dict[str, Any] = {
-            "scale": scale,
-            "shift": shift,
-            "residual": residual,
-            "pre_add": pre_add,
-        }
+        fused: Any = dict(zip(Operands._fields[3:], tensors[3:], strict=True))
         if any(map(context.is_expanded_weight, tensors)):  # it knows PyTorch's function only
             x = reference.prologue(input, pre_add)
             n = F.group_norm(x, num_groups, weight, bias, eps)

@@ -120,23 +120,9 @@ def group_norm_apply(
     tensors = input, weight, bias, scale, shift, pre_add, residual
     fields = stats if isinstance(stats, tuple) else (stats,)
     if is_overridden((*tensors, *fields)):
-        fused: dict[str, Any] = {
-            "scale": scale,
-            "shift": shift,
-            "residual": residual,
-            "pre_add": pre_add,
-        }
-        y = handle_torch_function(
-            group_norm_apply,
-            (*tensors, *fields),
-            input,
-            stats,
-            weight,
-            bias,
-            eps,
-            activation=activation,
-            **fused,
-        )
+        fused: Any = dict(zip(Operands._fields[3:], tensors[3:], strict=True))
+        arguments = ((*tensors, *fields), input, stats, weight, bias, eps)
+        y = handle_torch_function(group_norm_apply, *arguments, activation=activation, **fused)
         return y  # of whatever class
     eps = checked_eps(eps)
     operands = Operands(*tensors)

@@ -48,9 +48,9 @@ def untraced(function: Callable[P, None]) -> Callable[P, None]:
 
     @functools.wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        if not is_tracing():
-            return function(*args, **kwargs)
         state = torch._C._get_tracing_state()
+        if state is None:
+            return function(*args, **kwargs)
         torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
         try:
             function(*args, **kwargs)

@@ -49,7 +49,7 @@ def uses_kernels(x: Tensor, backend: str) -> bool:
     Raises:
         RuntimeError: the backend is "triton" and it cannot.
     """
-    if backend == "torch" or (backend == "auto" and x.is_cpu and not settings.INTERPRETED):
+    if backend == "torch":
         return False
     reason = why_not_kernels(x)
     if reason is None:

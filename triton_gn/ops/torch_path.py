@@ -1,8 +1,8 @@
 """PyTorch's own group_norm and elementwise operations, with what is wrong on the CPU repaired.
 
-All of it is PyTorch's operators, so that hooks, tracers, transforms and in-place operations find
-what they know. Where nothing but an activation is fused, the call is PyTorch's to the bit, and no
-slower; other 16-bit calls compute in float32 and round once.
+Tracers, compilers and transforms get PyTorch's operators alone. Where at most an activation is fused
+and nothing is repaired, the result is PyTorch's to the bit: in 16 bits to compute in float32 and round
+once would take longer. Calls with more operands do so.
 """
 
 import math
