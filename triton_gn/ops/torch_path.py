@@ -1,8 +1,8 @@
 """PyTorch's own group_norm and elementwise operations, with what is wrong on the CPU repaired.
 
-Tracers, compilers and transforms get PyTorch's operators alone. Where at most an activation is fused
-and nothing is repaired, the result is PyTorch's to the bit: in 16 bits to compute in float32 and round
-once would take longer. Calls with more operands do so.
+Tracers, compilers and transforms get PyTorch's operators alone. Where at most an activation is
+fused and nothing is repaired, the result is PyTorch's to the bit: in 16 bits it would take longer
+to compute in float32 and round once, as calls with more operands do.
 """
 
 import math
