@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perf import bench, compare, demo, gpu, host, plot, providers, records, sweep, wire
+from perf import bench, compare, cpu, demo, gpu, host, plot, providers, records, sweep, wire
 from perf.__main__ import main
 from perf.providers import PARTS, PROVIDERS, Provider, checked
 from perf.records import OURS, Record, case, save
@@ -299,7 +299,9 @@ def test_errors_name_the_remedy(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["bench", "sweep", "compare", "plot", "demo", "host", "wire"])
+@pytest.mark.parametrize(
+    "command", ["bench", "sweep", "compare", "plot", "demo", "host", "cpu", "wire"]
+)
 def test_help(capsys: pytest.CaptureFixture[str], command: str) -> None:
     with pytest.raises(SystemExit, match="0"):
         main([command, "--help"])
@@ -563,6 +565,21 @@ def test_command_of_a_revision_that_fails(tmp_path: Path) -> None:
 
 
 @no_gpu
+def test_cpu_path_beside_pytorch(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cpu, "LAYERS", (cpu.Layer("tiny", (2, 8, 4, 5), 2),))
+    threads = torch.get_num_threads()
+    assert cpu.run(argparse.Namespace(seconds=0.0)) == 0
+    assert torch.get_num_threads() == threads
+    printed = capsys.readouterr().out
+    tables = 1 if threads == 1 else 2
+    ratios = [float(text) for text in re.findall(r"\b\d+\.\d\d\b", printed)]
+    assert len(ratios) == tables * 2 * 3 * 2 + 1
+    assert printed.count("channels-last") == tables
+    assert f"{len(ratios) - 1} ratios, the largest {max(ratios):.2f};" in printed
+
+
 def test_host_costs(capsys: pytest.CaptureFixture[str]) -> None:
     assert host.run(argparse.Namespace(calls=2, rounds=3)) == 0
     said = capsys.readouterr().out
