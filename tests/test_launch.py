@@ -137,9 +137,9 @@ def test_all_but_the_first_of_overlapping_launches_begin_early(
 
 
 @pytest.mark.parametrize(
-    ("version", "most"), [("3.6.0", 1), ("3.7.2+git1a2b", 1), ("3.8.0", 16), ("4.0.0.dev1", 16)]
+    ("version", "most"), [("3.6.0", 1), ("3.8.0", 1), ("3.9.0+git1a2b", 16), ("4.0.0.dev1", 16)]
 )
-def test_clusters_take_triton_3_8(version: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clusters_take_triton_3_9(version: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "__version__", version)
     monkeypatch.setattr(
         launch, "_sums_over_clusters", launch._sums_over_clusters.__wrapped__

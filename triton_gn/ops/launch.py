@@ -91,13 +91,14 @@ def target(name: str) -> Device:
 
 @functools.cache
 def _sums_over_clusters() -> bool:
-    """Whether Triton can reduce over the CTAs of a cluster: from 3.8 on."""
+    """Whether Triton can reduce over the CTAs of a cluster: from 3.9 on. 3.8 fails to
+    compile backwards ("PlanCTA.cpp: Maximum number of steps exceeded")."""
     try:
         import triton
     except ImportError:
         return False
     major, minor, *_ = triton.__version__.split(".")
-    return (int(major), int(minor)) >= (3, 8)
+    return (int(major), int(minor)) >= (3, 9)
 
 
 @functools.cache
