@@ -70,3 +70,8 @@ def test_strided_parameters(library: Path, kind: str) -> None:
 @pytest.mark.parametrize("scenario", ["handles", "captured", "tune", "bench"])
 def test_scenarios(library: Path, scenario: str) -> None:
     run(library, scenario)
+
+
+@pytest.mark.parametrize("how", ["no compiler", "no image"])
+def test_refused(library: Path, how: str, tmp_path: Path) -> None:
+    run(library, "refused", how, TRITON_CACHE_DIR=str(tmp_path))

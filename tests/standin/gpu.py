@@ -23,9 +23,27 @@ from tests.ptx import Kernel
 
 _CPU = torch.device("cpu")
 _FACTORIES = (
-    "arange as_tensor empty empty_like empty_strided eye full full_like linspace ones ones_like "
-    "rand rand_like randint randn randn_like randperm tensor zeros zeros_like"
-).split()
+    "arange",
+    "as_tensor",
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "eye",
+    "full",
+    "full_like",
+    "linspace",
+    "ones",
+    "ones_like",
+    "rand",
+    "rand_like",
+    "randint",
+    "randn",
+    "randn_like",
+    "randperm",
+    "tensor",
+    "zeros",
+    "zeros_like",
+)
 _CALLBACK = ctypes.CFUNCTYPE(
     None, ctypes.c_uint64, ctypes.c_uint32, ctypes.c_uint32, ctypes.c_uint64,
     ctypes.POINTER(ctypes.c_void_p),
@@ -77,23 +95,22 @@ class Graph:
         self.launches: list[Callable[[], object]] = []
 
     def replay(self) -> None:
-        if _gpu.replays:
-            for run in self.launches:
-                run()
+        for run in self.launches:
+            run()
 
 
 class Gpu:
     """What happens on the GPU, and how to spoil it.
 
     ``launches``: names of the kernels launched, in order. ``faults``: what went wrong in them.
-    ``runs``: whether they compute anything; ``replays``: whether those of graphs do so again.
+    ``computes_timed``: whether launches on side streams and of graphs, as timed ones are, compute.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
         self.launches: list[str] = []
         self.faults: list[Exception] = []
-        self.runs = self.replays = True
+        self.computes_timed = True
         self.stream = self.default = Stream()
         self.graph: Graph | None = None
         self.tensors: list[Tensor] = []  # of the launch that is under way
@@ -111,7 +128,7 @@ class Gpu:
         try:
             one = self._compiled[module]
             self.launches.append(one.name)
-            if not self.runs:
+            if self.stream is not self.default and not self.computes_timed:
                 return
             kernel = self._kernels.setdefault(module, Kernel(one.ptx))
             bits = [
@@ -208,9 +225,7 @@ def _with_device(function: Callable[..., Any]) -> Callable[..., Any]:
     def changed(*arguments: Any, **keywords: Any) -> Any:
         if "device" in keywords:
             keywords["device"] = _on_host(keywords["device"])
-        named = (
-            _on_host(one) if isinstance(one, torch.device | str) else one for one in arguments
-        )
+        named = (_on_host(one) if isinstance(one, torch.device | str) else one for one in arguments)
         return function(*named, **keywords)
 
     return changed

@@ -4,9 +4,11 @@ import gc
 import os
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -15,13 +17,15 @@ from tests.standin import gpu
 GPU = gpu.start()
 
 import triton_gn  # noqa: E402
-from triton_gn import reference  # noqa: E402
+from triton_gn import reference, timing  # noqa: E402
 from triton_gn.ops import launch  # noqa: E402
 from triton_gn.reference import Operands  # noqa: E402
 from triton_gn.trial import errors_of, tolerance  # noqa: E402
 from triton_gn.workloads import FUSED, Workload  # noqa: E402
 
 EPS = 1e-5
+timing._HOST_CALLS = 1
+timing._flush = lambda device: lambda _: None  # it takes a CPU long, and there is no L2 cache
 
 
 def check(operands: Operands, groups: int, activation: str, dy: Tensor) -> None:
@@ -123,13 +127,33 @@ def captured() -> None:
     torch.testing.assert_close(y, torch.group_norm(x, 3), rtol=1e-5, atol=1e-5)
 
 
+def refused(how: str) -> None:
+    """Where no kernel can be built or loaded, PyTorch computes, and explain says why."""
+    if how == "no compiler":
+        os.environ["CC"] = "/nowhere/gcc"
+    elif how == "no image":
+        GPU.library.standin_load_error(209)
+    x = torch.randn(2, 24, 8, 8)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            torch.testing.assert_close(triton_gn.group_norm(x, 3), torch.group_norm(x, 3))
+    (message,) = (str(one.message) for one in caught)
+    assert "falls back" in message, message
+    assert "remedy: a C compiler and Python's headers" in message, message
+    assert "Triton cannot build a kernel" in triton_gn.explain(x, 3).reason
+    with triton_gn.backend("triton"), pytest.raises(RuntimeError, match="remedy: a C compiler"):
+        triton_gn.group_norm(x, 3)
+    assert not GPU.launches
+
+
 def tune() -> None:
     from triton_gn.__main__ import main
 
-    GPU.replays = False
+    GPU.computes_timed = False
     with tempfile.TemporaryDirectory() as folder:
-        for spatial in ("8x8", "16x16"):
-            shape = ("--shape", f"2x24x{spatial}", "--groups", "3", "--candidates", "3")
+        for spatial in ("4x4", "8x8"):
+            shape = ("--shape", f"2x24x{spatial}", "--groups", "3", "--candidates", "2")
             assert main(("tune", *shape, "--out", folder)) == 0
         assert list(Path(folder).glob("*.json"))
 
@@ -137,11 +161,11 @@ def tune() -> None:
 def bench() -> None:
     from perf.__main__ import main
 
-    GPU.replays = False
+    GPU.computes_timed = False
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "two.csv")
         head = "n,channels,groups,spatial,dtype,core"
-        file.write_text(f"{head}\n2,24,3,8x8,float32,yes\n2,24,3,12x16,bfloat16,yes\n")
+        file.write_text(f"{head}\n2,24,3,4x4,float32,yes\n2,24,3,8x8,bfloat16,yes\n")
         flags = ("--workloads", str(file), "--providers", "triton_gn,triton_gn[split],torch_eager")
         assert main(("bench", *flags, "--out", folder)) == 0
 
@@ -151,5 +175,5 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     name, *arguments = sys.argv[1:]
     globals()[name](*arguments)
-    assert GPU.launches, "no kernel was launched"
+    assert GPU.launches or name == "refused", "no kernel was launched"
     print(f"{len(GPU.launches)} launches in process {os.getpid()}")
