@@ -196,7 +196,7 @@ def _on_host(device: Any) -> Any:
 
 
 def _change_tensors() -> None:
-    own_device = torch._C.TensorBase.device.__get__  # type: ignore[attr-defined]
+    own_device = torch._C.TensorBase.device.__get__
 
     def device(tensor: Tensor) -> torch.device:
         own: torch.device = own_device(tensor)
@@ -213,7 +213,7 @@ def _change_tensors() -> None:
 
     class Generator(torch.Generator):
         def __new__(cls, device: Any = "cpu") -> "Generator":
-            return super().__new__(cls, _on_host(device))
+            return super().__new__(cls, _on_host(device))  # type: ignore[call-arg]
 
         def __init__(self, device: Any = "cpu") -> None:
             pass
@@ -264,7 +264,7 @@ def _change_cuda(gpu: Gpu, capability: int) -> None:
     for name, value in changes.items():
         setattr(torch.cuda, name, value)
     torch.version.cuda = "13.0"
-    torch._C._cuda_getCurrentRawStream = lambda _: gpu.stream.cuda_stream
+    torch._C._cuda_getCurrentRawStream = lambda device: gpu.stream.cuda_stream
 
 
 def _change_triton(gpu: Gpu) -> None:
