@@ -35,6 +35,8 @@ WORKLOAD = Workload("", 2, 320, 32, (64, 64), activation="silu")
 LOOK_UP, READY = "its look-up", "the ready call"
 OWN, COPY = "kernel[grid] of its kernels", "kernel[grid] of a copy"
 
+_QUEUED = 100  # calls of a few launches each: a queue holds about a thousand
+
 Calls = Mapping[str, Call]
 Costs = dict[str, list[float]]  # microseconds of a call in each round
 
@@ -79,8 +81,18 @@ def cost(calls: Calls, number: int, rounds: int) -> Costs:
         call()
     for _ in range(rounds):
         for name, call in calls.items():
-            costs[name].append(timeit.timeit(call, number=number) / number * 1e6)
+            costs[name].append(_timed(call, number) / number * 1e6)
     return costs
+
+
+def _timed(call: Call, number: int) -> float:
+    """Seconds of so many calls; of those on a GPU only as many in a row as its queue takes."""
+    total = 0.0
+    for first in range(0, number, _QUEUED):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        total += timeit.timeit(call, number=min(_QUEUED, number - first))
+    return total
 
 
 def launching(workload: Workload, direction: str, device: torch.device) -> Calls:

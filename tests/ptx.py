@@ -94,6 +94,7 @@ class Kernel:
     def __init__(self, ptx: str) -> None:
         signature, header, body = _groups(r".*?\.entry \w+\((.*?)\)(.*?)\n(\{.*?\n\}).*", ptx)
         self.parameters = re.findall(r"\w+_param_\d+", signature)
+        self.parameter_bytes = [int(b) // 8 for b in re.findall(r"\.param \.[a-z](\d+)", signature)]
         self.threads = int(_groups(r".*\.reqntid (\d+).*", header)[0])
         of_cluster = re.search(r"\.reqnctapercluster (\d+)", header)
         self.ctas = int(of_cluster[1]) if of_cluster else 1
@@ -122,8 +123,21 @@ class Kernel:
             addresses.
         """
         given = [*arguments]
-        memory = _Memory([one for one in given if isinstance(one, Tensor)])
         bits = [*map(_bits, given), *[0] * (len(self.parameters) - len(given))]
+        tensors = [one for one in given if isinstance(one, Tensor)]
+        return self.run_on(grid, bits, tensors, seed, at_a_time, fuses)
+
+    def run_on(
+        self,
+        grid: int,
+        bits: Iterable[int],
+        tensors: Iterable[Tensor],
+        seed: int = 0,
+        at_a_time: int = 1,
+        fuses: bool = False,
+    ) -> Counter[tuple[int, str]]:
+        """Launch with parameters as a driver gets them: their bits, and tensors to point into."""
+        memory = _Memory(tensors)
         values = dict(zip(self.parameters, bits, strict=True))
         order = random.Random(seed)
         programs = (

@@ -292,11 +292,12 @@ def test_autocast(dtype: torch.dtype) -> None:
 def test_first_call_under_capture_works_or_raises() -> None:
     """A shape, dtype and activation that no other test uses: its kernels are compiled here."""
     x = torch.randn(3, 88, 11, 13, device="cuda", dtype=torch.float16)
-    graph = torch.cuda.CUDAGraph()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
         with torch.cuda.graph(graph):
             y = triton_gn.group_norm(x, 8, activation="mish")
     except RuntimeError:
+        torch.cuda.set_stream(stream)  # torch.cuda.graph stays on its own when a capture fails
         return
     graph.replay()
     torch.testing.assert_close(y, triton_gn.group_norm(x, 8, activation="mish"), rtol=0, atol=0)

@@ -1,6 +1,7 @@
 """What launchers get, from Triton's own way of launching and from ours: no GPU is needed."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -137,15 +138,40 @@ def test_all_but_the_first_of_overlapping_launches_begin_early(
 
 
 @pytest.mark.parametrize(
-    ("version", "most"), [("3.6.0", 1), ("3.7.2+git1a2b", 1), ("3.8.0", 16), ("4.0.0.dev1", 16)]
+    ("version", "most"), [("3.6.0", 1), ("3.8.0", 1), ("3.9.0+git1a2b", 16), ("4.0.0.dev1", 16)]
 )
-def test_clusters_take_triton_3_8(version: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_clusters_take_triton_3_9(version: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(triton, "__version__", version)
     monkeypatch.setattr(
         launch, "_sums_over_clusters", launch._sums_over_clusters.__wrapped__
     )  # uncached
     assert launch.target("sm_90").clusters == most
     assert launch.target("sm_80").clusters == launch.target("gfx942").clusters == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [
+        ("sm_70", "sm_75"), ("sm_87", "sm_86"), ("sm_103", "sm_100"), ("sm_110", "sm_100"),
+        ("sm_121", "sm_120"), ("gfx908", "gfx90a"), ("gfx1100", "gfx950"), ("gfx1201", "gfx950"),
+        ("sm_90", "sm_90"),
+    ],
+)  # fmt: skip
+def test_an_unknown_gpu_is_planned_for_as_the_nearest_of_its_maker(
+    name: str, nearest: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digits = name.removeprefix("sm_")
+    there = SimpleNamespace(
+        name="a GPU", major=digits[:-1], minor=digits[-1], gcnArchName=f"{name}:xnack-",
+        multi_processor_count=12, L2_cache_size=2**22, warp_size=32,
+    )  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: there)
+    monkeypatch.setattr(torch.version, "hip", None if name.startswith("sm") else "7.0")
+    found, known = launch.gpu.__wrapped__(torch.device("cuda", 0)), launch.target(nearest)
+    assert found.registers == known.registers
+    assert (found.packs, found.overlaps) == (known.packs, known.overlaps)
+    scaled = known.dram_gb_per_s * 12 // known.multiprocessors
+    assert found.dram_gb_per_s == (known.dram_gb_per_s if name == nearest else scaled)
 
 
 def test_the_second_call_is_past_triton(

@@ -346,8 +346,8 @@ def test_clusters_are_planned_where_allowed_and_faster() -> None:
     [
         (CLUSTERED, 3, "sm_90", "ctas must be one of 1, 2, 4, 8, 16; got 3"),
         (CLUSTERED, 32, "sm_90", "ctas must be one of .*got 32"),
-        (CLUSTERED, 2, "sm_80", "a GPU of sm_90 or newer and Triton 3.8; got ctas=2"),
-        (CLUSTERED, 2, "gfx942", "a GPU of sm_90 or newer and Triton 3.8; got ctas=2"),
+        (CLUSTERED, 2, "sm_80", "a GPU of sm_90 or newer and Triton 3.9; got ctas=2"),
+        (CLUSTERED, 2, "gfx942", "a GPU of sm_90 or newer and Triton 3.9; got ctas=2"),
         (CLUSTERED, 16, "sm_120", "on NVIDIA GeForce RTX 5090 has at most 8 CTAs; got ctas=16"),
         (CHANNELS_LAST, 2, "sm_90", "only contiguous groups are held by clusters; got ctas=2"),
         (

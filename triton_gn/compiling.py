@@ -61,7 +61,8 @@ def arguments_in_code(one: Launch) -> list[tuple[str, Any]]:
         for parameter in one.kernel.params
         if not parameter.is_constexpr
         for name, value in _leaves(parameter.name, one.arguments[parameter.name])
-        if value is not None and (isinstance(value, Tensor) or value != 1)
+        if value is not None
+        and (isinstance(value, Tensor) or value != 1 or parameter.do_not_specialize)
     ]
 
 
@@ -115,7 +116,7 @@ def _compiled(one: Launch, target: str) -> Any:
 
     nvidia = _is_nvidia(target)
     return triton.compile(
-        _source(one, nvidia), target=_triton_target(target), options=one.options(nvidia)
+        source_of(one, nvidia), target=_triton_target(target), options=one.options(nvidia)
     )
 
 
@@ -127,7 +128,7 @@ def _triton_target(name: str) -> Any:
     return GPUTarget("hip", name, TARGETS[name].warp_size)
 
 
-def _source(one: Launch, nvidia: bool) -> Any:
+def source_of(one: Launch, nvidia: bool) -> Any:
     """What Triton's own launch would hand to its compiler."""
     from triton.compiler import ASTSource
 
@@ -141,12 +142,14 @@ def _source(one: Launch, nvidia: bool) -> Any:
             signature[parameter.name] = "constexpr"
             constants[(index,)] = value
         else:
-            signature[parameter.name] = _type_of(value, (index,), constants, attributes)
+            known = None if parameter.do_not_specialize else attributes
+            signature[parameter.name] = _type_of(value, (index,), constants, known)
     return ASTSource(fn=one.kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
 def _type_of(value: Any, path: tuple[int, ...], constants: Any, attributes: Any) -> Any:
-    """The type of an argument, or of a field of one, and what is known of its value."""
+    """The type of an argument, or of a field of one, and what is known of its value; nothing is of
+    an integer that the kernel does not specialise on, without attributes."""
     if isinstance(value, tuple):
         parts = (_type_of(v, (*path, i), constants, attributes) for i, v in enumerate(value))
         return type(value)(*parts)
@@ -155,10 +158,10 @@ def _type_of(value: Any, path: tuple[int, ...], constants: Any, attributes: Any)
         return _POINTERS[value.dtype]
     if isinstance(value, float):
         return "fp64"
-    if value is None or value == 1:
+    if value is None or (value == 1 and attributes is not None):
         constants[path] = value
         return "constexpr"
-    if value % 16 == 0:
+    if attributes is not None and value % 16 == 0:
         attributes[path] = [["tt.divisibility", 16]]
     return "i32" if value < 2**31 else "i64"
 

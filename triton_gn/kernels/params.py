@@ -11,7 +11,7 @@ import triton.language as tl
 from .epilogue import load_gain
 from .moments import centre_of
 from .overlap import take_turns
-from .tile import beside_tiles, channel_sums, load_channels, store_channels
+from .tile import SIZES, beside_tiles, channel_sums, load_channels, store_channels
 
 
 class Reduction(NamedTuple):
@@ -103,7 +103,7 @@ def sum_params(reductions, pid, rows, channels, ROWS: tl.constexpr, COLS: tl.con
             first += programs
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def group_norm_params_kernel(
     reductions, rows, channels, ROWS: tl.constexpr, COLS: tl.constexpr, OVERLAP: tl.constexpr
 ):

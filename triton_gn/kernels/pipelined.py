@@ -15,6 +15,7 @@ import triton.language as tl
 
 from .overlap import take_turns
 from .split import Cut, apply_moments, apply_sums, leave_moments, leave_sums
+from .tile import SIZES
 
 
 class Units(NamedTuple):
@@ -61,7 +62,7 @@ def _wait(counter_ptr, items):
     tl.debug_barrier()
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def group_norm_forward_pipelined_kernel(
     x_ptr, residual_ptr, coeffs, partials_ptr, y_ptr, stats_ptr, counters_ptr, order, groups,
     pixels, row_vecs, chunks, chunk_vecs, slots, eps: tl.float64, SLOTS: tl.constexpr,
@@ -89,7 +90,7 @@ def group_norm_forward_pipelined_kernel(
         ticket = tl.atomic_add(counters_ptr, 1, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def group_norm_backward_pipelined_kernel(
     dy_ptr, x_ptr, residual_ptr, coeffs, stats_ptr, partials_ptr, dx_ptr, dresidual_ptr, grads,
     counters_ptr, order, groups, pixels, row_vecs, chunks, chunk_vecs, slots, SLOTS: tl.constexpr,

@@ -24,6 +24,7 @@ from .moments import (
 from .overlap import take_turns
 from .params import store_param_grads
 from .tile import (
+    SIZES,
     channel_sums,
     group_count,
     group_sums,
@@ -37,7 +38,7 @@ from .tile import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def group_norm_forward_resident_kernel(
     x_ptr, residual_ptr, coeffs, y_ptr, stats_ptr, groups, pixels, row_vecs, eps: tl.float64,
     TILE: tl.constexpr, ACTIVATION: tl.constexpr,
@@ -61,7 +62,7 @@ def group_norm_forward_resident_kernel(
         write_y(xs, residual_ptr, affine, y_ptr, window, c, TILE, ACTIVATION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def group_norm_backward_resident_kernel(
     dy_ptr, x_ptr, residual_ptr, coeffs, stats_ptr, dx_ptr, dresidual_ptr, grads, groups, pixels,
     row_vecs, TILE: tl.constexpr, ACTIVATION: tl.constexpr, OVERLAP: tl.constexpr,

@@ -38,6 +38,7 @@ from .moments import (
 from .overlap import take_turns
 from .params import store_param_grads, sum_params
 from .tile import (
+    SIZES,
     channel_sums,
     group_count,
     group_sums,
@@ -240,7 +241,7 @@ def apply_sums(
         store_channels(dpre_add_ptr, dpre_add, window, 0, cut.groups, cut.chunks, TILE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def group_norm_forward_split_moments_kernel(
     x_ptr, coeffs, partials_ptr, groups, pixels, row_vecs, chunks, chunk_vecs, slots,
     TILE: tl.constexpr, OVERLAP: tl.constexpr,
@@ -254,7 +255,7 @@ def group_norm_forward_split_moments_kernel(
     leave_moments(tl.program_id(0), x_ptr, coeffs, partials_ptr, cut, TILE, "")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def group_norm_merge_moments_kernel(
     partials_ptr, merged_ptr, groups, slots, SLOTS: tl.constexpr, GROUPS: tl.constexpr,
     OVERLAP: tl.constexpr,
@@ -273,7 +274,7 @@ def group_norm_merge_moments_kernel(
     tl.store(merged_ptr + 3 * groups + group, moments.m2, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def group_norm_forward_split_apply_kernel(
     x_ptr, residual_ptr, coeffs, partials_ptr, y_ptr, stats_ptr, groups, pixels, row_vecs, chunks,
     chunk_vecs, slots, eps: tl.float64, SLOTS: tl.constexpr, TILE: tl.constexpr,
@@ -294,7 +295,7 @@ def group_norm_forward_split_apply_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def group_norm_backward_split_sums_kernel(
     dy_ptr, x_ptr, residual_ptr, coeffs, stats_ptr, partials_ptr, dresidual_ptr, grads, groups,
     pixels, row_vecs, chunks, chunk_vecs, slots, TILE: tl.constexpr, ACTIVATION: tl.constexpr,
@@ -314,7 +315,7 @@ def group_norm_backward_split_sums_kernel(
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def group_norm_backward_split_apply_kernel(
     dy_ptr, x_ptr, residual_ptr, coeffs, stats_ptr, partials_ptr, dx_ptr, dpre_add_ptr, reductions,
     samples, groups, pixels, row_vecs, chunks, chunk_vecs, slots, apply_programs,

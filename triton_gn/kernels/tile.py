@@ -25,6 +25,13 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
+# arguments of kernels that are not compiled for a value of 1 or for multiples of 16: no access gets
+# wider by these, and each model and each size of an image would compile kernels of its own
+SIZES = (
+    "samples", "pixels", "row_vecs", "chunks", "chunk_vecs", "slots", "apply_programs",
+    "rows",
+)  # fmt: skip
+
 # PTX that makes float32 of a pair of 16-bit elements, $2
 BFLOAT16 = tl.constexpr("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;")
 # the same from numbers that the compiler does not know: in $3 and $5 which bytes to take, in $3 a 0

@@ -40,6 +40,34 @@ def why_not_kernels(x: Tensor) -> str | None:
         return f"the input is on {x.device}, for which there are no kernels"
     if not _TRITON_IS_INSTALLED:
         return "Triton is not installed (remedy: pip install triton)"
+    return _when_loaded(x.device) if device == "cuda" and not settings.INTERPRETED else None
+
+
+def _when_loaded(device: torch.device) -> str | None:
+    return why_not_loaded(device)
+
+
+_when_loaded._dynamo_marked_constant = True  # type: ignore[attr-defined]  # no compiler traces it
+
+
+@functools.cache
+def why_not_loaded(device: torch.device) -> str | None:
+    """Why Triton cannot compile and load kernels for a GPU; None if it can.
+
+    One is tried that does nothing. It is not launched: a CUDA graph may be under capture.
+    """
+    from triton_gn.kernels.overlap import empty_kernel
+
+    try:
+        with torch.cuda.device(device):
+            empty_kernel.warmup(grid=(1,), enable_fp_fusion=True).run  # noqa: B018  # a property, which loads it
+    except Exception as error:  # the C compiler's, ptxas', the driver's
+        text = str(error).strip().partition("\n")[0]
+        return (
+            f"Triton cannot build a kernel for {torch.cuda.get_device_name(device)}: "
+            f"{type(error).__name__}: {text} (remedy: a C compiler and Python's headers, such as "
+            "apt-get install gcc python3-dev, or a Triton that supports this GPU)"
+        )
     return None
 
 

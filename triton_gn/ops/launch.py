@@ -95,13 +95,24 @@ def target(name: str) -> Device:
 
 @functools.cache
 def _sums_over_clusters() -> bool:
-    """Whether Triton can reduce over the CTAs of a cluster: from 3.8 on."""
+    """Whether Triton can reduce over the CTAs of a cluster: from 3.9 on. 3.8 fails to
+    compile backwards ("PlanCTA.cpp: Maximum number of steps exceeded")."""
     try:
         import triton
     except ImportError:
         return False
     major, minor, *_ = triton.__version__.split(".")
-    return (int(major), int(minor)) >= (3, 8)
+    return (int(major), int(minor)) >= (3, 9)
+
+
+def _nearest(name: str) -> str:
+    """The newest target of the same maker that is no newer than this one; else its oldest."""
+
+    def version(target: str) -> int:
+        return int(target.lstrip("smgfx_"), 16)
+
+    same = sorted((one for one in TARGETS if one[:2] == name[:2]), key=version)
+    return [same[0], *(one for one in same if version(one) <= version(name))][-1]
 
 
 @functools.cache
@@ -113,11 +124,14 @@ def gpu(device: torch.device) -> Device:
     name = f"sm_{properties.major}{properties.minor}"
     if torch.version.hip is not None:
         name = properties.gcnArchName.partition(":")[0]
+    known = target(_nearest(name))
+    dram_gb_per_s = known.dram_gb_per_s
+    if name not in TARGETS:
+        dram_gb_per_s = dram_gb_per_s * properties.multi_processor_count // known.multiprocessors
     return replace(
-        target(name)
-        if name in TARGETS
-        else Device(clusters=1, packs=torch.version.hip is None, overlaps=False),
+        known,
         name=properties.name,
+        dram_gb_per_s=dram_gb_per_s,
         multiprocessors=properties.multi_processor_count,
         l2_bytes=properties.L2_cache_size,
         warp_size=properties.warp_size,

@@ -122,10 +122,12 @@ def _launcher(compiled: Any, grid: int, index: int) -> Callable[[list[Any]], Non
     """What Triton does with a compiled kernel, without asking each time which one it is."""
     from triton.runtime import driver
 
-    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    run, metadata = compiled.run, compiled.packed_metadata
     stream_of = driver.active.get_current_stream
 
     def start(arguments: list[Any]) -> None:
+        # from ``compiled``, to keep it: Triton unloads what nobody has any more
+        function = compiled.function
         run(grid, 1, 1, stream_of(index), function, metadata, None, None, None, *arguments)
 
     return start

@@ -114,7 +114,7 @@ def no_cluster(problem: Problem, ctas: int, device: Device) -> str | None:
     if ctas not in _CLUSTERS:
         return f"ctas must be one of {', '.join(map(str, _CLUSTERS))}; got {ctas}"
     if ctas > device.clusters == 1:
-        return f"clusters of CTAs take a GPU of sm_90 or newer and Triton 3.8; got ctas={ctas}"
+        return f"clusters of CTAs take a GPU of sm_90 or newer and Triton 3.9; got ctas={ctas}"
     if ctas > device.clusters:
         return f"a cluster on {device.name} has at most {device.clusters} CTAs; got ctas={ctas}"
     if ctas > 1 and problem.channels_last:

@@ -1,0 +1,86 @@
+"""Count the kernels that Triton compiles for a model's training steps; nothing is compiled."""
+
+import argparse
+import csv
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from perf.bench import WORKLOADS
+from triton_gn import workloads
+from triton_gn.compiling import source_of
+from triton_gn.ops import autograd, launch, layout
+from triton_gn.ops.launch import Launch
+from triton_gn.plan import TARGETS, plan
+from triton_gn.workloads import Workload
+
+# height and width, in pixels of the latents, of the images that SDXL is trained on
+_SDXL = "SDXL UNet 1024px"
+_SDXL_SIZES = (
+    (128, 128), (144, 112), (152, 104), (168, 96), (176, 88), (192, 80), (112, 144), (104, 152),
+    (96, 168), (88, 176), (80, 192), (136, 120), (120, 136), (160, 96), (184, 84),
+)  # fmt: skip
+_SDXL_BATCHES = (1, 2, 4)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of the command."""
+    parser.add_argument("--workloads", type=Path, default=WORKLOADS, metavar="FILE")
+    parser.add_argument("--target", choices=TARGETS, default="sm_90")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Print the count for each model, and for SDXL's sizes of images; return the exit status."""
+    models: dict[str, list[Workload]] = defaultdict(list)
+    with options.workloads.open(newline="") as file:
+        names = [row.get("model") or "without a model" for row in csv.DictReader(file)]
+    for name, layer in zip(names, workloads.read(options.workloads), strict=True):
+        models[name].append(layer)
+    print(f"Kernels of one training step (forward and backward) on {options.target}")
+    for model, layers in models.items():
+        print(f"{count(layers, options.target):4d}  {model}")
+    if _SDXL in models:
+        sized = [one for size in _SDXL_SIZES for one in resized(models[_SDXL], size)]
+        batches = [replace(one, n=n) for one in sized for n in _SDXL_BATCHES]
+        print(f"{count(sized, options.target):4d}  {_SDXL}, {len(_SDXL_SIZES)} sizes of images")
+        print(f"{count(batches, options.target):4d}  the same, batches of {_SDXL_BATCHES}")
+    return 0
+
+
+def resized(layers: Iterable[Workload], size: tuple[int, int]) -> Iterator[Workload]:
+    """The layers of a U-Net whose first ones have 128x128 pixels, on latents of another size."""
+    for one in layers:
+        factor = 128 // one.spatial[0]
+        yield replace(one, spatial=(size[0] // factor, size[1] // factor))
+
+
+def count(layers: Iterable[Workload], target: str) -> int:
+    """How many kernels the layers' forwards and backwards take, all gradients asked for."""
+    return len({key_of(one, target) for layer in layers for one in launches_of(layer, target)})
+
+
+def key_of(one: Launch, target: str) -> tuple[str, ...]:
+    """What Triton tells kernels apart by, where all pointers are aligned."""
+    nvidia = target.startswith("sm_")
+    source = source_of(one, nvidia)
+    parts = source.signature, source.constants, source.attrs, one.options(nvidia)
+    return one.kernel.__name__, *map(str, parts)
+
+
+def launches_of(workload: Workload, target: str) -> Iterator[Launch]:
+    """The launches of a training step, on tensors without memory."""
+    operands = workload.operands("meta")
+    x, groups = operands.x, workload.groups
+    stats, gpu = launch.statistics(x, workload.n, groups, 3), launch.target(target)
+    for direction in workloads.DIRECTIONS:
+        problem, given = workload.problem(direction), workload.given(operands, direction)
+        config = plan(problem, gpu)
+        if direction == "forward":
+            y: Any = layout.empty_like(x)
+            yield from launch.forward_launches(problem, config, given, y, stats, 1e-5)
+        else:
+            grads = autograd.empty_gradients(given, [t is not None for t in given])
+            dy = layout.empty_like(x)
+            yield from launch.backward_launches(problem, config, dy, given, stats, grads)

@@ -1,0 +1,1 @@
+"""A CUDA GPU that is not there: Triton's own driver and launcher, their kernels' PTX on the CPU."""
