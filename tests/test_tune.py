@@ -385,6 +385,21 @@ def test_call_that_cannot_be_captured_is_timed_as_it_is(gpu: FakeGPU, cold: bool
     assert gpu.current == "main"
 
 
+@pytest.mark.parametrize("end_fails", [False, True])
+def test_capture_without_memory_is_reported_as_that(gpu: FakeGPU, end_fails: bool) -> None:
+    def call() -> None:
+        if gpu.graph is not None:
+            try:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            finally:
+                if end_fails:
+                    raise RuntimeError("operation failed due to a previous error during capture")
+
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory"):
+        timing.measure([call], CUDA, cold=True)
+    assert gpu.current == "main"
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_copy_takes_as_long_as_its_bytes() -> None:

@@ -103,7 +103,7 @@ class _Replay:
 
 
 def _captured(call: Call, count: int) -> _Replay:
-    """The calls as a CUDA graph; where that fails, as they are."""
+    """The calls as a CUDA graph; where that fails, but for want of memory, as they are."""
 
     def repeat(count: int) -> None:
         for _ in range(count):
@@ -118,8 +118,11 @@ def _captured(call: Call, count: int) -> _Replay:
     try:
         with torch.cuda.graph(graph, stream=side):
             repeat(count)
-    except RuntimeError:
+    except RuntimeError as error:
         torch.cuda.set_stream(current)  # torch.cuda.graph stays on its own when a capture fails
+        for cause in (error, error.__context__):  # the end of the capture fails as well
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None
         return _Replay(partial(repeat, count), count, graphed=False)
     return _Replay(graph.replay, count, graphed=True)
 
