@@ -16,15 +16,8 @@ import triton
 from tests.compiling import launches_of, statistics_launches
 from triton_gn.compiling import Kernel, assembly_of, compile_launch
 from triton_gn.ops.launch import Launch
-from triton_gn.ops.launch import target as target_of
-from triton_gn.plan import plan
-from triton_gn.plan.model import cluster_sums
 from triton_gn.reference import ACTIVATIONS
-from triton_gn.workloads import Workload
 
-CLUSTERS = pytest.mark.skipif(
-    target_of("sm_90").clusters == 1, reason="this Triton has no sums over clusters"
-)
 OLDER = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 # approximate arithmetic, where it would reach the statistics
@@ -245,61 +238,6 @@ def test_pipelined_compiles(channels_last: bool, direction: str, target: str) ->
         assembly = assembly_of(launches[0], target)
         assert re.search(r"(atom|red)\.global\.gpu\.release\.add", assembly)
         assert re.search(r"(atom|ld)\.global\.gpu\.acquire", assembly)
-
-
-# a row of channels for each CTA, one for all of them, as large as it gets, rows of several channels
-# with one for each CTA and one for all; whatever is fused
-CLUSTERED: list[tuple[tuple[int, ...], int, torch.dtype, tuple[str, ...], dict[str, int]]] = [
-    ((2, 320, 64, 64), 32, BF16, (), {"ctas": 4}),
-    ((4, 256, 128, 128), 32, F16, (), {"ctas": 16, "rows": 1, "cols": 16384, "num_warps": 4}),
-    ((4, 256, 128, 128), 32, F16, (), {"ctas": 8}),
-    ((2, 2048, 25, 42), 32, F32, (), {"ctas": 8}),
-    ((4, 12, 5375), 1, F32, (), {"ctas": 8, "rows": 1}),
-    ((2, 64, 50, 60), 16, F32, ALL, {"ctas": 2}),
-    ((2, 96, 28, 28), 16, F64, (), {"ctas": 4}),
-]
-
-
-@CLUSTERS
-@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize(("shape", "num_groups", "dtype", "fused", "fields"), CLUSTERED, ids=id_of)
-def test_clusters_compile_to_what_they_should(
-    shape: tuple[int, ...],
-    num_groups: int,
-    dtype: torch.dtype,
-    fused: tuple[str, ...],
-    fields: dict[str, Any],
-    direction: str,
-    target: str,
-) -> None:
-    """As the others; sums go through the shared memory of all CTAs, as often as the model thinks,
-    and none of them may go on or end while another reads its."""
-    launches = launches_of(
-        direction, shape, num_groups, dtype, False, target=target, activation="silu", fused=fused,
-        strategy="resident", **fields,
-    )  # fmt: skip
-    assert_compile_well(launches, dtype, target)
-    assembly = assembly_of(launches[0], target)
-    assert f".reqnctapercluster {fields['ctas']}" in assembly
-    steps = re.findall(r"(?:barrier|ld\.shared::|st\.shared::)\S*cluster\S*|\bret;", assembly)
-    barrier = "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned; "
-    read = rf"{barrier}(?:ld\.shared::cluster\S+ )+{barrier}"
-    assert re.fullmatch(rf"(?:{read})+(?:{barrier})?ret;", " ".join(steps))
-    n, channels, *spatial = shape
-    problem = Workload(
-        "", n, channels, num_groups, tuple(spatial), str(dtype).removeprefix("torch."),
-        activation="silu", fused=fused,
-    ).problem(direction)  # fmt: skip
-    override = (*sorted(fields.items()), ("strategy", "resident"))
-    config = plan(problem, target_of(target), override=override)
-    assert steps.count("barrier.cluster.arrive.aligned;") // 2 == cluster_sums(problem, config)
-
-
-@CLUSTERS
-def test_without_a_cluster_nothing_waits_for_one() -> None:
-    (launch,) = launches_of("forward", (2, 320, 32, 32), 32, BF16, False, strategy="resident")
-    assert "cluster" not in assembly_of(launch, "sm_90").replace("clusters", "")
 
 
 OVERLAPPING: list[tuple[str, dict[str, Any]]] = [

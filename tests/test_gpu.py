@@ -152,51 +152,6 @@ def test_pipelined_among_others_thousands_of_times(
     repeat_among_others(steps, [expected] * len(steps), times=500)
 
 
-@pytest.mark.parametrize(
-    ("shape", "num_groups", "dtype", "sizes"),
-    [
-        ((4, 256, 64, 64), 32, torch.bfloat16, (2, 4, 8, 16)),
-        ((2, 320, 64, 64), 32, torch.bfloat16, (4, 8)),
-        ((4, 256, 128, 128), 32, torch.float16, (8, 16)),
-        ((2, 2048, 25, 42), 32, torch.float32, (8, 16)),
-        ((2, 64, 200, 336), 32, torch.float32, (16,)),
-        ((300, 96, 32, 32), 4, torch.bfloat16, (2, 16)),  # more clusters than the GPU holds
-    ],
-    ids=str,
-)
-def test_clusters_among_others_thousands_of_times(
-    shape: tuple[int, ...], num_groups: int, dtype: torch.dtype, sizes: tuple[int, ...]
-) -> None:
-    """They end, and with the same bits, whatever else runs: on a stream for each size of cluster at
-    once, beside a matrix product and the same groups in split."""
-    sizes = tuple(ctas for ctas in sizes if ctas <= gpu().clusters)
-    if not sizes:
-        pytest.skip("no clusters of this size with this Triton or on this GPU")
-    x = torch.randn(shape, device="cuda", dtype=dtype).requires_grad_()
-    weight, bias = torch.randn(2, shape[1], device="cuda", dtype=dtype).requires_grad_()
-    dy = torch.randn_like(x)
-
-    def step(**fields: int | str) -> Results:
-        with triton_gn.backend("triton"), triton_gn.plan_override(**fields):
-            y = triton_gn.group_norm(x, num_groups, weight, bias, activation="silu")
-            return (y.detach(), *torch.autograd.grad(y, (x, weight, bias), dy))
-
-    plans: list[dict[str, int | str]] = [{"strategy": "split"}]
-    plans += [{"strategy": "resident", "ctas": ctas} for ctas in sizes]
-    expected = [step(**fields) for fields in plans]
-    for answer in expected[1:]:
-        for clustered, split in zip(answer, expected[0], strict=True):
-            torch.testing.assert_close(clustered, split)
-    repeat_among_others([partial(step, **fields) for fields in plans], expected, times=2000)
-
-
-def test_clusters_in_a_cuda_graph() -> None:
-    if gpu().clusters < 4:
-        pytest.skip("no clusters of this size with this Triton or on this GPU")
-    with triton_gn.plan_override(strategy="resident", ctas=4):
-        replay_with_other_values((2, 320, 64, 64), torch.contiguous_format)
-
-
 @FORMATS
 @STRATEGIES
 @pytest.mark.parametrize(

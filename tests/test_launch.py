@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-import triton
 from torch import Tensor
 
 from perf import standin
@@ -14,9 +13,6 @@ from triton_gn.ops.settings import Settings
 from triton_gn.workloads import FUSED, Workload
 
 _HANDLES = 9  # grid, stream, function, metadata and hooks come before a kernel's own arguments
-CLUSTERS = pytest.mark.skipif(
-    launch.target("sm_90").clusters == 1, reason="this Triton has no sums over clusters"
-)
 Launches = list[tuple[str, tuple[Any, ...]]]
 
 
@@ -88,23 +84,6 @@ def test_a_repeated_call_launches_what_the_first_did(
     assert set(range(len(first))) <= places, "a tensor of the call reaches no kernel"
 
 
-@CLUSTERS
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_the_grid_counts_clusters_and_the_launcher_hears_of_their_size(direction: str) -> None:
-    """The grid is of programs: Triton's launcher multiplies it by the CTAs of the metadata."""
-    seen: list[tuple[Any, ...]] = []
-    workload = Workload("", 2, 24, 3, (32, 32))
-    prepared.forget()
-    with standin.active(lambda *handed: seen.append(handed)):
-        for seed in range(2):  # through Triton's own launch, then past it
-            run(direction, workload, "resident", seed, ctas=2)
-    prepared.forget()
-    resident = [handed for handed in seen if "resident" in handed[4]]
-    assert [handed[:3] for handed in resident] == [(6, 1, 1)] * 2
-    assert [handed[5][1] for handed in resident] == [2, 2]
-    assert {handed[5][1] for handed in seen if handed not in resident} <= {1}
-
-
 @pytest.mark.parametrize(
     ("direction", "strategy"),
     [("forward", "split"), *(("backward", s) for s in ("resident", "pipelined", "split"))],
@@ -134,18 +113,6 @@ def test_all_but_the_first_of_overlapping_launches_begin_early(
     assert seen[:half] == seen[half:]
     assert [begin_early[name] for name in seen[:half]] == [False] + [True] * (half - 1)
     assert half > 1
-
-
-@pytest.mark.parametrize(
-    ("version", "most"), [("3.6.0", 1), ("3.7.2+git1a2b", 1), ("3.8.0", 16), ("4.0.0.dev1", 16)]
-)
-def test_clusters_take_triton_3_8(version: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton, "__version__", version)
-    monkeypatch.setattr(
-        launch, "_sums_over_clusters", launch._sums_over_clusters.__wrapped__
-    )  # uncached
-    assert launch.target("sm_90").clusters == most
-    assert launch.target("sm_80").clusters == launch.target("gfx942").clusters == 1
 
 
 def test_the_second_call_is_past_triton(

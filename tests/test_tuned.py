@@ -324,8 +324,8 @@ IN_CONFIG = ("entries", 0, "config")
         (b"[]", "must be an object; got"),
         (b"[" * 200_000, "nested too deeply"),
         (b'{"a":' * 200_000, "nested too deeply"),
-        (changed(1, "schema"), "schema: must be 3, which this version reads; got 1"),
-        (changed(True, "schema"), "schema: must be 3, .*got True"),
+        (changed(3, "schema"), "schema: must be 4, which this version reads; got 3"),
+        (changed(True, "schema"), "schema: must be 4, .*got True"),
         (without("schema"), "must have schema, .*got"),
         (changed(1, "more"), "must have schema, "),
         (changed("NVIDIA A10", "device", "name"), "'NVIDIA A10' with 132 .*this GPU is 'NVIDIA H1"),
@@ -435,8 +435,6 @@ def test_folder_that_is_a_file_is_ignored(folder: Path, monkeypatch: pytest.Monk
         {"rows": 1024, "cols": 1024},
         {"cols": 4},
         {"num_warps": 2**31},
-        {"ctas": 3},
-        {"ctas": 2**31},
         {"strategy": "split", "rows": 1, "cols": 1, "pixel_tiles": 1, "chunks": 1},
     ],
 )
@@ -444,23 +442,11 @@ def test_entries_whose_plans_cannot_run_are_skipped(folder: Path, fields: dict[s
     # a group this small is held to no limit of registers
     small = replace(PROBLEM, pixels=64)
     good = fields_of(plan_by_rule(small, H100))
-    if "strategy" in fields:
-        del good["ctas"]  # which only resident has
     bad = replace(tuned_to(small), config=good | fields)
     path = write(folder, bad, ENTRY)
     with pytest.warns(UserWarning, match=f"1 of the 2 entries of its table {path}: their plans"):
         assert plan(small, H100) == plan_by_rule(small, H100)
     assert plan(PROBLEM, H100) == TUNED
-
-
-def test_clusters_are_read_and_skipped_where_there_are_none(folder: Path) -> None:
-    """A table may come from a newer Triton."""
-    cluster = next(config for config in candidates(PROBLEM, H100) if config.ctas == 4)
-    path = write(folder, entry_of(PROBLEM, cluster))
-    assert plan(PROBLEM, H100) == cluster
-    without = replace(H100, clusters=1)
-    with pytest.warns(UserWarning, match=f"1 of the 1 entries of its table {path}: their plans"):
-        assert plan(PROBLEM, without) == plan_by_rule(PROBLEM, without)
 
 
 def test_overlap_is_read_and_skipped_where_launches_do_not(folder: Path) -> None:

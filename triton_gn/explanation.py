@@ -37,12 +37,11 @@ class Explanation:
     def __str__(self) -> str:
         tile = self.config.tile
         sub_tiles = _count(tile.channel_tiles * tile.pixel_tiles, "sub-tile")
-        cluster = f"{self.config.ctas} CTAs of " if self.config.ctas > 1 else ""
         text = (
             f"{self.path} path, {self.problem.direction}: {self.reason}\n"
             f"{self.config.strategy} on {self.device}: "
             f"{_count(self.config.grid(self.problem), 'program')} of "
-            f"{cluster}{_count(self.config.num_warps, 'warp')}, "
+            f"{_count(self.config.num_warps, 'warp')}, "
             f"each {sub_tiles} of {tile.rows} x {tile.cols}"
         )
         if self.config.strategy != "resident":

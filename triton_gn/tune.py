@@ -250,16 +250,15 @@ def tune(
 
 
 def shortlist(problem: Problem, gpu: Device, most: int) -> list[Config]:
-    """At most so many plans to time: the rule's, then the best by the model of each strategy, of
-    clusters and of single CTAs, in turn, as long as they are not much slower than the best of all.
-    """
+    """At most so many plans to time: the rule's, then the best by the model of each strategy in
+    turn, as long as they are not much slower than the best of all."""
     found = candidates(problem, gpu)
     us = [estimate(problem, config, gpu).us for config in found]
     near = [config for config, one in zip(found, us, strict=True) if one <= _SLOWDOWN * us[0]]
-    kinds: dict[tuple[str, bool], list[Config]] = {}
+    by_strategy: dict[str, list[Config]] = {}
     for config in near:
-        kinds.setdefault((config.strategy, config.ctas > 1), []).append(config)
-    in_turn = itertools.chain.from_iterable(itertools.zip_longest(*kinds.values()))
+        by_strategy.setdefault(config.strategy, []).append(config)
+    in_turn = itertools.chain.from_iterable(itertools.zip_longest(*by_strategy.values()))
     plans = (plan_by_rule(problem, gpu), *filter(None, in_turn))
     return list(dict.fromkeys(plans))[:most]
 

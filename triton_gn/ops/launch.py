@@ -37,7 +37,7 @@ class Workspace(Tensor):
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch, described in full: ``grid`` programs, each a cluster of ``ctas`` CTAs.
+    """One kernel launch, described in full: ``grid`` programs.
 
     ``overlaps``: its kernel lets the launch after it begin early, and waits for the one before it.
     ``is_early``: it begins while that one ends.
@@ -46,8 +46,7 @@ class Launch:
     kernel: Any
     grid: int
     arguments: dict[str, Any]
-    num_warps: int  # of a CTA
-    ctas: int = 1
+    num_warps: int  # of a program
     overlaps: bool = False
     is_early: bool = False
 
@@ -66,8 +65,6 @@ class Launch:
         if nvidia:
             # all the registers there are: else ptxas spills a few for occupancy's sake
             options["maxnreg"] = min(255, 65536 // (32 * self.num_warps))
-        if self.ctas > 1:
-            options["num_ctas"] = self.ctas
         if self.is_early and nvidia:
             options["launch_pdl"] = True
         return options
@@ -87,36 +84,19 @@ def _device_tile(tile: Tile, threads: int, packed: bool) -> Any:
     return _kernels().tile.Tile(**asdict(tile), threads=threads, packed=packed)
 
 
-def target(name: str) -> Device:
-    """The GPU of a target ("sm_90", "gfx942", ... of ``TARGETS``) to the Triton that is here."""
-    known = TARGETS[name]
-    return known if _sums_over_clusters() else replace(known, clusters=1)
-
-
-@functools.cache
-def _sums_over_clusters() -> bool:
-    """Whether Triton can reduce over the CTAs of a cluster: from 3.8 on."""
-    try:
-        import triton
-    except ImportError:
-        return False
-    major, minor, *_ = triton.__version__.split(".")
-    return (int(major), int(minor)) >= (3, 8)
-
-
 @functools.cache
 def gpu(device: torch.device) -> Device:
     """What plans need to know of a device; they are made for an H100 where it is no GPU."""
     if device.type != "cuda":
-        return target("sm_90")
+        return TARGETS["sm_90"]
     properties = torch.cuda.get_device_properties(device)
     name = f"sm_{properties.major}{properties.minor}"
     if torch.version.hip is not None:
         name = properties.gcnArchName.partition(":")[0]
     return replace(
-        target(name)
+        TARGETS[name]
         if name in TARGETS
-        else Device(clusters=1, packs=torch.version.hip is None, overlaps=False),
+        else Device(packs=torch.version.hip is None, overlaps=False),
         name=properties.name,
         multiprocessors=properties.multi_processor_count,
         l2_bytes=properties.L2_cache_size,
@@ -164,7 +144,7 @@ def _sizes(problem: Problem, config: Config) -> dict[str, Any]:
         "groups": problem.groups,
         "pixels": problem.n if config.tile.stacked else problem.pixels,
         "row_vecs": problem.row_vecs,
-        "TILE": _device_tile(config.tile, 32 * config.warps, is_packed(problem, config)),
+        "TILE": _device_tile(config.tile, 32 * config.num_warps, is_packed(problem, config)),
     }
     if config.strategy != "resident":
         sizes |= {
@@ -242,7 +222,7 @@ def forward_launches(
     }  # fmt: skip
     if config.strategy == "resident":
         kernel = _kernels().resident.group_norm_forward_resident_kernel
-        return [Launch(kernel, programs, x | apply | sizes, config.num_warps, config.ctas)]
+        return [Launch(kernel, programs, x | apply | sizes, config.num_warps)]
     groups = problem.n * problem.groups
     partials = {"partials_ptr": _workspace(operands.x, groups * config.slots, 4)}
     if config.strategy == "pipelined":
@@ -360,7 +340,7 @@ def backward_launches(
     if config.strategy == "resident":
         kernel = _kernels().resident.group_norm_backward_resident_kernel
         outputs |= {"dx_ptr": grads.get("x")}
-        launch = Launch(kernel, programs, inputs | outputs, config.num_warps, config.ctas)
+        launch = Launch(kernel, programs, inputs | outputs, config.num_warps)
         return _in_turn(config, [launch, *_param_launches(problem, config, reductions)])
 
     inputs["partials_ptr"] = sums

@@ -27,7 +27,6 @@ _FEW_CHANNEL_TILES = 2
 _FLOAT64_REGISTERS = {False: 96, True: 48}  # with an activation: its functions are calls
 _MAX_ELEMENTS_PER_WARP = 2048  # of a sub-tile, even where spills are borne
 _MAX_WORKERS = 2**16
-_CLUSTERS = (1, 2, 4, 8, 16)
 _CROWDED = 0.75  # of the limit, where there is one more value per channel or per element
 
 
@@ -37,7 +36,7 @@ def is_packed(problem: Problem, config: Config) -> bool:
     if config.strategy != "resident" or problem.itemsize != 2 or problem.span > 1:
         return False
     tensors = 1 if problem.direction == "forward" else 2
-    return tensors * config.tile.elements // (32 * config.warps) > _FLOATS_KEPT
+    return tensors * config.tile.elements // (32 * config.num_warps) > _FLOATS_KEPT
 
 
 def registers(problem: Problem, config: Config, device: Device) -> int:
@@ -49,7 +48,7 @@ def registers(problem: Problem, config: Config, device: Device) -> int:
         tensors += tensors == 2 and problem.residual  # from which dz is worked out again
         held = tensors * config.tile.elements // 2
     words = max(problem.itemsize, 4) // 4 * (held + 2 * sub_tile)
-    return words // (device.warp_size * config.warps)
+    return words // (device.warp_size * config.num_warps)
 
 
 def excess_registers(problem: Problem, config: Config, device: Device) -> int:
@@ -109,37 +108,6 @@ def _stalls(problem: Problem, config: Config) -> str | None:
     return None
 
 
-def no_cluster(problem: Problem, ctas: int, device: Device) -> str | None:
-    """Why a program cannot be so many CTAs, as a sentence; None if it can."""
-    if ctas not in _CLUSTERS:
-        return f"ctas must be one of {', '.join(map(str, _CLUSTERS))}; got {ctas}"
-    if ctas > device.clusters == 1:
-        return f"clusters of CTAs take a GPU of sm_90 or newer and Triton 3.8; got ctas={ctas}"
-    if ctas > device.clusters:
-        return f"a cluster on {device.name} has at most {device.clusters} CTAs; got ctas={ctas}"
-    if ctas > 1 and problem.channels_last:
-        # their sums run over the rows, which lie in all CTAs: 22 barriers and more, and spills
-        return f"only contiguous groups are held by clusters; got ctas={ctas}"
-    return None
-
-
-def _breaks_cluster(problem: Problem, config: Config, device: Device) -> str | None:
-    """Why a cluster cannot hold a tile."""
-    if (reason := no_cluster(problem, config.ctas, device)) is not None or config.ctas == 1:
-        return reason
-    tile, ctas = config.tile, config.ctas
-    if 1 < tile.rows < ctas:
-        # Triton 3.9 fails to compile the sums of such a tile
-        return f"rows must be 1 or no less than the {ctas} CTAs of a cluster; got {tile.rows}"
-    threads = device.warp_size * config.warps
-    if tile.rows * tile.cols < threads * tile.vec:
-        return (
-            f"a sub-tile must have a vector of {tile.vec} elements for each of the {threads} "
-            f"threads of a cluster; {tile.rows} rows of {tile.cols} do not"
-        )
-    return None
-
-
 def _overlaps_too_much(config: Config, device: Device) -> str | None:
     """Why so many launches cannot run at a time."""
     if config.overlap not in (1, 2):
@@ -177,12 +145,10 @@ def fits(problem: Problem, config: Config, device: Device) -> str | None:
     stretch = tile.cols * tile.pixel_tiles
     if config.strategy != "resident" and not problem.channels_last and stretch % tile.vec:
         return f"cols * pixel_tiles must be a multiple of the vector, {tile.vec}; got {stretch}"
-    if reason := _breaks_cluster(problem, config, device):
-        return reason
-    if tile.rows * tile.cols > _MAX_ELEMENTS_PER_WARP * config.warps:
+    if tile.rows * tile.cols > _MAX_ELEMENTS_PER_WARP * config.num_warps:
         return (
             f"a sub-tile may have {_MAX_ELEMENTS_PER_WARP} elements a warp; {tile.rows} rows of "
-            f"{tile.cols} in {config.warps} warps have more"
+            f"{tile.cols} in {config.num_warps} warps have more"
         )
     if tile.channel_tiles * tile.pixel_tiles > MAX_SUB_TILES:
         return (
@@ -194,7 +160,7 @@ def fits(problem: Problem, config: Config, device: Device) -> str | None:
     exempt = tile.groups == 1 and is_always_resident(problem)
     if excess_registers(problem, config, device) and not exempt:
         return (
-            f"{tile.elements} elements in {config.warps} warps take "
+            f"{tile.elements} elements in {config.num_warps} warps take "
             f"{registers(problem, config, device)} registers a thread; at most "
             f"{register_limit(problem, config, device)} are free"
         )

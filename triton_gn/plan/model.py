@@ -15,7 +15,6 @@ _DRAM_SHARE = 0.9  # of the maker's figure, that a copy achieves
 _L2_BYTES_PER_US = 45_000  # of one multiprocessor, all of them drawing
 _SOLO_BYTES_PER_US = 57_000  # of one multiprocessor while the others are idle
 _PROGRAM_US = 1.5  # from a program's first load to its last store, besides its bytes
-_CLUSTER_SUM_US = 0.5  # of a sum over a cluster: two barriers, a read of another multiprocessor
 _L2_SHARE = 0.5  # of L2 that holds what was just read
 _SECTOR_BYTES = 32  # L2 hands out no less
 # instructions of a thread for each element, by pass, and what an activation adds to one: counted in
@@ -95,19 +94,6 @@ def guessed_at_a_time(problem: Problem, config: Config, device: Device) -> int:
     return ctas_at_a_time(device, config.num_warps, guess)
 
 
-def cluster_sums(problem: Problem, config: Config) -> int:
-    """How many sums of a program run over all CTAs of its cluster."""
-    tile = config.tile
-    if config.ctas == 1:
-        return 0
-    if problem.direction == "forward":
-        return 3  # of x, of its deviations and of their squares
-    if tile.rows > 1:
-        return 2  # of dx_hat and of dx_hat * x_hat: each channel lies in one CTA
-    of_channels = tile.channel_tiles * (2 + problem.pre_add)
-    return of_channels if tile.span == 1 else 2 + of_channels * tile.pixel_tiles * tile.span
-
-
 def estimate(
     problem: Problem, config: Config, device: Device, at_a_time: int | None = None
 ) -> Estimate:
@@ -121,7 +107,7 @@ def estimate(
     l2_bytes = int(touched * _sector_waste(problem, config))
 
     rounds = 2 if again else 1
-    ctas = config.programs(problem) * config.ctas
+    ctas = config.programs(problem)
     waves = math.ceil(ctas / (device.multiprocessors * at_a_time))
     neighbours = min(at_a_time, math.ceil(ctas / device.multiprocessors))
     padding = _padding(problem, config)
@@ -130,11 +116,10 @@ def estimate(
     executed = instructions(problem, config) * elements
     executed += rounds * _PER_PASS * config.num_warps * device.warp_size
     issue_us = executed / (device.lanes * device.clock_mhz)  # of a CTA, alone
-    program_us = _PROGRAM_US + _CLUSTER_SUM_US * cluster_sums(problem, config)
     # each reads before it computes: at first all CTAs of a multiprocessor together, later by turns
     less, more = sorted((share / _SOLO_BYTES_PER_US, issue_us / rounds))
-    first_wave = program_us + less + neighbours * more
-    next_wave = max(program_us + less + more, neighbours * more)
+    first_wave = _PROGRAM_US + less + neighbours * more
+    next_wave = max(_PROGRAM_US + less + more, neighbours * more)
     next_us = _NEXT_LAUNCH_US if config.overlap == 1 else _EARLY_LAUNCH_US
     launch_us = _LAUNCH_US + (launches(problem, config) - 1) * next_us
     launch_us += _ZEROS_US * (config.strategy == "pipelined")
