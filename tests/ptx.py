@@ -383,7 +383,7 @@ def _execute(threads: Threads, one: Instruction, mask: Array) -> None:
         threads.keep_product(target, product, mask)
 
 
-_IGNORED = ("bar", "griddepcontrol", "createpolicy")
+_IGNORED = ("bar", "createpolicy")
 _WITHOUT_EFFECT = ("ftz", "rn", "approx", "sync")
 
 

@@ -240,42 +240,6 @@ def test_pipelined_compiles(channels_last: bool, direction: str, target: str) ->
         assert re.search(r"(atom|ld)\.global\.gpu\.acquire", assembly)
 
 
-OVERLAPPING: list[tuple[str, dict[str, Any]]] = [
-    ("forward", {"strategy": "split"}),
-    ("backward", {"strategy": "resident"}),
-    ("backward", {"strategy": "split"}),
-    ("backward", {"strategy": "pipelined"}),
-]
-
-
-@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
-@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize(("direction", "fields"), OVERLAPPING, ids=id_of)
-def test_overlapping_launches_touch_no_memory_before_the_one_before_has_ended(
-    direction: str, fields: dict[str, Any], channels_last: bool, target: str
-) -> None:
-    """All programs begin with it: the next launch may begin, and the one before is awaited."""
-    launches = launches_of(
-        direction, (2, 64, 32, 32), 8, BF16, channels_last, target=target, activation="silu",
-        fused=ALL, overlap=2, **fields,
-    )  # fmt: skip
-    assert len(launches) > 1
-    assert_compile_well(launches, BF16, target)
-    for launch in launches:
-        words = r"griddepcontrol\.\w+|(?:ld|st|atom|red)\.(?:\w+\.)*global|bra|setp|bar\.sync"
-        found = re.findall(words, assembly_of(launch, target))
-        assert found[:2] == ["griddepcontrol.launch_dependents", "griddepcontrol.wait"]
-        assert len([word for word in found if "griddepcontrol" in word]) == 2
-
-
-@pytest.mark.parametrize(("direction", "fields"), OVERLAPPING, ids=id_of)
-def test_launches_wait_for_nothing_unless_they_overlap(
-    direction: str, fields: dict[str, Any]
-) -> None:
-    for launch in launches_of(direction, (2, 64, 32, 32), 8, BF16, False, **fields):
-        assert "griddepcontrol" not in assembly_of(launch, "sm_90")
-
-
 def test_all_kernels_are_compiled_above() -> None:
     """Both strategies in both directions and formats, for each of the targets."""
     compiled = set()

@@ -152,59 +152,6 @@ def test_pipelined_among_others_thousands_of_times(
     repeat_among_others(steps, [expected] * len(steps), times=500)
 
 
-@FORMATS
-@STRATEGIES
-@pytest.mark.parametrize(
-    ("shape", "num_groups"),
-    [
-        ((2, 320, 16, 16), 32),
-        ((2, 64, 64, 64), 32),
-        ((8, 128, 200, 200), 32),
-        ((1, 16, 512, 999), 1),
-    ],
-    ids=str,
-)
-def test_overlapping_launches_thousands_of_times(
-    shape: tuple[int, ...], num_groups: int, strategy: str, memory_format: torch.memory_format
-) -> None:
-    """Their bits are those of launches one after the other: back to back on four streams at once,
-    beside a matrix product, each from operands that the launch before it on its stream has made."""
-    if not gpu().overlaps:
-        pytest.skip("launches do not overlap on this GPU")
-    x = torch.randn(shape, device="cuda", dtype=torch.bfloat16).to(memory_format=memory_format)
-    weight, bias = torch.randn(2, shape[1], device="cuda", dtype=torch.bfloat16)
-
-    def step(factor: float, **fields: int | str) -> Results:
-        operands = tuple((one * factor).requires_grad_() for one in (x, weight, bias))
-        with triton_gn.backend("triton"), triton_gn.plan_override(strategy=strategy, **fields):
-            given, w, b = operands
-            y = triton_gn.group_norm(given, num_groups, w, b, activation="silu")
-            return (y.detach(), *torch.autograd.grad(y, operands, y.detach() * factor))
-
-    factors = (1.0, -0.5, 2.0, 4.0)
-    try:
-        expected = [step(factor) for factor in factors]
-    except ValueError:
-        pytest.skip(f"no {strategy} program can hold these groups")
-
-    def twice(factor: float) -> Results:
-        return (*step(factor, overlap=2), *step(factor, overlap=2))
-
-    steps = [partial(twice, factor) for factor in factors]
-    repeat_among_others(steps, [one * 2 for one in expected], times=500)
-
-
-@FORMATS
-@STRATEGIES
-def test_overlapping_launches_in_a_cuda_graph(
-    strategy: str, memory_format: torch.memory_format
-) -> None:
-    if not gpu().overlaps:
-        pytest.skip("launches do not overlap on this GPU")
-    with triton_gn.plan_override(strategy=strategy, overlap=2):
-        replay_with_other_values((2, 320, 16, 16), memory_format)
-
-
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_input_on_another_than_the_current_device() -> None:
     x = torch.randn(2, 64, 32, 32, device="cuda:1")

@@ -84,37 +84,6 @@ def test_a_repeated_call_launches_what_the_first_did(
     assert set(range(len(first))) <= places, "a tensor of the call reaches no kernel"
 
 
-@pytest.mark.parametrize(
-    ("direction", "strategy"),
-    [("forward", "split"), *(("backward", s) for s in ("resident", "pipelined", "split"))],
-)
-def test_all_but_the_first_of_overlapping_launches_begin_early(
-    direction: str, strategy: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What Triton makes a launcher of says so, and it is the launcher of later calls too."""
-    begin_early: dict[str, bool] = {}
-
-    def launcher(_: standin.StandIn, source: Any, metadata: Any) -> Any:
-        begin_early[source.fn.__name__] = metadata.launch_pdl
-        return lambda *handed: seen.append(handed[4])
-
-    seen: list[str] = []
-    monkeypatch.setattr(standin.StandIn, "launcher_cls", launcher)
-    for method in ("options", "arguments_on"):  # as on a GPU, though the tensors are on none
-        there = getattr(launch.Launch, method)
-        monkeypatch.setattr(launch.Launch, method, lambda one, _, there=there: there(one, True))
-    workload = Workload("", 2, 24, 3, (8, 8), activation="silu", fused=FUSED)
-    prepared.forget()
-    with standin.active():
-        for seed in range(2):
-            run(direction, workload, strategy, seed, overlap=2)
-    prepared.forget()
-    half = len(seen) // 2
-    assert seen[:half] == seen[half:]
-    assert [begin_early[name] for name in seen[:half]] == [False] + [True] * (half - 1)
-    assert half > 1
-
-
 def test_the_second_call_is_past_triton(
     launches: Launches, monkeypatch: pytest.MonkeyPatch
 ) -> None:

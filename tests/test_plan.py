@@ -14,17 +14,12 @@ from triton_gn.plan import (
     Config,
     Device,
     Problem,
-    candidates,
-    estimate,
     fits,
     is_always_resident,
     is_packed,
     is_verified,
-    launches,
-    overlapped,
     plan,
     plan_by_rule,
-    plan_unverified,
     rivals,
     slots_at_a_time,
 )
@@ -271,40 +266,6 @@ def test_pipelines_fill_the_gpu_and_their_second_pass_is_late_enough(problem: Pr
 @example(problem=ODD)
 def test_the_rule_chooses_only_what_a_gpu_has_proven(problem: Problem) -> None:
     assert is_verified(plan(problem, H100))
-
-
-@pytest.mark.parametrize("strategy", ["resident", "split", "pipelined"])
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_launches_overlap_where_there_are_several(direction: str, strategy: str) -> None:
-    problem = replace(CONTIGUOUS, direction=direction)
-    config = overridden(problem, strategy=strategy)
-    early = overlapped(problem, config, H100)
-    if launches(problem, config) == 1:
-        assert early is None
-        return
-    assert early == replace(config, overlap=2) == overridden(problem, strategy=strategy, overlap=2)
-    assert not is_verified(early)
-    assert estimate(problem, early, H100).us < estimate(problem, config, H100).us
-
-
-@pytest.mark.parametrize(
-    ("overlap", "target", "message"),
-    [
-        (3, "sm_90", "overlap must be 1 or 2; got 3"),
-        (2, "sm_80", "NVIDIA's GPUs from sm_90 on; got overlap=2 on NVIDIA A100"),
-        (2, "gfx942", "NVIDIA's GPUs from sm_90 on; got overlap=2 on AMD"),
-    ],
-)
-def test_launches_that_cannot_overlap_are_refused(overlap: int, target: str, message: str) -> None:
-    with pytest.raises(ValueError, match=f"plan_override: .*{message}"):
-        plan(CONTIGUOUS, TARGETS[target], override=(("overlap", overlap),))
-
-
-def test_overlap_is_planned_where_allowed() -> None:
-    problem = replace(CONTIGUOUS, direction="backward")
-    assert plan_unverified(problem, H100).overlap == 2
-    assert plan_unverified(problem, TARGETS["sm_80"]).overlap == 1
-    assert {config.overlap for config in candidates(problem, H100)} == {1}
 
 
 def test_16_bit_elements_stay_packed_where_float32_does_not_fit() -> None:

@@ -449,20 +449,25 @@ def test_entries_whose_plans_cannot_run_are_skipped(folder: Path, fields: dict[s
     assert plan(PROBLEM, H100) == TUNED
 
 
-def test_overlap_is_read_and_skipped_where_launches_do_not(folder: Path) -> None:
-    """A table is found by the name of a GPU, and names can be made up."""
-    early = replace(plan_by_rule(PROBLEM, H100), overlap=2)
-    write(folder, entry_of(PROBLEM, early))
-    assert plan(PROBLEM, H100) == early
-    with pytest.warns(UserWarning, match="their plans cannot run"):
-        assert plan(PROBLEM, replace(H100, overlaps=False)).overlap == 1
+@pytest.mark.parametrize("schema", [3, tuned.SCHEMA])
+def test_fields_that_plans_have_no_more_are_ignored_with_a_warning(
+    folder: Path, schema: int
+) -> None:
+    """As tables of version 3 have them, whatever version such a table says that it is of."""
+    table = json.loads(tuned.text_of(H100, [ENTRY], {})) | {"schema": schema}
+    table["entries"][0]["config"] |= {"overlap": 1, "ctas": 1}
+    path = tuned.path_of(folder, H100)
+    path.write_text(json.dumps(table))
+    with pytest.warns(UserWarning, match=f"triton_gn ignores its table {path}: "):
+        assert plan(PROBLEM, H100) == plan_by_rule(PROBLEM, H100) != TUNED
+    plan(replace(PROBLEM, n=1), H100)  # without another warning, which would be an error
 
 
 def test_groups_side_by_side_are_bounded(folder: Path) -> None:
     """They are summed up by selection, and split has no room for a partial of each of 2048."""
     problem = Problem("forward", 1, 2048, 2048, 64, "float32", channels_last=True)
     fields = {"groups": 2048, "rows": 1, "cols": 2048, "num_warps": 8}
-    fields |= {"overlap": 1, "pixel_tiles": 1, "chunks": 2}
+    fields |= {"pixel_tiles": 1, "chunks": 2}
     write(folder, replace(ENTRY, problem=problem, config={"strategy": "split"} | fields))
     with pytest.warns(UserWarning, match="cannot run"):
         assert plan(problem, H100) == plan_by_rule(problem, H100)

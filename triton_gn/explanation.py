@@ -13,7 +13,6 @@ from triton_gn.plan import (
     Problem,
     is_always_resident,
     is_verified,
-    launches,
     plan,
     rivals,
     tuned,
@@ -46,8 +45,6 @@ class Explanation:
         )
         if self.config.strategy != "resident":
             text += f", {_count(self.config.chunks, 'chunk')} a group"
-        if self.config.overlap > 1 and launches(self.problem, self.config) > 1:
-            text += ", launches that overlap"
         if not is_verified(self.config):
             text += "\nno GPU has proven plans of this kind yet"
         return text

@@ -21,7 +21,6 @@ from .moments import (
     store_stats,
     window_moments,
 )
-from .overlap import take_turns
 from .params import store_param_grads
 from .tile import (
     channel_sums,
@@ -64,14 +63,13 @@ def group_norm_forward_resident_kernel(
 @triton.jit
 def group_norm_backward_resident_kernel(
     dy_ptr, x_ptr, residual_ptr, coeffs, stats_ptr, dx_ptr, dresidual_ptr, grads, groups, pixels,
-    row_vecs, TILE: tl.constexpr, ACTIVATION: tl.constexpr, OVERLAP: tl.constexpr,
+    row_vecs, TILE: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """One program per ``TILE.groups`` groups of a sample, or per group of a stack of ``pixels``.
 
     Reads dy, x and, unless None, residual once, ``coeffs``, stats (N, G, 3). Writes dx and
     dresidual once, and its sample's or stack's row of each of ``grads``; each unless None.
     """
-    take_turns(OVERLAP)
     dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     window = whole_window(tl.program_id(0), groups, pixels, row_vecs, TILE)
     xs = load_tiles(x_ptr, window, TILE, "")

@@ -37,27 +37,18 @@ class Workspace(Tensor):
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch, described in full: ``grid`` programs.
-
-    ``overlaps``: its kernel lets the launch after it begin early, and waits for the one before it.
-    ``is_early``: it begins while that one ends.
-    """
+    """One kernel launch, described in full: ``grid`` programs."""
 
     kernel: Any
     grid: int
     arguments: dict[str, Any]
     num_warps: int  # of a program
-    overlaps: bool = False
-    is_early: bool = False
 
     def arguments_on(self, nvidia: bool) -> dict[str, Any]:
         """All of the kernel's arguments, on an NVIDIA GPU or elsewhere."""
-        constants: dict[str, Any] = {}
-        if "TILE" in self.arguments:
-            constants["TILE"] = self.arguments["TILE"].on(nvidia)
-        if "OVERLAP" in self.kernel.arg_names:
-            constants["OVERLAP"] = self.overlaps and nvidia
-        return self.arguments | constants
+        if "TILE" not in self.arguments:
+            return self.arguments
+        return self.arguments | {"TILE": self.arguments["TILE"].on(nvidia)}
 
     def options(self, nvidia: bool) -> dict[str, Any]:
         """What else the compiler is told."""
@@ -65,8 +56,6 @@ class Launch:
         if nvidia:
             # all the registers there are: else ptxas spills a few for occupancy's sake
             options["maxnreg"] = min(255, 65536 // (32 * self.num_warps))
-        if self.is_early and nvidia:
-            options["launch_pdl"] = True
         return options
 
 
@@ -94,9 +83,7 @@ def gpu(device: torch.device) -> Device:
     if torch.version.hip is not None:
         name = properties.gcnArchName.partition(":")[0]
     return replace(
-        TARGETS[name]
-        if name in TARGETS
-        else Device(packs=torch.version.hip is None, overlaps=False),
+        TARGETS[name] if name in TARGETS else Device(packs=torch.version.hip is None),
         name=properties.name,
         multiprocessors=properties.multi_processor_count,
         l2_bytes=properties.L2_cache_size,
@@ -158,13 +145,6 @@ def _sizes(problem: Problem, config: Config) -> dict[str, Any]:
 def _slots(config: Config, slots: int) -> dict[str, Any]:
     """How many partials there are of each group, for a launch that merges them."""
     return {"slots": slots, "SLOTS": slots_at_a_time(slots, config.tile.group_slots)}
-
-
-def _in_turn(config: Config, launches: list[Launch]) -> list[Launch]:
-    """The launches of a plan, which overlap if it says so."""
-    if config.overlap == 1 or len(launches) == 1:
-        return launches
-    return [replace(one, overlaps=True, is_early=i > 0) for i, one in enumerate(launches)]
 
 
 def _pipeline(problem: Problem, config: Config, x: Tensor) -> dict[str, Any]:
@@ -237,7 +217,7 @@ def forward_launches(
     )
     if y is None:
         merge = _merge_launch(groups, config.slots, partials | {"merged_ptr": moments})
-        return _in_turn(config, [first, merge])
+        return [first, merge]
     slots = config.slots
     if moments is not None:
         partials, slots = {"partials_ptr": moments}, moments.shape[3]
@@ -247,7 +227,7 @@ def forward_launches(
         x | apply | partials | sizes | _slots(config, slots),
         config.num_warps,
     )
-    return _in_turn(config, [first, second] if moments is None else [second])
+    return [first, second] if moments is None else [second]
 
 
 def _merge_launch(groups: int, slots: int, tensors: dict[str, Any]) -> Launch:
@@ -341,7 +321,7 @@ def backward_launches(
         kernel = _kernels().resident.group_norm_backward_resident_kernel
         outputs |= {"dx_ptr": grads.get("x")}
         launch = Launch(kernel, programs, inputs | outputs, config.num_warps)
-        return _in_turn(config, [launch, *_param_launches(problem, config, reductions)])
+        return [launch, *_param_launches(problem, config, reductions)]
 
     inputs["partials_ptr"] = sums
     if sums is None:
@@ -354,12 +334,12 @@ def backward_launches(
         config.num_warps,
     )
     if "x" not in grads and "pre_add" not in grads:
-        return _in_turn(config, [first, *_param_launches(problem, config, reductions)])
+        return [first, *_param_launches(problem, config, reductions)]
     if config.strategy == "pipelined":
         kernel = _kernels().pipelined.group_norm_backward_pipelined_kernel
         outputs |= {"dx_ptr": grads.get("x")} | _pipeline(problem, config, operands.x)
         launch = Launch(kernel, config.workers, inputs | outputs, config.num_warps)
-        return _in_turn(config, [launch, *_param_launches(problem, config, reductions)])
+        return [launch, *_param_launches(problem, config, reductions)]
     slots = _slots(config, 1 if half == "second" else config.slots)
     at_given_statistics = {"partials_ptr": None} if half == "first" else {}
     # the apply launch writes the parts of dpre_add, and sums up what the launch before has left
@@ -380,4 +360,4 @@ def backward_launches(
         config.num_warps,
     )  # fmt: skip
     before = [] if half == "second" else [first]
-    return _in_turn(config, [*before, apply, *_param_launches(problem, config, last)])
+    return [*before, apply, *_param_launches(problem, config, last)]

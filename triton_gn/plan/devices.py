@@ -20,7 +20,6 @@ class Device:
     lanes: int = 128  # that execute an instruction in a clock
     clock_mhz: int = 1980
     packs: bool = True  # whether kernels can keep 16-bit elements packed: by NVIDIA's instructions
-    overlaps: bool = True  # whether a launch can begin before the one before it ends
 
 
 def _amd(
@@ -28,26 +27,20 @@ def _amd(
 ) -> Device:
     return Device(
         name, multiprocessors, l2_bytes, 64, dram_gb_per_s, 131072, 65536, 32, 32, lanes, clock_mhz,
-        packs=False, overlaps=False,
+        packs=False,
     )  # fmt: skip
 
 
 # one GPU for each target that Triton compiles for
 TARGETS = {
-    "sm_75": Device(
-        "NVIDIA T4", 40, 4 * 2**20, 32, 320, 65536, 64 * 1024, 32, 16, 64, 1590, overlaps=False
-    ),
+    "sm_75": Device("NVIDIA T4", 40, 4 * 2**20, 32, 320, 65536, 64 * 1024, 32, 16, 64, 1590),
     "sm_80": Device(
-        "NVIDIA A100-SXM4-80GB", 108, 40 * 2**20, 32, 2039, 65536, 164 * 1024, 64, 32, 64, 1410,
-        overlaps=False,
+        "NVIDIA A100-SXM4-80GB", 108, 40 * 2**20, 32, 2039, 65536, 164 * 1024, 64, 32, 64, 1410
     ),
-    "sm_86": Device(
-        "NVIDIA A10", 72, 6 * 2**20, 32, 600, 65536, 100 * 1024, 48, 16, 128, 1695,
-        overlaps=False,
-    ),
+    "sm_86": Device("NVIDIA A10", 72, 6 * 2**20, 32, 600, 65536, 100 * 1024, 48, 16, 128, 1695),
     "sm_89": Device(
         "NVIDIA GeForce RTX 4090", 128, 72 * 2**20, 32, 1008, 65536, 100 * 1024, 48, 24,
-        clock_mhz=2520, overlaps=False,
+        clock_mhz=2520,
     ),
     "sm_90": Device(),
     "sm_100": Device(

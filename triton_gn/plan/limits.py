@@ -108,15 +108,6 @@ def _stalls(problem: Problem, config: Config) -> str | None:
     return None
 
 
-def _overlaps_too_much(config: Config, device: Device) -> str | None:
-    """Why so many launches cannot run at a time."""
-    if config.overlap not in (1, 2):
-        return f"overlap must be 1 or 2; got {config.overlap}"
-    if config.overlap == 2 and not device.overlaps:
-        return f"launches overlap on NVIDIA's GPUs from sm_90 on; got overlap=2 on {device.name}"
-    return None
-
-
 def fits(problem: Problem, config: Config, device: Device) -> str | None:
     """Why the plan cannot run, as a sentence; None if it can."""
     tile = config.tile
@@ -128,8 +119,6 @@ def fits(problem: Problem, config: Config, device: Device) -> str | None:
             return f"{name} must be a power of two; got {size}"
     if config.num_warps not in (1, 2, 4, 8, 16, 32):
         return f"num_warps must be a power of two up to 32; got {config.num_warps}"
-    if reason := _overlaps_too_much(config, device):
-        return reason
     if not 1 <= tile.groups <= problem.groups:
         return f"groups must be between 1 and {problem.groups}; got {tile.groups}"
     if tile.groups > 1 and not problem.channels_last:

@@ -9,7 +9,6 @@ from .problem import ACCESS_BYTES, Config, Problem
 
 _LAUNCH_US = 2.2
 _NEXT_LAUNCH_US = 1.5  # of a launch that follows another
-_EARLY_LAUNCH_US = 0.7  # of one that begins while the one before it ends
 _ZEROS_US = 1.0  # of setting counters to 0 before a launch
 _DRAM_SHARE = 0.9  # of the maker's figure, that a copy achieves
 _L2_BYTES_PER_US = 45_000  # of one multiprocessor, all of them drawing
@@ -120,8 +119,7 @@ def estimate(
     less, more = sorted((share / _SOLO_BYTES_PER_US, issue_us / rounds))
     first_wave = _PROGRAM_US + less + neighbours * more
     next_wave = max(_PROGRAM_US + less + more, neighbours * more)
-    next_us = _NEXT_LAUNCH_US if config.overlap == 1 else _EARLY_LAUNCH_US
-    launch_us = _LAUNCH_US + (launches(problem, config) - 1) * next_us
+    launch_us = _LAUNCH_US + (launches(problem, config) - 1) * _NEXT_LAUNCH_US
     launch_us += _ZEROS_US * (config.strategy == "pipelined")
     narrow = math.sqrt(ACCESS_BYTES / problem.access_bytes(config.tile.groups))
     times = {

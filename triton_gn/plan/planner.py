@@ -9,7 +9,7 @@ from typing import Any
 from . import tuned
 from .devices import Device
 from .limits import excess_registers, fits, is_always_resident
-from .model import estimate, group_bytes, guessed_at_a_time, launches, second_passes
+from .model import estimate, group_bytes, guessed_at_a_time, second_passes
 from .problem import Config, Problem
 from .tiles import (
     OWN_FIELDS,
@@ -102,20 +102,12 @@ def plan_by_rule(
 
 def plan_unverified(problem: Problem, device: Device) -> Config:
     """The fastest plan by the model, were every kind of plan seen right on a GPU."""
-    best = plan_by_rule(problem, device, STRATEGIES + UNVERIFIED)
-    return overlapped(problem, best, device) or best
+    return plan_by_rule(problem, device, STRATEGIES + UNVERIFIED)
 
 
 def is_verified(config: Config) -> bool:
     """Whether plans of its kind have been seen right on a GPU, so that the rule may choose it."""
-    return config.strategy in STRATEGIES and config.overlap == 1
-
-
-def overlapped(problem: Problem, config: Config, device: Device) -> Config | None:
-    """The plan with launches that overlap, if it has several and the GPU can."""
-    if launches(problem, config) == 1 or not device.overlaps:
-        return None
-    return replace(config, overlap=2)
+    return config.strategy in STRATEGIES
 
 
 def _is_wide(problem: Problem, config: Config) -> bool:

@@ -11,9 +11,7 @@ from .problem import Config, Problem, Tile
 _CUT = ("pixel_tiles", "chunks")
 # those that not every strategy has
 OWN_FIELDS = {"resident": (), "split": _CUT, "pipelined": (*_CUT, "blocks", "workers")}
-FIELDS = (
-    "strategy", "groups", "rows", "cols", "num_warps", "overlap", *OWN_FIELDS["pipelined"],
-)  # fmt: skip
+FIELDS = ("strategy", "groups", "rows", "cols", "num_warps", *OWN_FIELDS["pipelined"])
 MAX_SUB_TILES = 16  # unrolled in the kernel: more is slow to compile
 MAX_SLOTS = 1024  # partials, of all groups of a program, that split merges at a time
 MAX_BLOCK_CHANNELS = 256  # of several groups side by side: they are summed up by selection
@@ -180,7 +178,6 @@ def fields_of(config: Config) -> dict[str, Any]:
         "rows": tile.rows,
         "cols": tile.cols,
         "num_warps": config.num_warps,
-        "overlap": config.overlap,
     }
     cut = {
         "pixel_tiles": tile.pixel_tiles,
@@ -199,7 +196,6 @@ def config_of(
     rows: int,
     cols: int,
     num_warps: int,
-    overlap: int = 1,
     pixel_tiles: int = 1,
     chunks: int = 1,
     blocks: int = 1,
@@ -212,11 +208,10 @@ def config_of(
     tiles = (col_tiles, row_tiles) if problem.channels_last else (row_tiles, col_tiles)
     if strategy != "resident":
         tile = make_tile(problem, groups, rows, cols, 1, min(pixel_tiles, tiles[1]))
-        split = make_split(problem, tile, num_warps, chunks)
-        split = replace(split, strategy=strategy, overlap=overlap)
+        split = replace(make_split(problem, tile, num_warps, chunks), strategy=strategy)
         if strategy == "pipelined":
             return replace(split, blocks=blocks, workers=workers)
         return split
     tile = make_tile(problem, groups, rows, cols, *tiles, stacked)
     extent = problem.pixels if problem.channels_last else problem.row_vecs
-    return Config(strategy, tile, num_warps, 1, extent, overlap=overlap)
+    return Config(strategy, tile, num_warps, 1, extent)
