@@ -147,33 +147,6 @@ def test_fused_compiles_to_what_it_should(
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype", "channels_last", "direction", "target"),
-    [
-        ((32, 576, 64, 64), BF16, False, "forward", "sm_90"),
-        ((32, 576, 64, 64), F16, False, "forward", "sm_80"),
-        ((8, 512, 48, 64), F16, True, "forward", "sm_90"),
-        ((32, 256, 64, 64), BF16, False, "backward", "sm_80"),
-        ((32, 256, 64, 64), F16, False, "backward", "sm_90"),
-        ((64, 256, 56, 56), BF16, True, "backward", "sm_90"),
-    ],
-    ids=id_of,
-)
-def test_packed_tiles_stay_on_chip(
-    shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool, direction: str, target: str
-) -> None:
-    """More elements a thread than its registers could hold as float32."""
-    launches = launches_of(
-        direction, shape, 32, dtype, channels_last, target=target, activation="silu"
-    )
-    tile = launches[0].arguments["TILE"]
-    assert tile.packed.value
-    sub_tiles = tile.channel_tiles.value * tile.pixel_tiles.value
-    elements = tile.rows.value * tile.cols.value * sub_tiles * (1 + (direction == "backward"))
-    assert elements // tile.threads.value >= 190
-    assert_compile_well(launches, dtype, target)
-
-
-@pytest.mark.parametrize(
     ("channels_last", "dtype", "target"), [(False, BF16, "sm_90"), (True, F32, "gfx942")], ids=id_of
 )
 def test_statistics_apart_compile_to_what_they_should(

@@ -16,10 +16,8 @@ from triton_gn.plan import (
     Problem,
     fits,
     is_always_resident,
-    is_packed,
     is_verified,
     plan,
-    plan_by_rule,
     rivals,
     slots_at_a_time,
 )
@@ -266,30 +264,6 @@ def test_pipelines_fill_the_gpu_and_their_second_pass_is_late_enough(problem: Pr
 @example(problem=ODD)
 def test_the_rule_chooses_only_what_a_gpu_has_proven(problem: Problem) -> None:
     assert is_verified(plan(problem, H100))
-
-
-def test_16_bit_elements_stay_packed_where_float32_does_not_fit() -> None:
-    problem = Problem("backward", 32, 256, 32, 4096, "bfloat16", False, "silu")
-    config = plan_by_rule(problem, H100)
-    assert config.strategy == "resident"
-    assert is_packed(problem, config)
-    assert plan_by_rule(replace(problem, dtype="float32"), H100).strategy == "split"
-    reason = fits(problem, config, replace(H100, packs=False))
-    assert reason is not None
-    assert "registers a thread" in reason
-
-
-@for_any_problem
-@given(problem=problems())
-def test_only_large_16_bit_tiles_stay_packed(problem: Problem) -> None:
-    config = plan(problem, H100)
-    words = (1 + (problem.direction == "backward")) * config.tile.elements / (32 * config.num_warps)
-    if is_packed(problem, config):
-        assert config.strategy == "resident"
-        assert problem.itemsize == 2
-        assert words > 64
-    elif config.strategy == "resident" and problem.itemsize == 2 and problem.span == 1:
-        assert words <= 65
 
 
 def test_more_chunks_than_there_are_stretches_are_not_made() -> None:

@@ -17,7 +17,7 @@ from tests.ptx import Code, Fault, Kernel, Threads
 from triton_gn import compiling
 from triton_gn.ops import launch, layout
 from triton_gn.ops.launch import Launch
-from triton_gn.plan import TARGETS, Config, is_packed, plan
+from triton_gn.plan import TARGETS, Config, plan
 from triton_gn.reference import ACTIVATIONS
 from triton_gn.trial import EPS, Trial, errors_of, tolerance
 from triton_gn.workloads import FUSED, Workload
@@ -116,17 +116,6 @@ def test_answers(
 def test_answers_of_other_targets(memory: str, target: str) -> None:
     dtype = "float16" if target == "sm_75" else "bfloat16"
     check(Workload("", 2, 24, 3, (8, 8), dtype, layout=memory, activation="silu"), target)
-
-
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize(
-    ("memory", "spatial"), [("contiguous", (64, 64)), ("channels_last", (50, 64))]
-)
-def test_answers_of_packed_tiles(memory: str, spatial: tuple[int, ...], dtype: str) -> None:
-    workload = Workload("", 1, 8, 1, spatial, dtype, layout=memory, activation="silu")
-    configs = check(workload, override={"strategy": "resident"})
-    for direction, config in zip(("forward", "backward"), configs, strict=True):
-        assert is_packed(workload.problem(direction), config)
 
 
 @pytest.mark.parametrize("memory", LAYOUTS)

@@ -29,7 +29,6 @@ from triton_gn.plan import (
     ctas_at_a_time,
     estimate,
     fields_of,
-    is_packed,
     plan_by_rule,
     plan_unverified,
 )
@@ -326,13 +325,12 @@ def _print_details(one: Inspection) -> None:
 
     device = one.device
     fields = ", ".join(f"{name} {value}" for name, value in fields_of(one.config).items())
-    packed = device.packs and is_packed(one.problem, one.config)
     bound = one.estimate
     print(
         f"{_described(one.workload)}, {one.direction}\n"
         f"for {device.name} ({one.target}): {device.multiprocessors} multiprocessors, "
         f"{device.l2_bytes >> 20} MiB of L2, {device.dram_gb_per_s} GB/s of DRAM\n"
-        f"plan: {fields}{'; elements stay packed' if packed else ''}"
+        f"plan: {fields}"
     )
     table = Table()
     titles = (

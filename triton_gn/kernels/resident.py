@@ -31,7 +31,6 @@ from .tile import (
     over_groups,
     store_channels,
     store_tile,
-    visited,
     whole_window,
 )
 
@@ -54,7 +53,6 @@ def group_norm_forward_resident_kernel(
     if stats_ptr is not None:
         store_stats(stats_ptr, moments, rstd, window, groups, TILE)
     stats = spread_stats(moments, rstd, TILE)
-    window = visited(window, 2, TILE)
     for c in tl.static_range(TILE.channel_tiles):
         affine = load_affine(coeffs, stats, window, c, TILE)
         write_y(xs, residual_ptr, affine, y_ptr, window, c, TILE, ACTIVATION)
@@ -82,7 +80,7 @@ def group_norm_backward_resident_kernel(
         centre, _ = centre_of(coeffs.pre_add, stats.mean, stats.mean_lo, window, c, TILE, dtype)
         sums = no_channel_sums(TILE, dtype), no_channel_sums(TILE, dtype)
         for p in tl.static_range(TILE.pixel_tiles):
-            dz = dz_of(dys, residuals, xs, affine, window, c, p, TILE, ACTIVATION, 0, dtype)
+            dz = dz_of(dys, residuals, xs, affine, window, c, p, TILE, ACTIVATION, dtype)
             if dresidual_ptr is not None:
                 store_tile(dresidual_ptr, dz, window, c, p, TILE)
             sums = add_dz_sums(sums, dz, xs[c * TILE.pixel_tiles + p], centre, window, p, TILE)
@@ -99,20 +97,13 @@ def group_norm_backward_resident_kernel(
         dx_hat_x_hat_sum = group_sums(dx_hat_x_hat_sums, TILE)
         dx_hat_mean = over_groups(divide(dx_hat_sum, count), TILE)
         dx_hat_x_hat_mean = over_groups(divide(dx_hat_x_hat_sum, count), TILE)
-        window = visited(window, 1, TILE)
         for c in tl.static_range(TILE.channel_tiles):
-            if TILE.packed:  # dz is worked out again rather than kept
-                affine = load_affine_to_activation(coeffs, stats, window, c, TILE, ACTIVATION)
             slope = load_slope(coeffs, stats, dx_hat_mean, dx_hat_x_hat_mean, window, c, TILE)
             dx_sums = no_channel_sums(TILE, dtype)
             for p in tl.static_range(TILE.pixel_tiles):
-                if TILE.packed:
-                    dz = dz_of(dys, residuals, xs, affine, window, c, p, TILE, ACTIVATION, 1, dtype)
-                else:
-                    dz = dzs[c * TILE.pixel_tiles + p]
                 dx_sums = write_dx(
-                    dx_sums, dz, xs[c * TILE.pixel_tiles + p], slope, dx_ptr, grads.pre_add, window,
-                    c, p, TILE,
+                    dx_sums, dzs[c * TILE.pixel_tiles + p], xs[c * TILE.pixel_tiles + p], slope,
+                    dx_ptr, grads.pre_add, window, c, p, TILE,
                 )  # fmt: skip
             if grads.pre_add is not None:
                 dpre_add = channel_sums(dx_sums, TILE)

@@ -185,7 +185,7 @@ def leave_sums(
         dys = load_tiles(dy_ptr, part, TILE, EVICT)
         residuals = load_tiles(residual_ptr, part, TILE, EVICT)
         for p in tl.static_range(TILE.pixel_tiles):
-            dz = dz_of(dys, residuals, xs, affine, part, 0, p, TILE, ACTIVATION, 0, dtype)
+            dz = dz_of(dys, residuals, xs, affine, part, 0, p, TILE, ACTIVATION, dtype)
             if dresidual_ptr is not None:
                 store_tile(dresidual_ptr, dz, part, 0, p, TILE)
             sums = add_dz_sums(sums, dz, xs[p], centre, part, p, TILE)
@@ -232,7 +232,7 @@ def apply_sums(
         dys = load_tiles(dy_ptr, part, TILE, EVICT)
         residuals = load_tiles(residual_ptr, part, TILE, EVICT)
         for p in tl.static_range(TILE.pixel_tiles):
-            dz = dz_of(dys, residuals, xs, affine, part, 0, p, TILE, ACTIVATION, 0, dtype)
+            dz = dz_of(dys, residuals, xs, affine, part, 0, p, TILE, ACTIVATION, dtype)
             dx_sums = write_dx(dx_sums, dz, xs[p], slope, dx_ptr, dpre_add_ptr, part, 0, p, TILE)
     if dpre_add_ptr is not None:
         dpre_add = channel_sums(dx_sums, TILE)

@@ -16,7 +16,6 @@ from triton_gn.plan import (
     Device,
     Problem,
     Tile,
-    is_packed,
     next_power_of_2,
     slots_at_a_time,
 )
@@ -69,8 +68,8 @@ def _kernels() -> ModuleType:
 
 
 @functools.cache
-def _device_tile(tile: Tile, threads: int, packed: bool) -> Any:
-    return _kernels().tile.Tile(**asdict(tile), threads=threads, packed=packed)
+def _device_tile(tile: Tile, threads: int) -> Any:
+    return _kernels().tile.Tile(**asdict(tile), threads=threads)
 
 
 @functools.cache
@@ -83,7 +82,7 @@ def gpu(device: torch.device) -> Device:
     if torch.version.hip is not None:
         name = properties.gcnArchName.partition(":")[0]
     return replace(
-        TARGETS[name] if name in TARGETS else Device(packs=torch.version.hip is None),
+        TARGETS.get(name, Device()),
         name=properties.name,
         multiprocessors=properties.multi_processor_count,
         l2_bytes=properties.L2_cache_size,
@@ -131,7 +130,7 @@ def _sizes(problem: Problem, config: Config) -> dict[str, Any]:
         "groups": problem.groups,
         "pixels": problem.n if config.tile.stacked else problem.pixels,
         "row_vecs": problem.row_vecs,
-        "TILE": _device_tile(config.tile, 32 * config.num_warps, is_packed(problem, config)),
+        "TILE": _device_tile(config.tile, 32 * config.num_warps),
     }
     if config.strategy != "resident":
         sizes |= {

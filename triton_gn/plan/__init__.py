@@ -1,7 +1,7 @@
 """Decisions: which strategy, which tile, how many warps. Imports neither torch nor triton."""
 
 from .devices import TARGETS, Device
-from .limits import fits, is_always_resident, is_packed
+from .limits import fits, is_always_resident
 from .model import Estimate, ctas_at_a_time, estimate, passes
 from .planner import (
     STRATEGIES,
@@ -19,7 +19,7 @@ from .tiles import FIELDS, config_of, fields_of, next_power_of_2, slots_at_a_tim
 __all__ = [
     "FIELDS", "STRATEGIES", "TARGETS", "UNVERIFIED", "Config", "Device",
     "Estimate", "Problem", "Tile", "candidates", "config_of", "ctas_at_a_time", "estimate",
-    "fields_of", "fits", "is_always_resident", "is_packed", "is_verified",
+    "fields_of", "fits", "is_always_resident", "is_verified",
     "next_power_of_2", "passes", "plan", "plan_by_rule", "plan_unverified", "rivals",
     "slots_at_a_time",
 ]  # fmt: skip

@@ -19,16 +19,14 @@ class Device:
     max_ctas: int = 32
     lanes: int = 128  # that execute an instruction in a clock
     clock_mhz: int = 1980
-    packs: bool = True  # whether kernels can keep 16-bit elements packed: by NVIDIA's instructions
 
 
 def _amd(
     name: str, multiprocessors: int, l2_bytes: int, dram_gb_per_s: int, lanes: int, clock_mhz: int
 ) -> Device:
     return Device(
-        name, multiprocessors, l2_bytes, 64, dram_gb_per_s, 131072, 65536, 32, 32, lanes, clock_mhz,
-        packs=False,
-    )  # fmt: skip
+        name, multiprocessors, l2_bytes, 64, dram_gb_per_s, 131072, 65536, 32, 32, lanes, clock_mhz
+    )
 
 
 # one GPU for each target that Triton compiles for

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from .devices import Device
-from .limits import is_packed, registers
+from .limits import registers
 from .problem import ACCESS_BYTES, Config, Problem
 
 _LAUNCH_US = 2.2
@@ -23,7 +23,6 @@ _ACTIVATION = {
     "none": (0, 0), "relu": (2, 3), "leaky_relu": (2, 3), "sigmoid": (4, 8), "silu": (5, 9),
     "mish": (9, 16), "gelu_tanh": (9, 18), "tanh": (14, 10), "gelu": (18, 21),
 }  # fmt: skip
-_UNPACKING = 2  # once more, of each element of a tile that stays packed
 _PER_PASS = 500  # of a thread, whatever its elements
 _OTHER_REGISTERS = 40  # of a thread, for addresses, masks and sums
 _REGISTER_UNIT = 256  # of a warp's registers
@@ -140,9 +139,8 @@ def instructions(problem: Problem, config: Config) -> int:
     forward = problem.direction == "forward"
     first, second = _PER_ELEMENT[problem.direction]
     of_activation = _ACTIVATION[problem.activation][not forward]
-    packed = is_packed(problem, config)
-    times = 1 if forward or (config.strategy == "resident" and not packed) else 2
-    return first + second + times * of_activation + _UNPACKING * packed
+    times = 1 if forward or config.strategy == "resident" else 2
+    return first + second + times * of_activation
 
 
 def group_bytes(problem: Problem) -> int:
