@@ -87,7 +87,7 @@ def run(options: argparse.Namespace, device: torch.device | None = None) -> int:
     """
     chosen = _chosen(options)
     if options.predict:
-        return _predict(options, chosen, launch.target(options.predict))
+        return _predict(options, chosen, TARGETS[options.predict])
     device = device or current_gpu("python -m perf bench --predict sm_90")
     return Bench(options, device).run(chosen)
 

@@ -73,7 +73,7 @@ def launches_of(workload: Workload, target: str) -> Iterator[Launch]:
     """The launches of a training step, on tensors without memory."""
     operands = workload.operands("meta")
     x, groups = operands.x, workload.groups
-    stats, gpu = launch.statistics(x, workload.n, groups, 3), launch.target(target)
+    stats, gpu = launch.statistics(x, workload.n, groups, 3), TARGETS[target]
     for direction in workloads.DIRECTIONS:
         problem, given = workload.problem(direction), workload.given(operands, direction)
         config = plan(problem, gpu)

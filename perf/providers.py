@@ -31,11 +31,7 @@ Compute = Callable[[Operands], Tensor]
 Norm = Callable[[Tensor, int, Tensor, Tensor], Tensor]  # x, groups, weight, bias
 
 PARTS = {"forward": ("forward",), "backward": ("backward",), "both": ("forward", "backward")}
-# what is fixed of triton_gn's plans, to see what it is worth
-FIXED: dict[str, dict[str, Any]] = {
-    **{strategy: {"strategy": strategy} for strategy in STRATEGIES + UNVERIFIED},
-    "overlap": {"overlap": 2},
-}
+FIXED = STRATEGIES + UNVERIFIED  # strategies that are timed beside what the rule chooses
 _PEER_ROUNDINGS = 8  # after each operation, and of statistics that are kept in x's dtype
 _BLOCK, _BLOCK_WARPS = 4096, 8  # of the floors: four 16-byte accesses a thread
 
@@ -51,7 +47,7 @@ class Provider:
 
     @property
     def is_fixed(self) -> bool:
-        """Whether it is triton_gn with a part of its plan fixed."""
+        """Whether it is triton_gn with a strategy that is fixed."""
         return self.name.startswith(f"{OURS}[")
 
 
@@ -69,12 +65,12 @@ def ours(workload: Workload) -> Compute:
     return compute
 
 
-def with_plan(fields: Mapping[str, Any], workload: Workload) -> Compute:
-    """triton_gn, with these fields of its plans fixed."""
+def with_strategy(strategy: str, workload: Workload) -> Compute:
+    """triton_gn, with the strategy of its plans fixed."""
     compute = ours(workload)
 
     def overridden(operands: Operands) -> Tensor:
-        with triton_gn.plan_override(**fields):
+        with triton_gn.plan_override(strategy=strategy):
             return compute(operands)
 
     return overridden
@@ -164,8 +160,8 @@ def _not_installed(package: str, device: torch.device) -> str | None:
 PROVIDERS = (
     Provider(OURS, ours, _no_kernels, roundings=1),
     *(
-        Provider(f"{OURS}[{name}]", partial(with_plan, fields), _no_kernels, roundings=1)
-        for name, fields in FIXED.items()
+        Provider(f"{OURS}[{strategy}]", partial(with_strategy, strategy), _no_kernels, roundings=1)
+        for strategy in FIXED
     ),
     Provider("torch_eager", partial(unfused, torchs), lambda _: None),
     Provider("torch_compile", compiled, _no_gpu),

@@ -101,9 +101,7 @@ def run(options: argparse.Namespace, device: torch.device | None = None) -> int:
     cases = [(one, direction) for one in chosen for direction in workloads.directions_of(options)]
     if options.target:
         targets = bench.listed(options.target, TARGETS)
-        sweeps = [
-            Sweep(*case, launch.target(target), target) for target in targets for case in cases
-        ]
+        sweeps = [Sweep(*case, TARGETS[target], target) for target in targets for case in cases]
         with compilers() as pool:
             return _sweep(sweeps, options, partial(compile_all, pool))
     device = device or bench.current_gpu("python -m perf sweep --target sm_90")

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 
 from triton_gn.ops import launch
-from triton_gn.plan import Config, Problem, plan
+from triton_gn.plan import TARGETS, Config, Problem, plan
 from triton_gn.reference import Operands
 
 
@@ -63,7 +63,7 @@ def _plan(
     **override: Any,
 ) -> tuple[Problem, Config]:
     problem = launch.problem_of(direction, operands, num_groups, activation)
-    return problem, plan(problem, launch.target(target), override=tuple(sorted(override.items())))
+    return problem, plan(problem, TARGETS[target], override=tuple(sorted(override.items())))
 
 
 def statistics_launches(

@@ -1,10 +1,10 @@
 """Run the PTX of a compiled kernel on the CPU: what no interpreter of Triton's language can show.
 
 All that comes between the kernels and the machine is in it: layouts, conversions through shared
-memory, shuffles, barriers, predicates, the width of each access, clusters, inline assembly. The
-threads of a warp run in step, warps and programs in any order that barriers allow, so that a
-missing barrier shows. An access that is not aligned or leaves its tensor is an error, as is an
-instruction that is not known here; shared memory is NaN until it is written.
+memory, shuffles, barriers, predicates, the width of each access, inline assembly. The threads of a
+warp run in step, warps and programs in any order that barriers allow, so that a missing barrier
+shows. An access that is not aligned or leaves its tensor is an error, as is an instruction that is
+not known here; shared memory is NaN until it is written.
 """
 
 import itertools
@@ -31,7 +31,6 @@ _TYPES: dict[str, Any] = {
 }  # fmt: skip
 _LANES = 32
 _SHARED_BYTES = 227 * 1024
-_OF_RANK = 1 << 24  # addresses in the shared memory of a cluster's CTA begin at its rank + 1 times
 
 
 class Fault(Exception):
@@ -50,8 +49,8 @@ class Instruction:
 
     @property
     def is_barrier(self) -> bool:
-        """Whether all warps of a CTA, or of a cluster, wait here for each other."""
-        return (self.name, *self.kinds[:2]) in (("bar", "sync"), ("barrier", "cluster", "wait"))
+        """Whether all warps of a program wait here for each other."""
+        return (self.name, *self.kinds[:1]) == ("bar", "sync")
 
 
 class Code:
@@ -96,8 +95,6 @@ class Kernel:
         self.parameters = re.findall(r"\w+_param_\d+", signature)
         self.parameter_bytes = [int(b) // 8 for b in re.findall(r"\.param \.[a-z](\d+)", signature)]
         self.threads = int(_groups(r".*\.reqntid (\d+).*", header)[0])
-        of_cluster = re.search(r"\.reqnctapercluster (\d+)", header)
-        self.ctas = int(of_cluster[1]) if of_cluster else 1
         self.code = Code(body)
 
     def run(
@@ -261,7 +258,7 @@ class Threads:
 
 
 class _Program(Threads):
-    """One program: of the threads of all CTAs of a cluster, in this order."""
+    """One program."""
 
     def __init__(
         self,
@@ -272,18 +269,15 @@ class _Program(Threads):
         grid: int,
         fuses: bool,
     ) -> None:
-        super().__init__(kernel.code, kernel.threads * kernel.ctas)
+        super().__init__(kernel.code, kernel.threads)
         self.fuses = fuses
         self._memory, self.parameters = memory, parameters
         thread = np.arange(self.count)
-        self._cta, self._ctas = thread // kernel.threads, kernel.ctas
-        self._shared = np.full(kernel.ctas * _SHARED_BYTES, 0xFF, np.uint8)
+        self._shared = np.full(_SHARED_BYTES, 0xFF, np.uint8)
         self.special |= {
-            "%tid.x": thread % kernel.threads, "%laneid": thread % _LANES,
-            "%ctaid.x": program * kernel.ctas + self._cta, "%ctaid.y": 0, "%ctaid.z": 0,
-            "%nctaid.x": grid * kernel.ctas, "%nctaid.y": 1, "%nctaid.z": 1,
-            "%clusterid.x": program, "%clusterid.y": 0, "%clusterid.z": 0, "%nclusterid.x": grid,
-            "%cluster_ctarank": self._cta,
+            "%tid.x": thread, "%laneid": thread % _LANES,
+            "%ctaid.x": program, "%ctaid.y": 0, "%ctaid.z": 0,
+            "%nctaid.x": grid, "%nctaid.y": 1, "%nctaid.z": 1,
         }  # fmt: skip
 
     def run(self, order: random.Random) -> Iterator[None]:  # type: ignore[override]
@@ -300,25 +294,12 @@ class _Program(Threads):
                 warp.advance()
             if not (warps := [warp for warp in warps if not warp.ended]):
                 return
-            self._release(warps)
-            yield
-
-    def _release(self, warps: "list[_Warp]") -> None:
-        """Those whose barrier all warps have reached, of their CTA or of the cluster."""
-        warps_of_cta = self.count // _LANES // self._ctas
-        of_cta: dict[int, list[_Warp]] = {}
-        for warp in warps:
-            of_cta.setdefault(int(self._cta[warp.first]), []).append(warp)
-        if len({warp.barrier for warp in warps}) == 1 and len(of_cta) == self._ctas:
-            waiting = [warps]
-        else:
-            waiting = [one for one in of_cta.values() if len({warp.barrier for warp in one}) == 1]
-            waiting = [one for one in waiting if one[0].barrier.name == "bar"]
-        if not waiting or any(len(one) % warps_of_cta for one in waiting):
-            raise Fault(f"some threads never come to {warps[0].barrier.text}")
-        for one in waiting:
-            for warp in one:
+            at_barrier = len({warp.barrier for warp in warps}) == 1
+            if not at_barrier or len(warps) < self.count // _LANES:
+                raise Fault(f"some threads never come to {warps[0].barrier.text}")
+            for warp in warps:
                 warp.release()
+            yield
 
     def reach(self, one: Instruction, address: str, size: int, mask: Array) -> tuple[Array, Array]:
         name, offset = _groups(r"\[\s*([^\s+]+)\s*(?:\+\s*(-?\d+))?\s*\]", address)
@@ -326,9 +307,7 @@ class _Program(Threads):
             start = self.value(name, np.uint64)[mask] + np.uint64(int(offset or 0))
             return self._memory.at(start, size, one.name)
         start = self.value(name, np.uint32)[mask].astype(np.int64) + int(offset or 0)
-        rank = np.where(start < _OF_RANK, self._cta[mask], start // _OF_RANK - 1)
-        places = _places(start % _OF_RANK, size, _SHARED_BYTES)
-        return self._shared, places + rank[:, None] * _SHARED_BYTES
+        return self._shared, _places(start, size, _SHARED_BYTES)
 
 
 class _Warp:
@@ -337,7 +316,6 @@ class _Warp:
     def __init__(self, program: _Program, mask: Array) -> None:
         self._program = program
         self._places = {0: mask}
-        self.first = int(np.argmax(mask))
 
     @property
     def ended(self) -> bool:
@@ -419,7 +397,7 @@ def _execute(threads: Threads, one: Instruction, mask: Array) -> None:
         threads.keep_product(target, product, mask)
 
 
-_IGNORED = ("bar", "barrier", "griddepcontrol", "createpolicy")
+_IGNORED = ("bar", "createpolicy")
 _WITHOUT_EFFECT = ("ftz", "rn", "approx", "sync")
 
 
@@ -611,12 +589,6 @@ def _shuffled(threads: Threads, kinds: list[str], names: list[str]) -> Array:
     return value[warp + source]
 
 
-def _mapped(threads: Threads, kinds: list[str], names: list[str]) -> Array:
-    """An address in the shared memory of another CTA of the cluster."""
-    address, rank = (threads.value(name, np.uint32) for name in names)
-    return (rank + 1) * np.uint32(_OF_RANK) + address % np.uint32(_OF_RANK)
-
-
 _OPERATIONS: dict[str, Operation] = {
     "mov": _plain(lambda a: a),
     "add": _plain(np.add),
@@ -645,7 +617,6 @@ _OPERATIONS: dict[str, Operation] = {
     "prmt": _permuted,
     "bfe": _extracted,
     "shfl": _shuffled,
-    "mapa": _mapped,
 }
 
 

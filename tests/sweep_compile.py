@@ -1,16 +1,13 @@
 """Compile the plans of random problems for a GPU that need not be present and print what spills.
 
     python -m tests.sweep_compile sm_90 --count 60 --seed 1
-    python -m tests.sweep_compile sm_90 --count 60 --seed 1 --ctas 4
 
-The second draws contiguous groups that clusters of 4 CTAs can hold. The bounds in
-triton_gn/plan/limits.py come from here. Too long for every run of the tests.
+The bounds in triton_gn/plan/limits.py come from here. Too long for every run of the tests.
 """
 
 import argparse
 import random
 from concurrent.futures import ProcessPoolExecutor
-from typing import Any
 
 import torch
 
@@ -25,38 +22,29 @@ _LARGEST = {torch.bfloat16: 90_000, torch.float32: 60_000, torch.float64: 10_000
 
 _FUSED = ("scale", "shift", "pre_add", "residual")
 
-Case = tuple[str, tuple[int, int, int], int, torch.dtype, bool, str, str, tuple[str, ...], int]
+Case = tuple[str, tuple[int, int, int], int, torch.dtype, bool, str, str, tuple[str, ...]]
 
 
-def draw(count: int, target: str, ctas: int) -> list[Case]:
-    """Problems with groups of some hundred to some ten thousand elements a CTA: around the limits.
-
-    ``ctas``: of the clusters that hold them; 1: as the rule plans.
-    """
+def draw(count: int, target: str) -> list[Case]:
+    """Problems with groups of some hundred to some ten thousand elements: around the limits."""
     cases: list[Case] = []
     while len(cases) < count:
         group_channels, pixels = random.choice(_GROUP_CHANNELS), random.choice(_PIXELS)
         dtype = random.choice(list(_LARGEST))
-        if not _LARGEST[dtype] // 60 <= group_channels * pixels // ctas <= _LARGEST[dtype]:
+        if not _LARGEST[dtype] // 60 <= group_channels * pixels <= _LARGEST[dtype]:
             continue
         groups = random.choice((1, 4, 16, 32))
         shape = (random.choice((2, 256)), group_channels * groups, pixels)
         direction = random.choice(("forward", "backward"))
         activation = random.choice(list(ACTIVATIONS))
         fused = tuple(name for name in _FUSED if random.random() < 0.4)
-        channels_last = ctas == 1 and random.random() < 0.5
-        case = direction, shape, groups, dtype, channels_last, target, activation, fused, ctas
-        try:
-            launches(case)
-        except ValueError:
-            continue  # a cluster cannot hold it
-        cases.append(case)
+        channels_last = random.random() < 0.5
+        cases.append((direction, shape, groups, dtype, channels_last, target, activation, fused))
     return cases
 
 
 def launches(case: Case) -> list[Launch]:
-    direction, shape, groups, dtype, channels_last, target, activation, fused, ctas = case
-    override: dict[str, Any] = {"strategy": "resident", "ctas": ctas} if ctas > 1 else {}
+    direction, shape, groups, dtype, channels_last, target, activation, fused = case
     return launches_of(
         direction,
         shape,
@@ -66,7 +54,6 @@ def launches(case: Case) -> list[Launch]:
         target=target,
         activation=activation,
         fused=fused,
-        **override,
     )
 
 
@@ -79,10 +66,9 @@ def main() -> None:
     parser.add_argument("target")
     parser.add_argument("--count", type=int, default=60)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--ctas", type=int, default=1, choices=(1, 2, 4, 8, 16))
     options = parser.parse_args()
     random.seed(options.seed)
-    cases = draw(options.count, options.target, options.ctas)
+    cases = draw(options.count, options.target)
     kernels = spilling = 0
     with ProcessPoolExecutor() as pool:
         for case, compiled in zip(cases, pool.map(compile_case, cases), strict=True):

@@ -16,15 +16,8 @@ import triton
 from tests.compiling import launches_of, statistics_launches
 from triton_gn.compiling import Kernel, assembly_of, compile_launch
 from triton_gn.ops.launch import Launch
-from triton_gn.ops.launch import target as target_of
-from triton_gn.plan import plan
-from triton_gn.plan.model import cluster_sums
 from triton_gn.reference import ACTIVATIONS
-from triton_gn.workloads import Workload
 
-CLUSTERS = pytest.mark.skipif(
-    target_of("sm_90").clusters == 1, reason="this Triton has no sums over clusters"
-)
 OLDER = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 # approximate arithmetic, where it would reach the statistics
@@ -154,33 +147,6 @@ def test_fused_compiles_to_what_it_should(
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype", "channels_last", "direction", "target"),
-    [
-        ((32, 576, 64, 64), BF16, False, "forward", "sm_90"),
-        ((32, 576, 64, 64), F16, False, "forward", "sm_80"),
-        ((8, 512, 48, 64), F16, True, "forward", "sm_90"),
-        ((32, 256, 64, 64), BF16, False, "backward", "sm_80"),
-        ((32, 256, 64, 64), F16, False, "backward", "sm_90"),
-        ((64, 256, 56, 56), BF16, True, "backward", "sm_90"),
-    ],
-    ids=id_of,
-)
-def test_packed_tiles_stay_on_chip(
-    shape: tuple[int, ...], dtype: torch.dtype, channels_last: bool, direction: str, target: str
-) -> None:
-    """More elements a thread than its registers could hold as float32."""
-    launches = launches_of(
-        direction, shape, 32, dtype, channels_last, target=target, activation="silu"
-    )
-    tile = launches[0].arguments["TILE"]
-    assert tile.packed.value
-    sub_tiles = tile.channel_tiles.value * tile.pixel_tiles.value
-    elements = tile.rows.value * tile.cols.value * sub_tiles * (1 + (direction == "backward"))
-    assert elements // tile.threads.value >= 190
-    assert_compile_well(launches, dtype, target)
-
-
-@pytest.mark.parametrize(
     ("channels_last", "dtype", "target"), [(False, BF16, "sm_90"), (True, F32, "gfx942")], ids=id_of
 )
 def test_statistics_apart_compile_to_what_they_should(
@@ -245,97 +211,6 @@ def test_pipelined_compiles(channels_last: bool, direction: str, target: str) ->
         assembly = assembly_of(launches[0], target)
         assert re.search(r"(atom|red)\.global\.gpu\.release\.add", assembly)
         assert re.search(r"(atom|ld)\.global\.gpu\.acquire", assembly)
-
-
-# a row of channels for each CTA, one for all of them, as large as it gets, rows of several channels
-# with one for each CTA and one for all; whatever is fused
-CLUSTERED: list[tuple[tuple[int, ...], int, torch.dtype, tuple[str, ...], dict[str, int]]] = [
-    ((2, 320, 64, 64), 32, BF16, (), {"ctas": 4}),
-    ((4, 256, 128, 128), 32, F16, (), {"ctas": 16, "rows": 1, "cols": 16384, "num_warps": 4}),
-    ((4, 256, 128, 128), 32, F16, (), {"ctas": 8}),
-    ((2, 2048, 25, 42), 32, F32, (), {"ctas": 8}),
-    ((4, 12, 5375), 1, F32, (), {"ctas": 8, "rows": 1}),
-    ((2, 64, 50, 60), 16, F32, ALL, {"ctas": 2}),
-    ((2, 96, 28, 28), 16, F64, (), {"ctas": 4}),
-]
-
-
-@CLUSTERS
-@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize(("shape", "num_groups", "dtype", "fused", "fields"), CLUSTERED, ids=id_of)
-def test_clusters_compile_to_what_they_should(
-    shape: tuple[int, ...],
-    num_groups: int,
-    dtype: torch.dtype,
-    fused: tuple[str, ...],
-    fields: dict[str, Any],
-    direction: str,
-    target: str,
-) -> None:
-    """As the others; sums go through the shared memory of all CTAs, as often as the model thinks,
-    and none of them may go on or end while another reads its."""
-    launches = launches_of(
-        direction, shape, num_groups, dtype, False, target=target, activation="silu", fused=fused,
-        strategy="resident", **fields,
-    )  # fmt: skip
-    assert_compile_well(launches, dtype, target)
-    assembly = assembly_of(launches[0], target)
-    assert f".reqnctapercluster {fields['ctas']}" in assembly
-    steps = re.findall(r"(?:barrier|ld\.shared::|st\.shared::)\S*cluster\S*|\bret;", assembly)
-    barrier = "barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned; "
-    read = rf"{barrier}(?:ld\.shared::cluster\S+ )+{barrier}"
-    assert re.fullmatch(rf"(?:{read})+(?:{barrier})?ret;", " ".join(steps))
-    n, channels, *spatial = shape
-    problem = Workload(
-        "", n, channels, num_groups, tuple(spatial), str(dtype).removeprefix("torch."),
-        activation="silu", fused=fused,
-    ).problem(direction)  # fmt: skip
-    override = (*sorted(fields.items()), ("strategy", "resident"))
-    config = plan(problem, target_of(target), override=override)
-    assert steps.count("barrier.cluster.arrive.aligned;") // 2 == cluster_sums(problem, config)
-
-
-@CLUSTERS
-def test_without_a_cluster_nothing_waits_for_one() -> None:
-    (launch,) = launches_of("forward", (2, 320, 32, 32), 32, BF16, False, strategy="resident")
-    assert "cluster" not in assembly_of(launch, "sm_90").replace("clusters", "")
-
-
-OVERLAPPING: list[tuple[str, dict[str, Any]]] = [
-    ("forward", {"strategy": "split"}),
-    ("backward", {"strategy": "resident"}),
-    ("backward", {"strategy": "split"}),
-    ("backward", {"strategy": "pipelined"}),
-]
-
-
-@pytest.mark.parametrize("target", ["sm_90", "sm_100"])
-@pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "channels_last"])
-@pytest.mark.parametrize(("direction", "fields"), OVERLAPPING, ids=id_of)
-def test_overlapping_launches_touch_no_memory_before_the_one_before_has_ended(
-    direction: str, fields: dict[str, Any], channels_last: bool, target: str
-) -> None:
-    """All programs begin with it: the next launch may begin, and the one before is awaited."""
-    launches = launches_of(
-        direction, (2, 64, 32, 32), 8, BF16, channels_last, target=target, activation="silu",
-        fused=ALL, overlap=2, **fields,
-    )  # fmt: skip
-    assert len(launches) > 1
-    assert_compile_well(launches, BF16, target)
-    for launch in launches:
-        words = r"griddepcontrol\.\w+|(?:ld|st|atom|red)\.(?:\w+\.)*global|bra|setp|bar\.sync"
-        found = re.findall(words, assembly_of(launch, target))
-        assert found[:2] == ["griddepcontrol.launch_dependents", "griddepcontrol.wait"]
-        assert len([word for word in found if "griddepcontrol" in word]) == 2
-
-
-@pytest.mark.parametrize(("direction", "fields"), OVERLAPPING, ids=id_of)
-def test_launches_wait_for_nothing_unless_they_overlap(
-    direction: str, fields: dict[str, Any]
-) -> None:
-    for launch in launches_of(direction, (2, 64, 32, 32), 8, BF16, False, **fields):
-        assert "griddepcontrol" not in assembly_of(launch, "sm_90")
 
 
 def test_all_kernels_are_compiled_above() -> None:

@@ -11,7 +11,6 @@ from triton_gn import inspection, workloads
 from triton_gn.__main__ import main
 from triton_gn.compiling import _access_bytes
 from triton_gn.inspection import Failure, Totals, inspect
-from triton_gn.ops import launch
 from triton_gn.plan import TARGETS, fields_of, plan_by_rule
 from triton_gn.workloads import DIRECTIONS, FUSED, Workload
 
@@ -142,7 +141,7 @@ def test_json_is_complete(capsys: pytest.CaptureFixture[str]) -> None:
     assert kernel["name"] == "group_norm_forward_resident_kernel"
     assert kernel["access_bytes"]["x_ptr"] == kernel["access_bytes"]["y_ptr"] == 16
     assert kernel.keys() >= {
-        "grid", "ctas", "num_warps", "registers", "spill_bytes", "shared_bytes",
+        "grid", "num_warps", "registers", "spill_bytes", "shared_bytes",
         "ctas_per_multiprocessor", "waves",
     }  # fmt: skip
 
@@ -167,7 +166,7 @@ def test_a_file_of_workloads(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert [plan["problem"]["shape"] for plan in plans] == ["2x64x8x8"] * 2 + ["2x64"] * 2
     assert [plan["direction"] for plan in plans] == ["forward", "backward"] * 2
     assert "4 plans: 0 do not compile, 0 spill" in err
-    assert "all, were pipelined, clusters, overlap allowed: " in err
+    assert "all, were pipelined allowed: " in err
     assert main(["inspect", "--workloads", str(path), "--core"]) == 0
     assert "2x64x8x8" in capsys.readouterr().out
 
@@ -181,19 +180,6 @@ def test_what_no_gpu_has_proven_is_chosen_on_request_only(
     problem = ("--shape", "1x512x16x90x160", "--groups", "32", "--activation", "silu", "--json")
     assert main(["inspect", *problem, *flags]) == 0
     assert json.loads(capsys.readouterr().out)["strategy"] == strategy
-
-
-def test_ctas_of_clusters_are_counted(capsys: pytest.CaptureFixture[str]) -> None:
-    if launch.target("sm_90").clusters == 1:
-        pytest.skip("this Triton has no sums over clusters")
-    problem = ("--shape", "4x256x128x128", "--groups", "32", "--activation", "silu", "--json")
-    assert main(["inspect", *problem, "--allow-unverified"]) == 0
-    one = json.loads(capsys.readouterr().out)
-    (kernel,) = one["kernels"]
-    assert (kernel["grid"], kernel["ctas"]) == (128, one["config"]["ctas"])
-    assert kernel["ctas"] > 1
-    at_a_time = 132 * kernel["ctas_per_multiprocessor"]
-    assert kernel["waves"] == pytest.approx(128 * kernel["ctas"] / at_a_time, abs=0.01)
 
 
 def test_what_is_wrong_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:

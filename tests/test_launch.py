@@ -6,18 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-import triton
 from torch import Tensor
 
 from perf import standin
 from triton_gn.ops import launch, layout, prepared
 from triton_gn.ops.settings import Settings
+from triton_gn.plan import TARGETS
 from triton_gn.workloads import FUSED, Workload
 
 _HANDLES = 9  # grid, stream, function, metadata and hooks come before a kernel's own arguments
-CLUSTERS = pytest.mark.skipif(
-    launch.target("sm_90").clusters == 1, reason="this Triton has no sums over clusters"
-)
 Launches = list[tuple[str, tuple[Any, ...]]]
 
 
@@ -89,66 +86,6 @@ def test_a_repeated_call_launches_what_the_first_did(
     assert set(range(len(first))) <= places, "a tensor of the call reaches no kernel"
 
 
-@CLUSTERS
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_the_grid_counts_clusters_and_the_launcher_hears_of_their_size(direction: str) -> None:
-    """The grid is of programs: Triton's launcher multiplies it by the CTAs of the metadata."""
-    seen: list[tuple[Any, ...]] = []
-    workload = Workload("", 2, 24, 3, (32, 32))
-    prepared.forget()
-    with standin.active(lambda *handed: seen.append(handed)):
-        for seed in range(2):  # through Triton's own launch, then past it
-            run(direction, workload, "resident", seed, ctas=2)
-    prepared.forget()
-    resident = [handed for handed in seen if "resident" in handed[4]]
-    assert [handed[:3] for handed in resident] == [(6, 1, 1)] * 2
-    assert [handed[5][1] for handed in resident] == [2, 2]
-    assert {handed[5][1] for handed in seen if handed not in resident} <= {1}
-
-
-@pytest.mark.parametrize(
-    ("direction", "strategy"),
-    [("forward", "split"), *(("backward", s) for s in ("resident", "pipelined", "split"))],
-)
-def test_all_but_the_first_of_overlapping_launches_begin_early(
-    direction: str, strategy: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """What Triton makes a launcher of says so, and it is the launcher of later calls too."""
-    begin_early: dict[str, bool] = {}
-
-    def launcher(_: standin.StandIn, source: Any, metadata: Any) -> Any:
-        begin_early[source.fn.__name__] = metadata.launch_pdl
-        return lambda *handed: seen.append(handed[4])
-
-    seen: list[str] = []
-    monkeypatch.setattr(standin.StandIn, "launcher_cls", launcher)
-    for method in ("options", "arguments_on"):  # as on a GPU, though the tensors are on none
-        there = getattr(launch.Launch, method)
-        monkeypatch.setattr(launch.Launch, method, lambda one, _, there=there: there(one, True))
-    workload = Workload("", 2, 24, 3, (8, 8), activation="silu", fused=FUSED)
-    prepared.forget()
-    with standin.active():
-        for seed in range(2):
-            run(direction, workload, strategy, seed, overlap=2)
-    prepared.forget()
-    half = len(seen) // 2
-    assert seen[:half] == seen[half:]
-    assert [begin_early[name] for name in seen[:half]] == [False] + [True] * (half - 1)
-    assert half > 1
-
-
-@pytest.mark.parametrize(
-    ("version", "most"), [("3.6.0", 1), ("3.8.0", 1), ("3.9.0+git1a2b", 16), ("4.0.0.dev1", 16)]
-)
-def test_clusters_take_triton_3_9(version: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton, "__version__", version)
-    monkeypatch.setattr(
-        launch, "_sums_over_clusters", launch._sums_over_clusters.__wrapped__
-    )  # uncached
-    assert launch.target("sm_90").clusters == most
-    assert launch.target("sm_80").clusters == launch.target("gfx942").clusters == 1
-
-
 @pytest.mark.parametrize(
     ("name", "nearest"),
     [
@@ -167,9 +104,8 @@ def test_an_unknown_gpu_is_planned_for_as_the_nearest_of_its_maker(
     )  # fmt: skip
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: there)
     monkeypatch.setattr(torch.version, "hip", None if name.startswith("sm") else "7.0")
-    found, known = launch.gpu.__wrapped__(torch.device("cuda", 0)), launch.target(nearest)
+    found, known = launch.gpu.__wrapped__(torch.device("cuda", 0)), TARGETS[nearest]
     assert found.registers == known.registers
-    assert (found.packs, found.overlaps) == (known.packs, known.overlaps)
     scaled = known.dram_gb_per_s * 12 // known.multiprocessors
     assert found.dram_gb_per_s == (known.dram_gb_per_s if name == nearest else scaled)
 

@@ -112,8 +112,8 @@ def provider(name: str) -> Provider:
 
 def test_providers_say_why_they_are_absent() -> None:
     assert [one.name for one in PROVIDERS] == [
-        OURS, f"{OURS}[resident]", f"{OURS}[split]", f"{OURS}[pipelined]", f"{OURS}[overlap]",
-        "torch_eager", "torch_compile", "liger", "flag_gems",
+        OURS, f"{OURS}[resident]", f"{OURS}[split]", f"{OURS}[pipelined]", "torch_eager",
+        "torch_compile", "liger", "flag_gems",
     ]  # fmt: skip
     reasons = {one.name: one.absent(CPU) for one in PROVIDERS}
     assert reasons.pop("torch_eager") is None

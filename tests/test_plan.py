@@ -14,17 +14,10 @@ from triton_gn.plan import (
     Config,
     Device,
     Problem,
-    candidates,
-    estimate,
     fits,
     is_always_resident,
-    is_packed,
     is_verified,
-    launches,
-    overlapped,
     plan,
-    plan_by_rule,
-    plan_unverified,
     rivals,
     slots_at_a_time,
 )
@@ -273,157 +266,6 @@ def test_the_rule_chooses_only_what_a_gpu_has_proven(problem: Problem) -> None:
     assert is_verified(plan(problem, H100))
 
 
-# groups of 131,072 elements: three times what one CTA holds
-CLUSTERED = Problem("forward", 4, 256, 32, 16384, "float16", channels_last=False, activation="silu")
-
-
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_a_cluster_holds_what_one_cta_does_not(direction: str) -> None:
-    problem = replace(CLUSTERED, direction=direction)
-    with pytest.raises(ValueError, match="no resident program can hold"):
-        overridden(problem, strategy="resident")
-    config = overridden(problem, strategy="resident", ctas=8)
-    assert (config.strategy, config.ctas) == ("resident", 8)
-    assert config.programs(problem) == config.grid(problem) == 128
-    assert not is_verified(config)
-
-
-@pytest.mark.parametrize("ctas", [2, 4, 8, 16])
-@for_any_problem
-@given(problem=problems())
-def test_clusters_cover_the_group_with_rows_for_each_cta_or_one(
-    ctas: int, problem: Problem
-) -> None:
-    problem = replace(problem, channels_last=False)
-    try:
-        config = overridden(problem, strategy="resident", ctas=ctas)
-    except ValueError:
-        return
-    tile = config.tile
-    rows, cols = block_extent(problem, 1)
-    assert config.ctas == ctas
-    assert_covers(rows, tile.rows, tile.channel_tiles)
-    assert_covers(cols, tile.cols, tile.pixel_tiles)
-    assert tile.rows == 1 or tile.rows % ctas == 0
-    assert tile.rows * tile.cols >= 32 * config.num_warps * ctas * tile.vec
-
-
-def test_a_cluster_occupies_as_many_ctas() -> None:
-    """128 programs, a CTA to a multiprocessor: one wave of them, eight of clusters of 8."""
-    one = overridden(replace(CLUSTERED, pixels=1024), strategy="resident", ctas=1)
-    cluster = overridden(CLUSTERED, strategy="resident", ctas=8)
-    assert estimate(replace(CLUSTERED, pixels=1024), one, H100, at_a_time=1).waves == 1
-    assert estimate(CLUSTERED, cluster, H100, at_a_time=1).waves == 8
-
-
-def test_barriers_of_a_cluster_cost_time() -> None:
-    """A backward whose channels do not lie in one CTA each waits for each of them."""
-    problem = replace(CLUSTERED, direction="backward")
-    fields = {"strategy": "resident", "ctas": 8, "num_warps": 8}
-    in_one = overridden(problem, rows=8, cols=2048, **fields)
-    in_all = overridden(problem, rows=1, cols=16384, **fields)
-    assert estimate(problem, in_all, H100).us > estimate(problem, in_one, H100).us
-
-
-def test_a_search_tries_a_few_clusters_of_each_size() -> None:
-    found = candidates(CLUSTERED, H100)
-    clusters = [config for config in found if config.ctas > 1]
-    assert {config.ctas for config in clusters} == {2, 4, 8, 16}
-    assert len(clusters) < len(found) / 2
-    assert not [c for c in candidates(CLUSTERED, TARGETS["sm_80"]) if c.ctas > 1]
-
-
-def test_clusters_are_planned_where_allowed_and_faster() -> None:
-    config = plan_unverified(CLUSTERED, H100)
-    assert config.ctas > 1
-    rule = plan_by_rule(CLUSTERED, H100)
-    assert estimate(CLUSTERED, config, H100).us < estimate(CLUSTERED, rule, H100).us
-    assert plan_unverified(CLUSTERED, TARGETS["sm_80"]).ctas == 1
-
-
-@pytest.mark.parametrize(
-    ("problem", "ctas", "target", "message"),
-    [
-        (CLUSTERED, 3, "sm_90", "ctas must be one of 1, 2, 4, 8, 16; got 3"),
-        (CLUSTERED, 32, "sm_90", "ctas must be one of .*got 32"),
-        (CLUSTERED, 2, "sm_80", "a GPU of sm_90 or newer and Triton 3.9; got ctas=2"),
-        (CLUSTERED, 2, "gfx942", "a GPU of sm_90 or newer and Triton 3.9; got ctas=2"),
-        (CLUSTERED, 16, "sm_120", "on NVIDIA GeForce RTX 5090 has at most 8 CTAs; got ctas=16"),
-        (CHANNELS_LAST, 2, "sm_90", "only contiguous groups are held by clusters; got ctas=2"),
-        (
-            replace(CLUSTERED, pixels=2**15),
-            2,
-            "sm_90",
-            "no resident program can hold .* 262144 elements",
-        ),
-    ],
-)
-def test_clusters_that_cannot_run_are_refused(
-    problem: Problem, ctas: int, target: str, message: str
-) -> None:
-    override = (("ctas", ctas), ("strategy", "resident"))
-    with pytest.raises(ValueError, match=f"plan_override: .*{message}"):
-        plan(problem, TARGETS[target], override=override)
-
-
-@pytest.mark.parametrize("strategy", ["resident", "split", "pipelined"])
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_launches_overlap_where_there_are_several(direction: str, strategy: str) -> None:
-    problem = replace(CONTIGUOUS, direction=direction)
-    config = overridden(problem, strategy=strategy)
-    early = overlapped(problem, config, H100)
-    if launches(problem, config) == 1:
-        assert early is None
-        return
-    assert early == replace(config, overlap=2) == overridden(problem, strategy=strategy, overlap=2)
-    assert not is_verified(early)
-    assert estimate(problem, early, H100).us < estimate(problem, config, H100).us
-
-
-@pytest.mark.parametrize(
-    ("overlap", "target", "message"),
-    [
-        (3, "sm_90", "overlap must be 1 or 2; got 3"),
-        (2, "sm_80", "NVIDIA's GPUs from sm_90 on; got overlap=2 on NVIDIA A100"),
-        (2, "gfx942", "NVIDIA's GPUs from sm_90 on; got overlap=2 on AMD"),
-    ],
-)
-def test_launches_that_cannot_overlap_are_refused(overlap: int, target: str, message: str) -> None:
-    with pytest.raises(ValueError, match=f"plan_override: .*{message}"):
-        plan(CONTIGUOUS, TARGETS[target], override=(("overlap", overlap),))
-
-
-def test_overlap_is_planned_where_allowed() -> None:
-    problem = replace(CONTIGUOUS, direction="backward")
-    assert plan_unverified(problem, H100).overlap == 2
-    assert plan_unverified(problem, TARGETS["sm_80"]).overlap == 1
-    assert {config.overlap for config in candidates(problem, H100)} == {1}
-
-
-def test_16_bit_elements_stay_packed_where_float32_does_not_fit() -> None:
-    problem = Problem("backward", 32, 256, 32, 4096, "bfloat16", False, "silu")
-    config = plan_by_rule(problem, H100)
-    assert config.strategy == "resident"
-    assert is_packed(problem, config)
-    assert plan_by_rule(replace(problem, dtype="float32"), H100).strategy == "split"
-    reason = fits(problem, config, replace(H100, packs=False))
-    assert reason is not None
-    assert "registers a thread" in reason
-
-
-@for_any_problem
-@given(problem=problems())
-def test_only_large_16_bit_tiles_stay_packed(problem: Problem) -> None:
-    config = plan(problem, H100)
-    words = (1 + (problem.direction == "backward")) * config.tile.elements / (32 * config.warps)
-    if is_packed(problem, config):
-        assert config.strategy == "resident"
-        assert problem.itemsize == 2
-        assert words > 64
-    elif config.strategy == "resident" and problem.itemsize == 2 and problem.span == 1:
-        assert words <= 65
-
-
 def test_more_chunks_than_there_are_stretches_are_not_made() -> None:
     config = overridden(CONTIGUOUS, strategy="split", chunks=10**6)
     assert_covers(CONTIGUOUS.row_vecs, config.chunk_vecs, config.chunks)
@@ -441,12 +283,6 @@ def test_more_chunks_than_there_are_stretches_are_not_made() -> None:
         (CONTIGUOUS, {"strategy": "split", "chunks": 0}, "chunks .*got 0"),
         (CONTIGUOUS, {"strategy": "split", "chunks": -1}, "chunks .*got -1"),
         (CONTIGUOUS, {"strategy": "resident", "chunks": 2}, "add strategy='split'"),
-        (
-            CONTIGUOUS,
-            {"strategy": "split", "ctas": 2},
-            "split has no ctas; add strategy='resident'",
-        ),
-        (CONTIGUOUS, {"ctas": 0}, "ctas must be an int of at least 1; got 0"),
         (CONTIGUOUS, {"groups": 2}, "2 whole groups"),
         (CHANNELS_LAST, {"groups": 33}, "33 whole groups"),
         # a chunk would end within a stretch, which has no mask there
@@ -508,10 +344,6 @@ NOT_SMALL = Problem("forward", 2, 320, 32, 4096, "bfloat16", channels_last=False
         (CONTIGUOUS, {}, {"rows": 256}, "2048 elements a warp; 256 rows of 64 in 4 warps"),
         (CHANNELS_LAST, {}, {"groups": 32, "cols": 512}, "256 channels in all; 32 have 320"),
         (WIDE, {}, {"rows": 16}, r"within 2\*\*31 elements; 16 rows do not"),
-        (CONTIGUOUS, {"ctas": 3}, {}, "ctas must be one of 1, 2, 4, 8, 16; got 3"),
-        (CONTIGUOUS, {"ctas": 16}, {}, "rows must be 1 or no less than the 16 CTAs .*; got 8"),
-        (CONTIGUOUS, {"ctas": 4}, {}, "of 8 elements for each of the 512 threads .*; 8 rows of 64"),
-        (CHANNELS_LAST, {"ctas": 2}, {}, "only contiguous groups"),
     ],
 )
 def test_every_bound_can_fail(

@@ -17,7 +17,7 @@ from tests.ptx import Code, Fault, Kernel, Threads
 from triton_gn import compiling
 from triton_gn.ops import launch, layout
 from triton_gn.ops.launch import Launch
-from triton_gn.plan import Config, is_packed, plan
+from triton_gn.plan import TARGETS, Config, plan
 from triton_gn.reference import ACTIVATIONS
 from triton_gn.trial import EPS, Trial, errors_of, tolerance
 from triton_gn.workloads import FUSED, Workload
@@ -25,9 +25,6 @@ from triton_gn.workloads import FUSED, Workload
 CPU = torch.device("cpu")
 STRATEGIES = ("resident", "split", "pipelined")
 LAYOUTS = ("contiguous", "channels_last")
-CLUSTERS = pytest.mark.skipif(
-    launch.target("sm_90").clusters == 1, reason="this Triton has no sums over clusters"
-)
 
 
 def run(launches: Iterable[Launch], target: str = "sm_90", **how: Any) -> Counter[tuple[int, str]]:
@@ -61,8 +58,8 @@ def check(
     configs = []
     for direction in ("forward", "backward"):
         problem, given = workload.problem(direction), workload.given(trial.operands, direction)
-        gpu, fields = launch.target(target), tuple(sorted((override or {}).items()))
-        config = plan(problem, gpu, override=fields)
+        fields = tuple(sorted((override or {}).items()))
+        config = plan(problem, TARGETS[target], override=fields)
         outputs = trial.outputs(direction)
         for output in outputs.values():
             output.fill_(torch.nan)
@@ -121,37 +118,6 @@ def test_answers_of_other_targets(memory: str, target: str) -> None:
     check(Workload("", 2, 24, 3, (8, 8), dtype, layout=memory, activation="silu"), target)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize(
-    ("memory", "spatial"), [("contiguous", (64, 64)), ("channels_last", (50, 64))]
-)
-def test_answers_of_packed_tiles(memory: str, spatial: tuple[int, ...], dtype: str) -> None:
-    workload = Workload("", 1, 8, 1, spatial, dtype, layout=memory, activation="silu")
-    configs = check(workload, override={"strategy": "resident"})
-    for direction, config in zip(("forward", "backward"), configs, strict=True):
-        assert is_packed(workload.problem(direction), config)
-
-
-@CLUSTERS
-@pytest.mark.parametrize(
-    ("shape", "override"),
-    [
-        ((2, 16, 2, (32, 32)), {"ctas": 2}),
-        ((1, 6, 1, (50, 40)), {"ctas": 2, "rows": 1, "cols": 1024, "num_warps": 4}),
-        ((1, 16, 1, (7, 7)), {"ctas": 4}),
-        ((1, 10, 1, (30, 30)), {"ctas": 8}),
-    ],
-)
-def test_answers_of_clusters(
-    shape: tuple[int, int, int, tuple[int, ...]], override: dict[str, Any]
-) -> None:
-    n, channels, groups, spatial = shape
-    fused = ("pre_add", "residual")
-    workload = Workload("", n, channels, groups, spatial, "float32", activation="silu", fused=fused)
-    configs = check(workload, override={"strategy": "resident"} | override)
-    assert [config.ctas for config in configs] == [override["ctas"]] * 2
-
-
 @pytest.mark.parametrize("memory", LAYOUTS)
 @pytest.mark.parametrize("seed", range(4))
 def test_pipelines_of_programs_beside_each_other(memory: str, seed: int) -> None:
@@ -166,9 +132,7 @@ def test_moments(memory: str) -> None:
     """Statistics apart from apply: split's first launch, and one that merges its parts."""
     workload = Workload("", 2, 12, 3, (16, 20), "float32", layout=memory, fused=("pre_add",))
     operands = workload.operands(CPU)._replace(weight=None, bias=None)
-    config = plan(
-        workload.problem("forward"), launch.target("sm_90"), override=(("strategy", "split"),)
-    )
+    config = plan(workload.problem("forward"), TARGETS["sm_90"], override=(("strategy", "split"),))
     found = launch.statistics(operands.x, 4, 2, 3)
     run(
         launch.forward_launches(
@@ -221,7 +185,7 @@ def simple() -> tuple[Launch, Tensor, Tensor]:
     workload = Workload("", 1, 4, 1, (32, 32), "float32")
     operands = workload.operands(CPU)._replace(weight=None, bias=None)
     problem = workload.problem("forward")
-    config = plan(problem, launch.target("sm_90"))
+    config = plan(problem, TARGETS["sm_90"])
     assert config.num_warps > 1
     y = layout.empty_like(operands.x)
     (one,) = launch.forward_launches(problem, config, operands, y, None, EPS)

@@ -159,9 +159,7 @@ def test_unknown_autocast_policy_is_refused(name: Any) -> None:
 
 
 def test_unknown_override_is_refused() -> None:
-    message = (
-        "unknown field stages, warps; fields are strategy, groups, rows, cols, num_warps, overlap"
-    )
+    message = "unknown field stages, warps; fields are strategy, groups, rows, cols, num_warps"
     with pytest.raises(TypeError, match=message):
         triton_gn.plan_override(warps=4, stages=2, rows=8)
     assert changes() == {}
@@ -235,16 +233,6 @@ def test_explain_gives_strategy_and_reason(
         explanation = triton_gn.explain(torch.empty(shape), 32)
     assert explanation.path == "triton"
     assert re.search(expected, str(explanation)), explanation
-
-
-def test_explain_tells_of_launches_that_overlap() -> None:
-    """A forward of one launch has nothing to overlap with."""
-    x = torch.empty(2, 64, 16, 16, device="meta")
-    with triton_gn.plan_override(overlap=2, strategy="split"):
-        assert "launches that overlap\nno GPU has proven" in str(triton_gn.explain(x, 32))
-    with triton_gn.plan_override(overlap=2, strategy="resident"):
-        assert "that overlap" not in str(triton_gn.explain(x, 32))
-        assert "that overlap" in str(triton_gn.explain(x, 32, direction="backward"))
 
 
 def test_explain_follows_the_settings() -> None:

@@ -324,8 +324,8 @@ IN_CONFIG = ("entries", 0, "config")
         (b"[]", "must be an object; got"),
         (b"[" * 200_000, "nested too deeply"),
         (b'{"a":' * 200_000, "nested too deeply"),
-        (changed(1, "schema"), "schema: must be 3, which this version reads; got 1"),
-        (changed(True, "schema"), "schema: must be 3, .*got True"),
+        (changed(3, "schema"), "schema: must be 4, which this version reads; got 3"),
+        (changed(True, "schema"), "schema: must be 4, .*got True"),
         (without("schema"), "must have schema, .*got"),
         (changed(1, "more"), "must have schema, "),
         (changed("NVIDIA A10", "device", "name"), "'NVIDIA A10' with 132 .*this GPU is 'NVIDIA H1"),
@@ -435,8 +435,6 @@ def test_folder_that_is_a_file_is_ignored(folder: Path, monkeypatch: pytest.Monk
         {"rows": 1024, "cols": 1024},
         {"cols": 4},
         {"num_warps": 2**31},
-        {"ctas": 3},
-        {"ctas": 2**31},
         {"strategy": "split", "rows": 1, "cols": 1, "pixel_tiles": 1, "chunks": 1},
     ],
 )
@@ -444,8 +442,6 @@ def test_entries_whose_plans_cannot_run_are_skipped(folder: Path, fields: dict[s
     # a group this small is held to no limit of registers
     small = replace(PROBLEM, pixels=64)
     good = fields_of(plan_by_rule(small, H100))
-    if "strategy" in fields:
-        del good["ctas"]  # which only resident has
     bad = replace(tuned_to(small), config=good | fields)
     path = write(folder, bad, ENTRY)
     with pytest.warns(UserWarning, match=f"1 of the 2 entries of its table {path}: their plans"):
@@ -453,30 +449,25 @@ def test_entries_whose_plans_cannot_run_are_skipped(folder: Path, fields: dict[s
     assert plan(PROBLEM, H100) == TUNED
 
 
-def test_clusters_are_read_and_skipped_where_there_are_none(folder: Path) -> None:
-    """A table may come from a newer Triton."""
-    cluster = next(config for config in candidates(PROBLEM, H100) if config.ctas == 4)
-    path = write(folder, entry_of(PROBLEM, cluster))
-    assert plan(PROBLEM, H100) == cluster
-    without = replace(H100, clusters=1)
-    with pytest.warns(UserWarning, match=f"1 of the 1 entries of its table {path}: their plans"):
-        assert plan(PROBLEM, without) == plan_by_rule(PROBLEM, without)
-
-
-def test_overlap_is_read_and_skipped_where_launches_do_not(folder: Path) -> None:
-    """A table is found by the name of a GPU, and names can be made up."""
-    early = replace(plan_by_rule(PROBLEM, H100), overlap=2)
-    write(folder, entry_of(PROBLEM, early))
-    assert plan(PROBLEM, H100) == early
-    with pytest.warns(UserWarning, match="their plans cannot run"):
-        assert plan(PROBLEM, replace(H100, overlaps=False)).overlap == 1
+@pytest.mark.parametrize("schema", [3, tuned.SCHEMA])
+def test_fields_that_plans_have_no_more_are_ignored_with_a_warning(
+    folder: Path, schema: int
+) -> None:
+    """As tables of version 3 have them, whatever version such a table says that it is of."""
+    table = json.loads(tuned.text_of(H100, [ENTRY], {})) | {"schema": schema}
+    table["entries"][0]["config"] |= {"overlap": 1, "ctas": 1}
+    path = tuned.path_of(folder, H100)
+    path.write_text(json.dumps(table))
+    with pytest.warns(UserWarning, match=f"triton_gn ignores its table {path}: "):
+        assert plan(PROBLEM, H100) == plan_by_rule(PROBLEM, H100) != TUNED
+    plan(replace(PROBLEM, n=1), H100)  # without another warning, which would be an error
 
 
 def test_groups_side_by_side_are_bounded(folder: Path) -> None:
     """They are summed up by selection, and split has no room for a partial of each of 2048."""
     problem = Problem("forward", 1, 2048, 2048, 64, "float32", channels_last=True)
     fields = {"groups": 2048, "rows": 1, "cols": 2048, "num_warps": 8}
-    fields |= {"overlap": 1, "pixel_tiles": 1, "chunks": 2}
+    fields |= {"pixel_tiles": 1, "chunks": 2}
     write(folder, replace(ENTRY, problem=problem, config={"strategy": "split"} | fields))
     with pytest.warns(UserWarning, match="cannot run"):
         assert plan(problem, H100) == plan_by_rule(problem, H100)

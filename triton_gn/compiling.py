@@ -36,11 +36,10 @@ class Kernel:
 
     name: str
     grid: int
-    ctas: int  # of a program
-    num_warps: int  # of a CTA
+    num_warps: int  # of a program
     registers: int  # of a thread
     spill_bytes: int  # of a thread
-    shared_bytes: int  # of a CTA
+    shared_bytes: int  # of a program
     access_bytes: dict[str, int]
     converted_tiles: int
     instructions: float | None
@@ -90,7 +89,6 @@ def compile_launch(one: Launch, target: str) -> Kernel:
     return Kernel(
         one.kernel.__name__,
         one.grid,
-        one.ctas,
         one.num_warps,
         registers,
         spills,
@@ -243,7 +241,7 @@ def _instructions(one: Launch, cubin: bytes) -> float | None:
         rounds -= math.ceil(steps / STEPS_AT_ONCE.value)  # the first of each, before the loop
     executed = sass.executed(sass.disassembled(cubin), rounds)
     elements = tile["rows"] * tile["cols"] * tile["channel_tiles"] * tile["pixel_tiles"] * steps
-    per_element: float = executed * 32 * one.num_warps * one.ctas / elements
+    per_element: float = executed * 32 * one.num_warps / elements
     return round(per_element, 1)
 
 

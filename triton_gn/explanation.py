@@ -13,7 +13,6 @@ from triton_gn.plan import (
     Problem,
     is_always_resident,
     is_verified,
-    launches,
     plan,
     rivals,
     tuned,
@@ -37,18 +36,15 @@ class Explanation:
     def __str__(self) -> str:
         tile = self.config.tile
         sub_tiles = _count(tile.channel_tiles * tile.pixel_tiles, "sub-tile")
-        cluster = f"{self.config.ctas} CTAs of " if self.config.ctas > 1 else ""
         text = (
             f"{self.path} path, {self.problem.direction}: {self.reason}\n"
             f"{self.config.strategy} on {self.device}: "
             f"{_count(self.config.grid(self.problem), 'program')} of "
-            f"{cluster}{_count(self.config.num_warps, 'warp')}, "
+            f"{_count(self.config.num_warps, 'warp')}, "
             f"each {sub_tiles} of {tile.rows} x {tile.cols}"
         )
         if self.config.strategy != "resident":
             text += f", {_count(self.config.chunks, 'chunk')} a group"
-        if self.config.overlap > 1 and launches(self.problem, self.config) > 1:
-            text += ", launches that overlap"
         if not is_verified(self.config):
             text += "\nno GPU has proven plans of this kind yet"
         return text

@@ -29,7 +29,6 @@ from triton_gn.plan import (
     ctas_at_a_time,
     estimate,
     fields_of,
-    is_packed,
     plan_by_rule,
     plan_unverified,
 )
@@ -123,7 +122,7 @@ class Inspection:
     def kernel_json(self, kernel: Kernel) -> dict[str, Any]:
         """One of the kernels as data, with how many CTAs run at a time and how often."""
         at_a_time = _at_a_time(kernel, self.device)
-        waves = kernel.grid * kernel.ctas / (self.device.multiprocessors * at_a_time)
+        waves = kernel.grid / (self.device.multiprocessors * at_a_time)
         return asdict(kernel) | {"ctas_per_multiprocessor": at_a_time, "waves": round(waves, 2)}
 
 
@@ -140,7 +139,7 @@ def inspect(
     """
     if target not in TARGETS:
         raise ValueError(f"the target must be one of {', '.join(TARGETS)}; got {target!r}.")
-    device, problem = launch.target(target), workload.problem(direction)
+    device, problem = TARGETS[target], workload.problem(direction)
     config = config or plan_by_rule(problem, device)
     one, launches = _planned(workload, target, problem, config)
     kernels = tuple(compile_launch(each, target) for each in launches)
@@ -158,7 +157,7 @@ def _planned(
 ) -> tuple[Inspection, list[Launch]]:
     """What is known of a plan before it is compiled, and its launches."""
     tensors, launches = _launches(workload, problem, config)
-    device = launch.target(target)
+    device = TARGETS[target]
     planned = Inspection(
         target,
         device,
@@ -246,7 +245,7 @@ def run(options: argparse.Namespace) -> int:
     if len(cases) > 1:
         print(Totals.of(found), file=sys.stderr)
     if len(cases) > 1 and not options.allow_unverified:
-        names, allowed = ", ".join((*UNVERIFIED, "clusters", "overlap")), _with_unverified(cases)
+        names, allowed = ", ".join(UNVERIFIED), _with_unverified(cases)
         print(f"all, were {names} allowed: {_ratios(_bytes_of(allowed))}", file=sys.stderr)
     return int(any(isinstance(one, Failure) or one.spill_bytes for one in found))
 
@@ -256,7 +255,7 @@ def _with_unverified(cases: Sequence["_Case"]) -> list[Inspection]:
     found = []
     for workload, direction, target, _ in cases:
         problem = workload.problem(direction)
-        config = plan_unverified(problem, launch.target(target))
+        config = plan_unverified(problem, TARGETS[target])
         found.append(_planned(workload, target, problem, config)[0])
     return found
 
@@ -289,7 +288,7 @@ def _inspected(cases: Sequence[_Case]) -> Iterator[Inspection | Failure]:
 
 def _inspect_case(case: _Case) -> Inspection | Failure:
     workload, direction, target, choose = case
-    config = choose(workload.problem(direction), launch.target(target))
+    config = choose(workload.problem(direction), TARGETS[target])
     try:
         return inspect(workload, direction, target, config)
     except Exception as error:  # the other rows are worth seeing
@@ -326,17 +325,16 @@ def _print_details(one: Inspection) -> None:
 
     device = one.device
     fields = ", ".join(f"{name} {value}" for name, value in fields_of(one.config).items())
-    packed = device.packs and is_packed(one.problem, one.config)
     bound = one.estimate
     print(
         f"{_described(one.workload)}, {one.direction}\n"
         f"for {device.name} ({one.target}): {device.multiprocessors} multiprocessors, "
         f"{device.l2_bytes >> 20} MiB of L2, {device.dram_gb_per_s} GB/s of DRAM\n"
-        f"plan: {fields}{'; elements stay packed' if packed else ''}"
+        f"plan: {fields}"
     )
     table = Table()
     titles = (
-        "grid", "CTAs", "warps", "registers", "spilled", "shared", "CTAs/SM", "waves",
+        "grid", "warps", "registers", "spilled", "shared", "CTAs/SM", "waves",
         "instructions/element",
     )  # fmt: skip
     for title in ("kernel", *titles):
@@ -348,7 +346,7 @@ def _print_details(one: Inspection) -> None:
             *(
                 "-" if numbers[name] is None else str(numbers[name])
                 for name in (
-                    "grid", "ctas", "num_warps", "registers", "spill_bytes", "shared_bytes",
+                    "grid", "num_warps", "registers", "spill_bytes", "shared_bytes",
                     "ctas_per_multiprocessor", "waves", "instructions",
                 )
             ),

@@ -3,8 +3,7 @@
 For each problem, the plans that the model of ``triton_gn.plan`` holds for good are checked against
 float64 and timed side by side, with a cold L2. The fastest of many is partly luck: so it races the
 rule's own plan again, and is kept only where its median is shorter by more than the noise, which is
-the widest of their ranges from the 20th to the 80th percentile. Where it has several launches, it
-runs a second time, with launches that overlap.
+the widest of their ranges from the 20th to the 80th percentile.
 """
 
 import argparse
@@ -38,7 +37,6 @@ from triton_gn.plan import (
     candidates,
     estimate,
     fields_of,
-    overlapped,
     plan_by_rule,
     tuned,
 )
@@ -230,11 +228,6 @@ def tune(
     medians = [one.p50 for one in times(right, cold=True)]
     best = right[medians.index(min(medians))]
     finalists = list(dict.fromkeys((rule, best)))
-    if (early := overlapped(problem, best, gpu)) is not None:
-        if fault := _fault(trial, direction, early):
-            faults[early] = fault
-        else:
-            finalists.append(early)
     cold, warm = times(finalists, cold=True), times(finalists, cold=False)
     noise = max(one.p80 - one.p20 for one in cold)
     winner = min(range(len(cold)), key=lambda i: cold[i].p50)
@@ -245,21 +238,19 @@ def tune(
         problem, kept, 1e3 * cold[0].p50, 1e3 * cold[winner].p50, 1e3 * noise,
         1e3 * warm[0].p50, 1e3 * warm[winner].p50, origin,
     )  # fmt: skip
-    timed = len({*right, *finalists})
-    return Result(f"{workload.name} {direction}", entry, timed, faults)
+    return Result(f"{workload.name} {direction}", entry, len(right), faults)
 
 
 def shortlist(problem: Problem, gpu: Device, most: int) -> list[Config]:
-    """At most so many plans to time: the rule's, then the best by the model of each strategy, of
-    clusters and of single CTAs, in turn, as long as they are not much slower than the best of all.
-    """
+    """At most so many plans to time: the rule's, then the best by the model of each strategy in
+    turn, as long as they are not much slower than the best of all."""
     found = candidates(problem, gpu)
     us = [estimate(problem, config, gpu).us for config in found]
     near = [config for config, one in zip(found, us, strict=True) if one <= _SLOWDOWN * us[0]]
-    kinds: dict[tuple[str, bool], list[Config]] = {}
+    by_strategy: dict[str, list[Config]] = {}
     for config in near:
-        kinds.setdefault((config.strategy, config.ctas > 1), []).append(config)
-    in_turn = itertools.chain.from_iterable(itertools.zip_longest(*kinds.values()))
+        by_strategy.setdefault(config.strategy, []).append(config)
+    in_turn = itertools.chain.from_iterable(itertools.zip_longest(*by_strategy.values()))
     plans = (plan_by_rule(problem, gpu), *filter(None, in_turn))
     return list(dict.fromkeys(plans))[:most]
 

@@ -7,7 +7,6 @@ import torch
 import triton_gn
 from tests.kernels.memory import GuardedMemory
 from tests.kernels.oracle import check_poison_stays, make_case
-from triton_gn.ops import launch
 
 STRATEGIES = pytest.mark.parametrize("strategy", ["resident", "pipelined", "split"])
 FORMATS = pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "innermost"])
@@ -23,23 +22,6 @@ def test_same_input_same_bits(
         first, second = case.through_kernels(), case.through_kernels()
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
-
-
-@STRATEGIES
-@FORMATS
-def test_overlapping_launches_change_no_bits(
-    memory: GuardedMemory, device: str, strategy: str, channels_last: bool
-) -> None:
-    """The interpreter runs one launch after the other: what overlaps, a GPU shows."""
-    if not launch.gpu(torch.device(device)).overlaps:
-        pytest.skip("launches do not overlap on this GPU")
-    case = make_case(memory, device, (3, 12, 9, 7), 4, channels_last=channels_last)
-    with triton_gn.plan_override(strategy=strategy):
-        plain = case.through_kernels()
-    with triton_gn.plan_override(strategy=strategy, overlap=2):
-        overlapping = case.through_kernels()
-    for name, value in plain.items():
-        assert torch.equal(value, overlapping[name]), name
 
 
 @FORMATS

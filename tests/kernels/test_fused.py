@@ -12,8 +12,6 @@ from torch.nn import functional as F
 import triton_gn
 from tests.kernels.memory import GuardedMemory
 from tests.kernels.oracle import check, make_case, relative_error
-from triton_gn.ops.prepared import recording
-from triton_gn.plan import is_packed
 from triton_gn.reference import ACTIVATIONS, Operands
 
 STRATEGIES = ("resident", "pipelined", "split")
@@ -116,32 +114,6 @@ def test_mixed_dtypes_and_strided_rows(
     for name, operand in case.operands._asdict().items():
         assert results[f"d{name}"].dtype is operand.dtype, name
         assert results[f"d{name}"].shape == operand.shape, name
-
-
-@pytest.mark.parametrize("fused", [(), ("residual",), ALL], ids=str)
-@pytest.mark.parametrize("activation", ["none", "silu"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@FORMATS
-def test_tiles_that_stay_packed(
-    memory: GuardedMemory,
-    device: str,
-    channels_last: bool,
-    dtype: torch.dtype,
-    activation: str,
-    fused: tuple[str, ...],
-) -> None:
-    """One warp holds 2,304 elements, or with all that is fused 1,408, and works out again what a
-    second pass needs."""
-    pixels = 11 if fused else 18
-    case = make_case(
-        memory, device, (2, 16, pixels, 16), 2, channels_last=channels_last, dtype=dtype,
-        activation=activation, fused=fused,
-    )  # fmt: skip
-    override = triton_gn.plan_override(strategy="resident", num_warps=1)
-    with override, recording() as calls:
-        results = case.through_kernels()
-    assert [is_packed(call.problem, call.config) for call in calls] == [not fused, True]
-    check(results, case.expected())
 
 
 def unfused(

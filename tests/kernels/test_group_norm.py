@@ -141,7 +141,7 @@ def test_offsets_beyond_2_to_the_31(device: str, strategy: str, channels_last: b
     offset = torch.zeros(1, dtype=torch.int64, device=device)
     _offset_kernel[(1,)](
         offset, last, 8, pixels, problem.row_vecs, config.chunks, config.chunk_vecs,
-        TILE=Tile(**asdict(config.tile), threads=32 * config.warps, packed=False, nvidia=False),
+        TILE=Tile(**asdict(config.tile), threads=32 * config.num_warps, nvidia=False),
     )  # fmt: skip
     sample = (problem.n - 1) * 16 * pixels
     first = (config.chunks - 1) * config.chunk_vecs  # pixel, or vector, of the last chunk

@@ -91,7 +91,7 @@ def test_ours_is_right(device: str, provider: Provider, direction: str) -> None:
     call, said = checked(provider, trial, direction, answers)
     assert call is not None, said
     name = provider.name.removeprefix(OURS).strip("[]")
-    strategy = providers.FIXED.get(name, {}).get("strategy", "resident")
+    strategy = name or "resident"
     assert said["strategy"] == strategy
     assert (said["config"] or {"strategy": strategy})["strategy"] == strategy
     assert (said["config"] is None) == (direction == "both")

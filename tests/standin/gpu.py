@@ -120,10 +120,12 @@ class Gpu:
     def loaded(self, compiled: Any) -> None:
         """A kernel has got its handle."""
         self._compiled[compiled.function] = SimpleNamespace(
-            name=compiled.name, ptx=compiled.asm["ptx"], ctas=compiled.metadata.num_ctas
+            name=compiled.name, ptx=compiled.asm["ptx"]
         )
 
-    def launched(self, module: int, ctas: int, shared: int, stream: int, parameters: Any) -> None:
+    def launched(
+        self, module: int, programs: int, shared: int, stream: int, parameters: Any
+    ) -> None:
         """What the driver tells of a launch: exceptions would be lost in it."""
         try:
             one = self._compiled[module]
@@ -138,7 +140,7 @@ class Gpu:
             tensors = self.tensors
 
             def run() -> object:
-                return kernel.run_on(ctas // one.ctas, bits, tensors, at_a_time=3)
+                return kernel.run_on(programs, bits, tensors, at_a_time=3)
 
             if self.graph is not None:
                 self.graph.launches.append(run)

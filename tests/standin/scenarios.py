@@ -18,7 +18,7 @@ GPU = gpu.start()
 
 import triton_gn  # noqa: E402
 from triton_gn import reference, timing  # noqa: E402
-from triton_gn.kernels import overlap  # noqa: E402
+from triton_gn.kernels import tile  # noqa: E402
 from triton_gn.ops import launch  # noqa: E402
 from triton_gn.reference import Operands  # noqa: E402
 from triton_gn.trial import errors_of, tolerance  # noqa: E402
@@ -110,7 +110,7 @@ def handles() -> None:
     for module in vars(launch._kernels()).values():
         for kernel in vars(module).values() if hasattr(module, "__file__") else ():
             # the one that tells whether kernels can be loaded is launched by nobody
-            if hasattr(kernel, "device_caches") and kernel is not overlap.empty_kernel:
+            if hasattr(kernel, "device_caches") and kernel is not tile.empty_kernel:
                 kernel.device_caches.clear()
     gc.collect()
     check(operands, 3, "none", torch.randn_like(operands.x))

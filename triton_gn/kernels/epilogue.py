@@ -100,9 +100,9 @@ def load_slope(
 
 
 @triton.jit
-def _z_of(x, affine, window, p: tl.constexpr, TILE: tl.constexpr, VISIT: tl.constexpr):
+def _z_of(x, affine, window, p: tl.constexpr, TILE: tl.constexpr):
     """z of the sub-tile x, before the residual."""
-    z = centred(x, affine.centre, window, p, TILE, VISIT)
+    z = centred(x, affine.centre, window, p, TILE)
     return z * over_pixels(affine.gain, window, p, TILE) + over_pixels(
         affine.offset, window, p, TILE
     )
@@ -113,7 +113,7 @@ def _write_y_tile(
     xs, residual_ptr, affine, y_ptr, window, c: tl.constexpr, p: tl.constexpr, TILE: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    z = _z_of(xs[c * TILE.pixel_tiles + p], affine, window, p, TILE, 2)
+    z = _z_of(xs[c * TILE.pixel_tiles + p], affine, window, p, TILE)
     if residual_ptr is not None:
         z += load_tile(residual_ptr, window, c, p, TILE, "").to(z.dtype)
     store_tile(y_ptr, activate(z, ACTIVATION, TILE.nvidia), window, c, p, TILE)
@@ -135,18 +135,18 @@ def write_y(
 @triton.jit
 def dz_of(
     dys, residuals, xs, affine, window, c: tl.constexpr, p: tl.constexpr, TILE: tl.constexpr,
-    ACTIVATION: tl.constexpr, VISIT: tl.constexpr, dtype: tl.constexpr,
+    ACTIVATION: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
     """dz of a sub-tile, from the ``load_tiles`` of dy (zeros if there are none), the residual and
     x. ``affine`` as ``load_affine_to_activation`` has it."""
     if len(dys) == 0:
         dz = tl.zeros([TILE.rows, TILE.cols], dtype)
     else:
-        dz = unpacked(dys[c * TILE.pixel_tiles + p], dtype, VISIT, TILE)
+        dz = unpacked(dys[c * TILE.pixel_tiles + p], dtype, TILE)
     if ACTIVATION != "none":
-        z = _z_of(xs[c * TILE.pixel_tiles + p], affine, window, p, TILE, VISIT)
+        z = _z_of(xs[c * TILE.pixel_tiles + p], affine, window, p, TILE)
         if len(residuals) > 0:
-            z += unpacked(residuals[c * TILE.pixel_tiles + p], dtype, VISIT, TILE)
+            z += unpacked(residuals[c * TILE.pixel_tiles + p], dtype, TILE)
         dz = activation_gradient(dz, z, ACTIVATION, TILE.nvidia)
     return dz
 
@@ -155,7 +155,7 @@ def dz_of(
 def add_dz_sums(sums, dz, x, centre, window, p: tl.constexpr, TILE: tl.constexpr):
     """Add dz and dz * (x - centre) of a sub-tile to the pair of accumulators ``sums``."""
     dz_sums, dz_centred_sums = sums
-    dz_centred = dz * centred(x, centre, window, p, TILE, 0)
+    dz_centred = dz * centred(x, centre, window, p, TILE)
     return (
         add_to_channels(dz_sums, dz, window, p, TILE),
         add_to_channels(dz_centred_sums, dz_centred, window, p, TILE),
@@ -170,7 +170,7 @@ def write_dx(
     """dx of a sub-tile unless None; returned: the accumulator ``dx_sums`` with it added, if
     dpre_add is asked for."""
     dx = over_pixels(slope.offset, window, p, TILE)
-    dx -= centred(x, slope.centre, window, p, TILE, 1) * slope.slope
+    dx -= centred(x, slope.centre, window, p, TILE) * slope.slope
     dx += dz * over_pixels(slope.gain, window, p, TILE)
     if dx_ptr is not None:
         store_tile(dx_ptr, dx, window, c, p, TILE)

@@ -97,9 +97,9 @@ def centre_of(
 
 
 @triton.jit
-def centred(x, centre, window, p: tl.constexpr, TILE: tl.constexpr, VISIT: tl.constexpr):
+def centred(x, centre, window, p: tl.constexpr, TILE: tl.constexpr):
     """The sub-tile x of pixel tile ``p`` without the high part of its centre: exact near it."""
-    return unpacked(x, centre.dtype, VISIT, TILE) - over_pixels(centre, window, p, TILE)
+    return unpacked(x, centre.dtype, TILE) - over_pixels(centre, window, p, TILE)
 
 
 @triton.jit
@@ -110,7 +110,7 @@ def rough_mean(xs, pre_add, window, TILE: tl.constexpr, dtype: tl.constexpr):
         if pre_add is not None:
             added = beside_tiles(load_channels(pre_add, window, c, TILE, dtype), TILE)
         for p in tl.static_range(TILE.pixel_tiles):
-            x = unpacked(xs[c * TILE.pixel_tiles + p], dtype, 0, TILE)
+            x = unpacked(xs[c * TILE.pixel_tiles + p], dtype, TILE)
             if pre_add is not None:
                 x = zero_beyond_pixels(x + over_pixels(added, window, p, TILE), window, p, TILE)
             total += x
@@ -131,7 +131,7 @@ def add_deviations(deviations, xs, pre_add, reference, window, TILE: tl.constexp
     for c in tl.static_range(TILE.channel_tiles):
         centre, rest = centre_of(pre_add, over_groups(reference, TILE), 0.0, window, c, TILE, dtype)
         for p in tl.static_range(TILE.pixel_tiles):
-            deviation = centred(xs[c * TILE.pixel_tiles + p], centre, window, p, TILE, 1)
+            deviation = centred(xs[c * TILE.pixel_tiles + p], centre, window, p, TILE)
             if pre_add is not None:
                 deviation -= over_pixels(rest, window, p, TILE)
             deviation = zero_beyond_pixels(deviation, window, p, TILE)

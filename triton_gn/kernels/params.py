@@ -10,7 +10,6 @@ import triton.language as tl
 
 from .epilogue import load_gain
 from .moments import centre_of
-from .overlap import take_turns
 from .tile import SIZES, beside_tiles, channel_sums, load_channels, store_channels
 
 
@@ -104,9 +103,6 @@ def sum_params(reductions, pid, rows, channels, ROWS: tl.constexpr, COLS: tl.con
 
 
 @triton.jit(do_not_specialize=SIZES)
-def group_norm_params_kernel(
-    reductions, rows, channels, ROWS: tl.constexpr, COLS: tl.constexpr, OVERLAP: tl.constexpr
-):
+def group_norm_params_kernel(reductions, rows, channels, ROWS: tl.constexpr, COLS: tl.constexpr):
     """One program per row of a gradient and ``COLS`` channels; see ``sum_params``."""
-    take_turns(OVERLAP)
     sum_params(reductions, tl.program_id(0), rows, channels, ROWS, COLS)

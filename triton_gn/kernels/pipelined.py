@@ -13,7 +13,6 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .overlap import take_turns
 from .split import Cut, apply_moments, apply_sums, leave_moments, leave_sums
 from .tile import SIZES
 
@@ -94,7 +93,7 @@ def group_norm_forward_pipelined_kernel(
 def group_norm_backward_pipelined_kernel(
     dy_ptr, x_ptr, residual_ptr, coeffs, stats_ptr, partials_ptr, dx_ptr, dresidual_ptr, grads,
     counters_ptr, order, groups, pixels, row_vecs, chunks, chunk_vecs, slots, SLOTS: tl.constexpr,
-    TILE: tl.constexpr, ACTIVATION: tl.constexpr, OVERLAP: tl.constexpr,
+    TILE: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """Any number of programs.
 
@@ -102,7 +101,6 @@ def group_norm_backward_pipelined_kernel(
     (N, G, 2, slots), dx and dresidual once, and the chunks' rows of each of ``grads``
     (N * chunks, C); each unless None.
     """
-    take_turns(OVERLAP)
     cut = Cut(groups, pixels, row_vecs, chunks, chunk_vecs, slots)
     ticket = tl.atomic_add(counters_ptr, 1, sem="relaxed")
     while ticket < 2 * order.units * order.items:

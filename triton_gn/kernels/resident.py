@@ -21,7 +21,6 @@ from .moments import (
     store_stats,
     window_moments,
 )
-from .overlap import take_turns
 from .params import store_param_grads
 from .tile import (
     SIZES,
@@ -33,7 +32,6 @@ from .tile import (
     over_groups,
     store_channels,
     store_tile,
-    visited,
     whole_window,
 )
 
@@ -56,7 +54,6 @@ def group_norm_forward_resident_kernel(
     if stats_ptr is not None:
         store_stats(stats_ptr, moments, rstd, window, groups, TILE)
     stats = spread_stats(moments, rstd, TILE)
-    window = visited(window, 2, TILE)
     for c in tl.static_range(TILE.channel_tiles):
         affine = load_affine(coeffs, stats, window, c, TILE)
         write_y(xs, residual_ptr, affine, y_ptr, window, c, TILE, ACTIVATION)
@@ -65,14 +62,13 @@ def group_norm_forward_resident_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def group_norm_backward_resident_kernel(
     dy_ptr, x_ptr, residual_ptr, coeffs, stats_ptr, dx_ptr, dresidual_ptr, grads, groups, pixels,
-    row_vecs, TILE: tl.constexpr, ACTIVATION: tl.constexpr, OVERLAP: tl.constexpr,
+    row_vecs, TILE: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """One program per ``TILE.groups`` groups of a sample, or per group of a stack of ``pixels``.
 
     Reads dy, x and, unless None, residual once, ``coeffs``, stats (N, G, 3). Writes dx and
     dresidual once, and its sample's or stack's row of each of ``grads``; each unless None.
     """
-    take_turns(OVERLAP)
     dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
     window = whole_window(tl.program_id(0), groups, pixels, row_vecs, TILE)
     xs = load_tiles(x_ptr, window, TILE, "")
@@ -85,7 +81,7 @@ def group_norm_backward_resident_kernel(
         centre, _ = centre_of(coeffs.pre_add, stats.mean, stats.mean_lo, window, c, TILE, dtype)
         sums = no_channel_sums(TILE, dtype), no_channel_sums(TILE, dtype)
         for p in tl.static_range(TILE.pixel_tiles):
-            dz = dz_of(dys, residuals, xs, affine, window, c, p, TILE, ACTIVATION, 0, dtype)
+            dz = dz_of(dys, residuals, xs, affine, window, c, p, TILE, ACTIVATION, dtype)
             if dresidual_ptr is not None:
                 store_tile(dresidual_ptr, dz, window, c, p, TILE)
             sums = add_dz_sums(sums, dz, xs[c * TILE.pixel_tiles + p], centre, window, p, TILE)
@@ -102,20 +98,13 @@ def group_norm_backward_resident_kernel(
         dx_hat_x_hat_sum = group_sums(dx_hat_x_hat_sums, TILE)
         dx_hat_mean = over_groups(divide(dx_hat_sum, count), TILE)
         dx_hat_x_hat_mean = over_groups(divide(dx_hat_x_hat_sum, count), TILE)
-        window = visited(window, 1, TILE)
         for c in tl.static_range(TILE.channel_tiles):
-            if TILE.packed:  # dz is worked out again rather than kept
-                affine = load_affine_to_activation(coeffs, stats, window, c, TILE, ACTIVATION)
             slope = load_slope(coeffs, stats, dx_hat_mean, dx_hat_x_hat_mean, window, c, TILE)
             dx_sums = no_channel_sums(TILE, dtype)
             for p in tl.static_range(TILE.pixel_tiles):
-                if TILE.packed:
-                    dz = dz_of(dys, residuals, xs, affine, window, c, p, TILE, ACTIVATION, 1, dtype)
-                else:
-                    dz = dzs[c * TILE.pixel_tiles + p]
                 dx_sums = write_dx(
-                    dx_sums, dz, xs[c * TILE.pixel_tiles + p], slope, dx_ptr, grads.pre_add, window,
-                    c, p, TILE,
+                    dx_sums, dzs[c * TILE.pixel_tiles + p], xs[c * TILE.pixel_tiles + p], slope,
+                    dx_ptr, grads.pre_add, window, c, p, TILE,
                 )  # fmt: skip
             if grads.pre_add is not None:
                 dpre_add = channel_sums(dx_sums, TILE)

@@ -35,7 +35,6 @@ from .moments import (
     store_stats,
     window_count,
 )
-from .overlap import take_turns
 from .params import store_param_grads, sum_params
 from .tile import (
     SIZES,
@@ -187,7 +186,7 @@ def leave_sums(
         dys = load_tiles(dy_ptr, part, TILE, EVICT)
         residuals = load_tiles(residual_ptr, part, TILE, EVICT)
         for p in tl.static_range(TILE.pixel_tiles):
-            dz = dz_of(dys, residuals, xs, affine, part, 0, p, TILE, ACTIVATION, 0, dtype)
+            dz = dz_of(dys, residuals, xs, affine, part, 0, p, TILE, ACTIVATION, dtype)
             if dresidual_ptr is not None:
                 store_tile(dresidual_ptr, dz, part, 0, p, TILE)
             sums = add_dz_sums(sums, dz, xs[p], centre, part, p, TILE)
@@ -234,7 +233,7 @@ def apply_sums(
         dys = load_tiles(dy_ptr, part, TILE, EVICT)
         residuals = load_tiles(residual_ptr, part, TILE, EVICT)
         for p in tl.static_range(TILE.pixel_tiles):
-            dz = dz_of(dys, residuals, xs, affine, part, 0, p, TILE, ACTIVATION, 0, dtype)
+            dz = dz_of(dys, residuals, xs, affine, part, 0, p, TILE, ACTIVATION, dtype)
             dx_sums = write_dx(dx_sums, dz, xs[p], slope, dx_ptr, dpre_add_ptr, part, 0, p, TILE)
     if dpre_add_ptr is not None:
         dpre_add = channel_sums(dx_sums, TILE)
@@ -244,27 +243,24 @@ def apply_sums(
 @triton.jit(do_not_specialize=SIZES)
 def group_norm_forward_split_moments_kernel(
     x_ptr, coeffs, partials_ptr, groups, pixels, row_vecs, chunks, chunk_vecs, slots,
-    TILE: tl.constexpr, OVERLAP: tl.constexpr,
+    TILE: tl.constexpr,
 ):  # fmt: skip
     """One program per chunk of ``TILE.groups`` groups of a sample.
 
     Reads x once, and pre_add; writes partials (N, G, 4, slots): count, mean, mean_lo, m2.
     """
-    take_turns(OVERLAP)
     cut = Cut(groups, pixels, row_vecs, chunks, chunk_vecs, slots)
     leave_moments(tl.program_id(0), x_ptr, coeffs, partials_ptr, cut, TILE, "")
 
 
 @triton.jit(do_not_specialize=SIZES)
 def group_norm_merge_moments_kernel(
-    partials_ptr, merged_ptr, groups, slots, SLOTS: tl.constexpr, GROUPS: tl.constexpr,
-    OVERLAP: tl.constexpr,
-):  # fmt: skip
+    partials_ptr, merged_ptr, groups, slots, SLOTS: tl.constexpr, GROUPS: tl.constexpr
+):
     """One program per ``GROUPS`` of all samples' ``groups``.
 
     Reads partials (groups, 4, slots), writes merged (4, groups): count, mean, mean_lo, m2.
     """
-    take_turns(OVERLAP)
     group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
     mask = group < groups
     moments = _merged_moments(partials_ptr, group, mask, slots, SLOTS)
@@ -278,14 +274,13 @@ def group_norm_merge_moments_kernel(
 def group_norm_forward_split_apply_kernel(
     x_ptr, residual_ptr, coeffs, partials_ptr, y_ptr, stats_ptr, groups, pixels, row_vecs, chunks,
     chunk_vecs, slots, eps: tl.float64, SLOTS: tl.constexpr, TILE: tl.constexpr,
-    ACTIVATION: tl.constexpr, OVERLAP: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """One program per chunk of ``TILE.groups`` groups of a sample.
 
     Reads x once, residual once unless None, ``coeffs`` and the partials of its groups; writes y
     once and stats (N, G, 3) unless None.
     """
-    take_turns(OVERLAP)
     # backwards, to meet what the first launch read last while L2 still holds it
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
     cut = Cut(groups, pixels, row_vecs, chunks, chunk_vecs, slots)
@@ -299,7 +294,6 @@ def group_norm_forward_split_apply_kernel(
 def group_norm_backward_split_sums_kernel(
     dy_ptr, x_ptr, residual_ptr, coeffs, stats_ptr, partials_ptr, dresidual_ptr, grads, groups,
     pixels, row_vecs, chunks, chunk_vecs, slots, TILE: tl.constexpr, ACTIVATION: tl.constexpr,
-    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """One program per chunk of ``TILE.groups`` groups of a sample.
 
@@ -307,7 +301,6 @@ def group_norm_backward_split_sums_kernel(
     (N, G, 2, slots): sum(dx_hat), sum(dx_hat * x_hat); dresidual once, and the chunk's row of each
     of ``grads`` (N * chunks, C) but pre_add; each unless None.
     """
-    take_turns(OVERLAP)
     cut = Cut(groups, pixels, row_vecs, chunks, chunk_vecs, slots)
     leave_sums(
         tl.program_id(0), dy_ptr, x_ptr, residual_ptr, coeffs, stats_ptr, partials_ptr,
@@ -320,7 +313,7 @@ def group_norm_backward_split_apply_kernel(
     dy_ptr, x_ptr, residual_ptr, coeffs, stats_ptr, partials_ptr, dx_ptr, dpre_add_ptr, reductions,
     samples, groups, pixels, row_vecs, chunks, chunk_vecs, slots, apply_programs,
     SLOTS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, TILE: tl.constexpr,
-    ACTIVATION: tl.constexpr, OVERLAP: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """The first ``apply_programs`` programs: one per chunk of ``TILE.groups`` groups of a sample.
 
@@ -328,7 +321,6 @@ def group_norm_backward_split_apply_kernel(
     unless None; write dx once and their row of dpre_add (N * chunks, C), each unless None. The
     programs after them do the ``reductions`` of what the launch before has left.
     """
-    take_turns(OVERLAP)
     if tl.program_id(0) < apply_programs:
         pid = apply_programs - 1 - tl.program_id(0)
         cut = Cut(groups, pixels, row_vecs, chunks, chunk_vecs, slots)

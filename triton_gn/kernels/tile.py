@@ -25,28 +25,22 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-# arguments of kernels that are not compiled for a value of 1 or for multiples of 16: no access gets
-# wider by these, and each model and each size of an image would compile kernels of its own
+# arguments of kernels that are not compiled for a value of 1 or for multiples of 16: no access to a
+# tensor of x's size gets wider by these, and each model and each size of an image would compile
+# kernels of its own
 SIZES = (
-    "samples", "pixels", "row_vecs", "chunks", "chunk_vecs", "slots", "apply_programs",
-    "rows",
+    "samples", "pixels", "row_vecs", "chunks", "chunk_vecs", "slots", "apply_programs", "rows",
 )  # fmt: skip
 
-# PTX that makes float32 of a pair of 16-bit elements, $2
+# PTX that makes float32 of a pair of bfloat16 elements, $2
 BFLOAT16 = tl.constexpr("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;")
-# the same from numbers that the compiler does not know: in $3 and $5 which bytes to take, in $3 a 0
-BFLOAT16_ANEW = tl.constexpr("prmt.b32 $0, $2, 0, $3; prmt.b32 $1, $2, 0, $5;")
-FLOAT16_ANEW = tl.constexpr(
-    "{ .reg .b32 pair; .reg .b16 low, high; xor.b32 pair, $2, $3; mov.b32 {low, high}, pair; "
-    "cvt.f32.f16 $0, low; cvt.f32.f16 $1, high; }"
-)
 
 
 class Tile:
     """The constants of a plan's tile as a kernel argument: each field is a ``tl.constexpr``.
 
-    Besides those of the plan: ``threads`` of a program, whether its sub-tiles stay ``packed``, and
-    whether the kernel is compiled for ``nvidia``.
+    Besides those of the plan: ``threads`` of a program, and whether the kernel is compiled for
+    ``nvidia``.
     """
 
     def __init__(self, **fields):
@@ -167,20 +161,6 @@ def whole_window(pid, groups, pixels, row_vecs, TILE: tl.constexpr):
 
 
 @triton.jit
-def visited(window, VISIT: tl.constexpr, TILE: tl.constexpr):
-    """The same window for a later ``VISIT`` (see ``unpacked``) of a tile that stays packed: its
-    addresses are worked out anew, rather than kept in registers."""
-    if TILE.packed:
-        zero = tl.program_id(VISIT) * TILE.vec  # accesses stay as wide
-        return Window(
-            window.offset + zero, window.rows, window.cols, window.row_vecs, window.pixels,
-            window.pixel, window.sample, window.group, window.channel, window.slot, window.chunk,
-        )  # fmt: skip
-    else:
-        return window
-
-
-@triton.jit
 def steps_of(window, TILE: tl.constexpr):
     """How many stretches of ``pixel_tiles`` sub-tiles the pixels of a window take."""
     if TILE.channels_last:
@@ -265,32 +245,13 @@ def load_tiles(ptr, window, TILE: tl.constexpr, EVICT: tl.constexpr):
 
 
 @triton.jit
-def unpacked(x, dtype: tl.constexpr, VISIT: tl.constexpr, TILE: tl.constexpr):
-    """The sub-tile x, in memory's dtype, as ``dtype``.
-
-    Left to itself the compiler converts 16-bit elements once and keeps the result, which takes
-    twice the registers. Of a tile that stays packed each ``VISIT``, 0 to 2, converts them anew: a
-    program's number along the second and third axis, which a grid here does not have, is 0, but
-    the compiler cannot know.
-    """
-    # "&": the first output is there before the last input is used
-    to_float32: tl.constexpr = TILE.nvidia and dtype == tl.float32
-    anew: tl.constexpr = TILE.packed and VISIT > 0
-    if to_float32 and x.dtype == tl.bfloat16 and anew:
-        zero = tl.program_id(VISIT)
-        return tl.inline_asm_elementwise(
-            BFLOAT16_ANEW, "=&r,=&r,r,r,r,r,r", [x, zero + 0x1044, zero + 0x3244], tl.float32,
-            is_pure=True, pack=2,
-        )  # fmt: skip
-    elif to_float32 and x.dtype == tl.bfloat16:
-        # an instruction less for two elements than Triton's own
+def unpacked(x, dtype: tl.constexpr, TILE: tl.constexpr):
+    """The sub-tile x, in memory's dtype, as ``dtype``."""
+    if TILE.nvidia and dtype == tl.float32 and x.dtype == tl.bfloat16:
+        # an instruction less for two elements than Triton's own; "&": the first output is there
+        # before the input is used a second time
         return tl.inline_asm_elementwise(
             BFLOAT16, "=&r,=&r,r", [x], tl.float32, is_pure=True, pack=2
-        )  # fmt: skip
-    elif to_float32 and x.dtype == tl.float16 and anew:
-        zero = tl.program_id(VISIT)
-        return tl.inline_asm_elementwise(
-            FLOAT16_ANEW, "=&r,=&r,r,r,r", [x, zero], tl.float32, is_pure=True, pack=2
         )  # fmt: skip
     else:
         return x.to(dtype)
@@ -501,3 +462,8 @@ def groups_of(window, groups, TILE: tl.constexpr):
     else:
         mask = (slots < TILE.groups) & (window.group + slots < groups)
         return window.sample.to(tl.int64) * groups + window.group + slots, mask
+
+
+@triton.jit
+def empty_kernel():
+    """Nothing: whether Triton can compile and load a kernel shows in it."""

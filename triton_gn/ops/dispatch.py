@@ -56,7 +56,7 @@ def why_not_loaded(device: torch.device) -> str | None:
 
     One is tried that does nothing. It is not launched: a CUDA graph may be under capture.
     """
-    from triton_gn.kernels.overlap import empty_kernel
+    from triton_gn.kernels.tile import empty_kernel
 
     try:
         with torch.cuda.device(device):

@@ -16,7 +16,6 @@ from triton_gn.plan import (
     Device,
     Problem,
     Tile,
-    is_packed,
     next_power_of_2,
     slots_at_a_time,
 )
@@ -37,28 +36,18 @@ class Workspace(Tensor):
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch, described in full: ``grid`` programs, each a cluster of ``ctas`` CTAs.
-
-    ``overlaps``: its kernel lets the launch after it begin early, and waits for the one before it.
-    ``is_early``: it begins while that one ends.
-    """
+    """One kernel launch, described in full: ``grid`` programs."""
 
     kernel: Any
     grid: int
     arguments: dict[str, Any]
-    num_warps: int  # of a CTA
-    ctas: int = 1
-    overlaps: bool = False
-    is_early: bool = False
+    num_warps: int  # of a program
 
     def arguments_on(self, nvidia: bool) -> dict[str, Any]:
         """All of the kernel's arguments, on an NVIDIA GPU or elsewhere."""
-        constants: dict[str, Any] = {}
-        if "TILE" in self.arguments:
-            constants["TILE"] = self.arguments["TILE"].on(nvidia)
-        if "OVERLAP" in self.kernel.arg_names:
-            constants["OVERLAP"] = self.overlaps and nvidia
-        return self.arguments | constants
+        if "TILE" not in self.arguments:
+            return self.arguments
+        return self.arguments | {"TILE": self.arguments["TILE"].on(nvidia)}
 
     def options(self, nvidia: bool) -> dict[str, Any]:
         """What else the compiler is told."""
@@ -66,10 +55,6 @@ class Launch:
         if nvidia:
             # all the registers there are: else ptxas spills a few for occupancy's sake
             options["maxnreg"] = min(255, 65536 // (32 * self.num_warps))
-        if self.ctas > 1:
-            options["num_ctas"] = self.ctas
-        if self.is_early and nvidia:
-            options["launch_pdl"] = True
         return options
 
 
@@ -83,26 +68,8 @@ def _kernels() -> ModuleType:
 
 
 @functools.cache
-def _device_tile(tile: Tile, threads: int, packed: bool) -> Any:
-    return _kernels().tile.Tile(**asdict(tile), threads=threads, packed=packed)
-
-
-def target(name: str) -> Device:
-    """The GPU of a target ("sm_90", "gfx942", ... of ``TARGETS``) to the Triton that is here."""
-    known = TARGETS[name]
-    return known if _sums_over_clusters() else replace(known, clusters=1)
-
-
-@functools.cache
-def _sums_over_clusters() -> bool:
-    """Whether Triton can reduce over the CTAs of a cluster: from 3.9 on. 3.8 fails to
-    compile backwards ("PlanCTA.cpp: Maximum number of steps exceeded")."""
-    try:
-        import triton
-    except ImportError:
-        return False
-    major, minor, *_ = triton.__version__.split(".")
-    return (int(major), int(minor)) >= (3, 9)
+def _device_tile(tile: Tile, threads: int) -> Any:
+    return _kernels().tile.Tile(**asdict(tile), threads=threads)
 
 
 def _nearest(name: str) -> str:
@@ -119,12 +86,12 @@ def _nearest(name: str) -> str:
 def gpu(device: torch.device) -> Device:
     """What plans need to know of a device; they are made for an H100 where it is no GPU."""
     if device.type != "cuda":
-        return target("sm_90")
+        return TARGETS["sm_90"]
     properties = torch.cuda.get_device_properties(device)
     name = f"sm_{properties.major}{properties.minor}"
     if torch.version.hip is not None:
         name = properties.gcnArchName.partition(":")[0]
-    known = target(_nearest(name))
+    known = TARGETS[_nearest(name)]
     dram_gb_per_s = known.dram_gb_per_s
     if name not in TARGETS:
         dram_gb_per_s = dram_gb_per_s * properties.multi_processor_count // known.multiprocessors
@@ -178,7 +145,7 @@ def _sizes(problem: Problem, config: Config) -> dict[str, Any]:
         "groups": problem.groups,
         "pixels": problem.n if config.tile.stacked else problem.pixels,
         "row_vecs": problem.row_vecs,
-        "TILE": _device_tile(config.tile, 32 * config.warps, is_packed(problem, config)),
+        "TILE": _device_tile(config.tile, 32 * config.num_warps),
     }
     if config.strategy != "resident":
         sizes |= {
@@ -192,13 +159,6 @@ def _sizes(problem: Problem, config: Config) -> dict[str, Any]:
 def _slots(config: Config, slots: int) -> dict[str, Any]:
     """How many partials there are of each group, for a launch that merges them."""
     return {"slots": slots, "SLOTS": slots_at_a_time(slots, config.tile.group_slots)}
-
-
-def _in_turn(config: Config, launches: list[Launch]) -> list[Launch]:
-    """The launches of a plan, which overlap if it says so."""
-    if config.overlap == 1 or len(launches) == 1:
-        return launches
-    return [replace(one, overlaps=True, is_early=i > 0) for i, one in enumerate(launches)]
 
 
 def _pipeline(problem: Problem, config: Config, x: Tensor) -> dict[str, Any]:
@@ -256,7 +216,7 @@ def forward_launches(
     }  # fmt: skip
     if config.strategy == "resident":
         kernel = _kernels().resident.group_norm_forward_resident_kernel
-        return [Launch(kernel, programs, x | apply | sizes, config.num_warps, config.ctas)]
+        return [Launch(kernel, programs, x | apply | sizes, config.num_warps)]
     groups = problem.n * problem.groups
     partials = {"partials_ptr": _workspace(operands.x, groups * config.slots, 4)}
     if config.strategy == "pipelined":
@@ -271,7 +231,7 @@ def forward_launches(
     )
     if y is None:
         merge = _merge_launch(groups, config.slots, partials | {"merged_ptr": moments})
-        return _in_turn(config, [first, merge])
+        return [first, merge]
     slots = config.slots
     if moments is not None:
         partials, slots = {"partials_ptr": moments}, moments.shape[3]
@@ -281,7 +241,7 @@ def forward_launches(
         x | apply | partials | sizes | _slots(config, slots),
         config.num_warps,
     )
-    return _in_turn(config, [first, second] if moments is None else [second])
+    return [first, second] if moments is None else [second]
 
 
 def _merge_launch(groups: int, slots: int, tensors: dict[str, Any]) -> Launch:
@@ -374,8 +334,8 @@ def backward_launches(
     if config.strategy == "resident":
         kernel = _kernels().resident.group_norm_backward_resident_kernel
         outputs |= {"dx_ptr": grads.get("x")}
-        launch = Launch(kernel, programs, inputs | outputs, config.num_warps, config.ctas)
-        return _in_turn(config, [launch, *_param_launches(problem, config, reductions)])
+        launch = Launch(kernel, programs, inputs | outputs, config.num_warps)
+        return [launch, *_param_launches(problem, config, reductions)]
 
     inputs["partials_ptr"] = sums
     if sums is None:
@@ -388,12 +348,12 @@ def backward_launches(
         config.num_warps,
     )
     if "x" not in grads and "pre_add" not in grads:
-        return _in_turn(config, [first, *_param_launches(problem, config, reductions)])
+        return [first, *_param_launches(problem, config, reductions)]
     if config.strategy == "pipelined":
         kernel = _kernels().pipelined.group_norm_backward_pipelined_kernel
         outputs |= {"dx_ptr": grads.get("x")} | _pipeline(problem, config, operands.x)
         launch = Launch(kernel, config.workers, inputs | outputs, config.num_warps)
-        return _in_turn(config, [launch, *_param_launches(problem, config, reductions)])
+        return [launch, *_param_launches(problem, config, reductions)]
     slots = _slots(config, 1 if half == "second" else config.slots)
     at_given_statistics = {"partials_ptr": None} if half == "first" else {}
     # the apply launch writes the parts of dpre_add, and sums up what the launch before has left
@@ -414,4 +374,4 @@ def backward_launches(
         config.num_warps,
     )  # fmt: skip
     before = [] if half == "second" else [first]
-    return _in_turn(config, [*before, apply, *_param_launches(problem, config, last)])
+    return [*before, apply, *_param_launches(problem, config, last)]

@@ -137,14 +137,11 @@ def plan_override(**fields: Any) -> Setting:
     """Fix parts of the plan for this thread's calls, for tests and the curious.
 
     Fields: ``strategy`` ("resident", "split" or "pipelined"), ``groups`` (whole groups per program,
-    channels-last), ``rows`` and ``cols`` (a sub-tile), ``num_warps``, ``overlap`` (2: where there
-    are several launches, each begins while the one before it ends; from sm_90 on); resident only,
-    ``ctas`` (2, 4, 8 or 16: a contiguous group is held by a cluster of so many CTAs; from sm_90 and
-    Triton 3.9 on); not resident, ``pixel_tiles`` (sub-tiles held at a time) and ``chunks``;
-    pipelined only, ``blocks`` (of groups that go through the pipeline together) and ``workers``
-    (programs). What is not given follows the rule; no fields take the override back. A plan that
-    cannot run raises ValueError at the call. As a context manager, the old override returns on
-    exit.
+    channels-last), ``rows`` and ``cols`` (a sub-tile), ``num_warps``; not resident,
+    ``pixel_tiles`` (sub-tiles held at a time) and ``chunks``; pipelined only, ``blocks`` (of groups
+    that go through the pipeline together) and ``workers`` (programs). What is not given follows the
+    rule; no fields take the override back. A plan that cannot run raises ValueError at the call. As
+    a context manager, the old override returns on exit.
 
     Raises:
         TypeError: an unknown field.

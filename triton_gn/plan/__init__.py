@@ -1,15 +1,13 @@
 """Decisions: which strategy, which tile, how many warps. Imports neither torch nor triton."""
 
 from .devices import TARGETS, Device
-from .limits import fits, is_always_resident, is_packed
-from .model import Estimate, ctas_at_a_time, estimate, launches, passes
+from .limits import fits, is_always_resident
+from .model import Estimate, ctas_at_a_time, estimate, passes
 from .planner import (
     STRATEGIES,
     UNVERIFIED,
-    UNVERIFIED_CTAS,
     candidates,
     is_verified,
-    overlapped,
     plan,
     plan_by_rule,
     plan_unverified,
@@ -19,9 +17,9 @@ from .problem import Config, Problem, Tile
 from .tiles import FIELDS, config_of, fields_of, next_power_of_2, slots_at_a_time
 
 __all__ = [
-    "FIELDS", "STRATEGIES", "TARGETS", "UNVERIFIED", "UNVERIFIED_CTAS", "Config", "Device",
+    "FIELDS", "STRATEGIES", "TARGETS", "UNVERIFIED", "Config", "Device",
     "Estimate", "Problem", "Tile", "candidates", "config_of", "ctas_at_a_time", "estimate",
-    "fields_of", "fits", "is_always_resident", "is_packed", "is_verified", "launches",
-    "next_power_of_2", "overlapped", "passes", "plan", "plan_by_rule", "plan_unverified", "rivals",
+    "fields_of", "fits", "is_always_resident", "is_verified",
+    "next_power_of_2", "passes", "plan", "plan_by_rule", "plan_unverified", "rivals",
     "slots_at_a_time",
 ]  # fmt: skip

@@ -19,37 +19,26 @@ class Device:
     max_ctas: int = 32
     lanes: int = 128  # that execute an instruction in a clock
     clock_mhz: int = 1980
-    # that a cluster may have, 1 where there are none: 8, or more where a GPU is known to take more
-    clusters: int = 16
-    packs: bool = True  # whether kernels can keep 16-bit elements packed: by NVIDIA's instructions
-    overlaps: bool = True  # whether a launch can begin before the one before it ends
 
 
 def _amd(
     name: str, multiprocessors: int, l2_bytes: int, dram_gb_per_s: int, lanes: int, clock_mhz: int
 ) -> Device:
     return Device(
-        name, multiprocessors, l2_bytes, 64, dram_gb_per_s, 131072, 65536, 32, 32, lanes, clock_mhz,
-        clusters=1, packs=False, overlaps=False,
-    )  # fmt: skip
+        name, multiprocessors, l2_bytes, 64, dram_gb_per_s, 131072, 65536, 32, 32, lanes, clock_mhz
+    )
 
 
 # one GPU for each target that Triton compiles for
 TARGETS = {
-    "sm_75": Device(
-        "NVIDIA T4", 40, 4 * 2**20, 32, 320, 65536, 64 * 1024, 32, 16, 64, 1590, 1, overlaps=False
-    ),
+    "sm_75": Device("NVIDIA T4", 40, 4 * 2**20, 32, 320, 65536, 64 * 1024, 32, 16, 64, 1590),
     "sm_80": Device(
-        "NVIDIA A100-SXM4-80GB", 108, 40 * 2**20, 32, 2039, 65536, 164 * 1024, 64, 32, 64, 1410, 1,
-        overlaps=False,
+        "NVIDIA A100-SXM4-80GB", 108, 40 * 2**20, 32, 2039, 65536, 164 * 1024, 64, 32, 64, 1410
     ),
-    "sm_86": Device(
-        "NVIDIA A10", 72, 6 * 2**20, 32, 600, 65536, 100 * 1024, 48, 16, 128, 1695, 1,
-        overlaps=False,
-    ),
+    "sm_86": Device("NVIDIA A10", 72, 6 * 2**20, 32, 600, 65536, 100 * 1024, 48, 16, 128, 1695),
     "sm_89": Device(
         "NVIDIA GeForce RTX 4090", 128, 72 * 2**20, 32, 1008, 65536, 100 * 1024, 48, 24,
-        clock_mhz=2520, clusters=1, overlaps=False,
+        clock_mhz=2520,
     ),
     "sm_90": Device(),
     "sm_100": Device(
@@ -57,7 +46,7 @@ TARGETS = {
     ),
     "sm_120": Device(
         "NVIDIA GeForce RTX 5090", 170, 96 * 2**20, 32, 1792, 65536, 100 * 1024, 48, 24,
-        clock_mhz=2407, clusters=8,
+        clock_mhz=2407,
     ),
     "gfx90a": _amd("AMD Instinct MI250X", 110, 8 * 2**20, 1638, 64, 1700),
     "gfx942": _amd("AMD Instinct MI300X", 304, 4 * 2**20, 5300, 128, 2100),

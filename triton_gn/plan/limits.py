@@ -1,7 +1,7 @@
 """What can run at all: the bounds that every plan is checked against, from whatever source."""
 
 from .devices import Device
-from .problem import Config, Problem, Tile
+from .problem import Config, Problem
 from .tiles import MAX_BLOCK_CHANNELS, MAX_SUB_TILES, OWN_FIELDS, block_extent
 
 ALWAYS_RESIDENT = 8192  # elements of a group: a second launch costs more than idle multiprocessors
@@ -13,66 +13,40 @@ _REGISTERS = {
     ("backward", False): 168,
     ("backward", True): 176,
 }
-# the same for tiles that stay packed
-_PACKED_REGISTERS = {
-    ("forward", False): 224,
-    ("forward", True): 128,
-    ("backward", False): 176,
-    ("backward", True): 120,
-}
-_FLOATS_KEPT = 64  # registers of a thread; more 16-bit elements stay packed
 _FEWER_REGISTERS = 112  # where each element has an address, or each of a row's channels a mask
 _SPANNED_REGISTERS = 64  # the latter where few channel tiles have long rows
 _FEW_CHANNEL_TILES = 2
 _FLOAT64_REGISTERS = {False: 96, True: 48}  # with an activation: its functions are calls
 _MAX_ELEMENTS_PER_WARP = 2048  # of a sub-tile, even where spills are borne
 _MAX_WORKERS = 2**16
-_CLUSTERS = (1, 2, 4, 8, 16)
 _CROWDED = 0.75  # of the limit, where there is one more value per channel or per element
-
-
-def is_packed(problem: Problem, config: Config) -> bool:
-    """Whether a program keeps its sub-tiles in 16 bits, and converts them anew for each pass over
-    them: as float32 they would take too many registers."""
-    if config.strategy != "resident" or problem.itemsize != 2 or problem.span > 1:
-        return False
-    tensors = 1 if problem.direction == "forward" else 2
-    return tensors * config.tile.elements // (32 * config.warps) > _FLOATS_KEPT
 
 
 def registers(problem: Problem, config: Config, device: Device) -> int:
     """What the sub-tiles and accumulators of a program take of each thread's 255 registers."""
     tensors = 1 if problem.direction == "forward" else 2  # x; dz, or dy
     sub_tile = config.tile.rows * config.tile.cols
-    held = tensors * config.tile.elements
-    if device.packs and is_packed(problem, config):
-        tensors += tensors == 2 and problem.residual  # from which dz is worked out again
-        held = tensors * config.tile.elements // 2
-    words = max(problem.itemsize, 4) // 4 * (held + 2 * sub_tile)
-    return words // (device.warp_size * config.warps)
+    words = max(problem.itemsize, 4) // 4 * (tensors * config.tile.elements + 2 * sub_tile)
+    return words // (device.warp_size * config.num_warps)
 
 
 def excess_registers(problem: Problem, config: Config, device: Device) -> int:
     """By how many registers a thread the plan is over the limit."""
-    return max(0, registers(problem, config, device) - register_limit(problem, config, device))
+    return max(0, registers(problem, config, device) - register_limit(problem, config))
 
 
-def register_limit(problem: Problem, config: Config, device: Device) -> int:
+def register_limit(problem: Problem, config: Config) -> int:
     """The most that ``registers`` may be."""
-    packed = device.packs and is_packed(problem, config)
-    limit = _register_limit(problem, config.tile.groups, packed)
-    if packed and problem.direction == "backward" and _has_channel_masks(problem, config.tile):
-        limit = int(limit * _CROWDED)
+    limit = _register_limit(problem, config.tile.groups)
     if problem.span > 1 and config.tile.channel_tiles <= _FEW_CHANNEL_TILES:
         limit = min(limit, _SPANNED_REGISTERS)
     return limit * min(8, config.num_warps) // config.num_warps  # more than 8 warps share 64 Ki
 
 
-def _register_limit(problem: Problem, groups: int, packed: bool) -> int:
+def _register_limit(problem: Problem, groups: int) -> int:
     if problem.itemsize == 8:
         return _FLOAT64_REGISTERS[problem.activation != "none"]
-    limits = _PACKED_REGISTERS if packed else _REGISTERS
-    limit = limits[problem.direction, problem.channels_last]
+    limit = _REGISTERS[problem.direction, problem.channels_last]
     if _is_one_by_one(problem, groups) or problem.span > 1:
         limit = _FEWER_REGISTERS
     return int(limit * _CROWDED) if _is_crowded(problem) else limit
@@ -80,11 +54,6 @@ def _register_limit(problem: Problem, groups: int, packed: bool) -> int:
 
 def _is_crowded(problem: Problem) -> bool:
     return problem.pre_add or (problem.residual and problem.direction == "backward")
-
-
-def _has_channel_masks(problem: Problem, tile: Tile) -> bool:
-    """Whether some channels of a tile do not exist."""
-    return tile.mask_cols if problem.channels_last else tile.mask_rows
 
 
 def _is_one_by_one(problem: Problem, groups: int) -> bool:
@@ -109,46 +78,6 @@ def _stalls(problem: Problem, config: Config) -> str | None:
     return None
 
 
-def no_cluster(problem: Problem, ctas: int, device: Device) -> str | None:
-    """Why a program cannot be so many CTAs, as a sentence; None if it can."""
-    if ctas not in _CLUSTERS:
-        return f"ctas must be one of {', '.join(map(str, _CLUSTERS))}; got {ctas}"
-    if ctas > device.clusters == 1:
-        return f"clusters of CTAs take a GPU of sm_90 or newer and Triton 3.9; got ctas={ctas}"
-    if ctas > device.clusters:
-        return f"a cluster on {device.name} has at most {device.clusters} CTAs; got ctas={ctas}"
-    if ctas > 1 and problem.channels_last:
-        # their sums run over the rows, which lie in all CTAs: 22 barriers and more, and spills
-        return f"only contiguous groups are held by clusters; got ctas={ctas}"
-    return None
-
-
-def _breaks_cluster(problem: Problem, config: Config, device: Device) -> str | None:
-    """Why a cluster cannot hold a tile."""
-    if (reason := no_cluster(problem, config.ctas, device)) is not None or config.ctas == 1:
-        return reason
-    tile, ctas = config.tile, config.ctas
-    if 1 < tile.rows < ctas:
-        # Triton 3.9 fails to compile the sums of such a tile
-        return f"rows must be 1 or no less than the {ctas} CTAs of a cluster; got {tile.rows}"
-    threads = device.warp_size * config.warps
-    if tile.rows * tile.cols < threads * tile.vec:
-        return (
-            f"a sub-tile must have a vector of {tile.vec} elements for each of the {threads} "
-            f"threads of a cluster; {tile.rows} rows of {tile.cols} do not"
-        )
-    return None
-
-
-def _overlaps_too_much(config: Config, device: Device) -> str | None:
-    """Why so many launches cannot run at a time."""
-    if config.overlap not in (1, 2):
-        return f"overlap must be 1 or 2; got {config.overlap}"
-    if config.overlap == 2 and not device.overlaps:
-        return f"launches overlap on NVIDIA's GPUs from sm_90 on; got overlap=2 on {device.name}"
-    return None
-
-
 def fits(problem: Problem, config: Config, device: Device) -> str | None:
     """Why the plan cannot run, as a sentence; None if it can."""
     tile = config.tile
@@ -160,8 +89,6 @@ def fits(problem: Problem, config: Config, device: Device) -> str | None:
             return f"{name} must be a power of two; got {size}"
     if config.num_warps not in (1, 2, 4, 8, 16, 32):
         return f"num_warps must be a power of two up to 32; got {config.num_warps}"
-    if reason := _overlaps_too_much(config, device):
-        return reason
     if not 1 <= tile.groups <= problem.groups:
         return f"groups must be between 1 and {problem.groups}; got {tile.groups}"
     if tile.groups > 1 and not problem.channels_last:
@@ -177,12 +104,10 @@ def fits(problem: Problem, config: Config, device: Device) -> str | None:
     stretch = tile.cols * tile.pixel_tiles
     if config.strategy != "resident" and not problem.channels_last and stretch % tile.vec:
         return f"cols * pixel_tiles must be a multiple of the vector, {tile.vec}; got {stretch}"
-    if reason := _breaks_cluster(problem, config, device):
-        return reason
-    if tile.rows * tile.cols > _MAX_ELEMENTS_PER_WARP * config.warps:
+    if tile.rows * tile.cols > _MAX_ELEMENTS_PER_WARP * config.num_warps:
         return (
             f"a sub-tile may have {_MAX_ELEMENTS_PER_WARP} elements a warp; {tile.rows} rows of "
-            f"{tile.cols} in {config.warps} warps have more"
+            f"{tile.cols} in {config.num_warps} warps have more"
         )
     if tile.channel_tiles * tile.pixel_tiles > MAX_SUB_TILES:
         return (
@@ -194,9 +119,9 @@ def fits(problem: Problem, config: Config, device: Device) -> str | None:
     exempt = tile.groups == 1 and is_always_resident(problem)
     if excess_registers(problem, config, device) and not exempt:
         return (
-            f"{tile.elements} elements in {config.warps} warps take "
+            f"{tile.elements} elements in {config.num_warps} warps take "
             f"{registers(problem, config, device)} registers a thread; at most "
-            f"{register_limit(problem, config, device)} are free"
+            f"{register_limit(problem, config)} are free"
         )
     if min(tile.rows, rows) * problem.row_vecs * tile.vec >= 2**31 and tile.rows > 1:
         return f"a sub-tile must lie within 2**31 elements; {tile.rows} rows do not"

@@ -4,18 +4,16 @@ import math
 from dataclasses import dataclass
 
 from .devices import Device
-from .limits import is_packed, registers
+from .limits import registers
 from .problem import ACCESS_BYTES, Config, Problem
 
 _LAUNCH_US = 2.2
 _NEXT_LAUNCH_US = 1.5  # of a launch that follows another
-_EARLY_LAUNCH_US = 0.7  # of one that begins while the one before it ends
 _ZEROS_US = 1.0  # of setting counters to 0 before a launch
 _DRAM_SHARE = 0.9  # of the maker's figure, that a copy achieves
 _L2_BYTES_PER_US = 45_000  # of one multiprocessor, all of them drawing
 _SOLO_BYTES_PER_US = 57_000  # of one multiprocessor while the others are idle
 _PROGRAM_US = 1.5  # from a program's first load to its last store, besides its bytes
-_CLUSTER_SUM_US = 0.5  # of a sum over a cluster: two barriers, a read of another multiprocessor
 _L2_SHARE = 0.5  # of L2 that holds what was just read
 _SECTOR_BYTES = 32  # L2 hands out no less
 # instructions of a thread for each element, by pass, and what an activation adds to one: counted in
@@ -25,7 +23,6 @@ _ACTIVATION = {
     "none": (0, 0), "relu": (2, 3), "leaky_relu": (2, 3), "sigmoid": (4, 8), "silu": (5, 9),
     "mish": (9, 16), "gelu_tanh": (9, 18), "tanh": (14, 10), "gelu": (18, 21),
 }  # fmt: skip
-_UNPACKING = 2  # once more, of each element of a tile that stays packed
 _PER_PASS = 500  # of a thread, whatever its elements
 _OTHER_REGISTERS = 40  # of a thread, for addresses, masks and sums
 _REGISTER_UNIT = 256  # of a warp's registers
@@ -95,19 +92,6 @@ def guessed_at_a_time(problem: Problem, config: Config, device: Device) -> int:
     return ctas_at_a_time(device, config.num_warps, guess)
 
 
-def cluster_sums(problem: Problem, config: Config) -> int:
-    """How many sums of a program run over all CTAs of its cluster."""
-    tile = config.tile
-    if config.ctas == 1:
-        return 0
-    if problem.direction == "forward":
-        return 3  # of x, of its deviations and of their squares
-    if tile.rows > 1:
-        return 2  # of dx_hat and of dx_hat * x_hat: each channel lies in one CTA
-    of_channels = tile.channel_tiles * (2 + problem.pre_add)
-    return of_channels if tile.span == 1 else 2 + of_channels * tile.pixel_tiles * tile.span
-
-
 def estimate(
     problem: Problem, config: Config, device: Device, at_a_time: int | None = None
 ) -> Estimate:
@@ -121,7 +105,7 @@ def estimate(
     l2_bytes = int(touched * _sector_waste(problem, config))
 
     rounds = 2 if again else 1
-    ctas = config.programs(problem) * config.ctas
+    ctas = config.programs(problem)
     waves = math.ceil(ctas / (device.multiprocessors * at_a_time))
     neighbours = min(at_a_time, math.ceil(ctas / device.multiprocessors))
     padding = _padding(problem, config)
@@ -130,13 +114,11 @@ def estimate(
     executed = instructions(problem, config) * elements
     executed += rounds * _PER_PASS * config.num_warps * device.warp_size
     issue_us = executed / (device.lanes * device.clock_mhz)  # of a CTA, alone
-    program_us = _PROGRAM_US + _CLUSTER_SUM_US * cluster_sums(problem, config)
     # each reads before it computes: at first all CTAs of a multiprocessor together, later by turns
     less, more = sorted((share / _SOLO_BYTES_PER_US, issue_us / rounds))
-    first_wave = program_us + less + neighbours * more
-    next_wave = max(program_us + less + more, neighbours * more)
-    next_us = _NEXT_LAUNCH_US if config.overlap == 1 else _EARLY_LAUNCH_US
-    launch_us = _LAUNCH_US + (launches(problem, config) - 1) * next_us
+    first_wave = _PROGRAM_US + less + neighbours * more
+    next_wave = max(_PROGRAM_US + less + more, neighbours * more)
+    launch_us = _LAUNCH_US + (launches(problem, config) - 1) * _NEXT_LAUNCH_US
     launch_us += _ZEROS_US * (config.strategy == "pipelined")
     narrow = math.sqrt(ACCESS_BYTES / problem.access_bytes(config.tile.groups))
     times = {
@@ -157,9 +139,8 @@ def instructions(problem: Problem, config: Config) -> int:
     forward = problem.direction == "forward"
     first, second = _PER_ELEMENT[problem.direction]
     of_activation = _ACTIVATION[problem.activation][not forward]
-    packed = is_packed(problem, config)
-    times = 1 if forward or (config.strategy == "resident" and not packed) else 2
-    return first + second + times * of_activation + _UNPACKING * packed
+    times = 1 if forward or config.strategy == "resident" else 2
+    return first + second + times * of_activation
 
 
 def group_bytes(problem: Problem) -> int:

@@ -8,8 +8,8 @@ from typing import Any
 
 from . import tuned
 from .devices import Device
-from .limits import excess_registers, fits, is_always_resident, no_cluster
-from .model import estimate, group_bytes, guessed_at_a_time, launches, second_passes
+from .limits import excess_registers, fits, is_always_resident
+from .model import estimate, group_bytes, guessed_at_a_time, second_passes
 from .problem import Config, Problem
 from .tiles import (
     OWN_FIELDS,
@@ -23,7 +23,6 @@ from .tiles import (
 STRATEGIES = ("resident", "split")
 # not yet seen right on a GPU: only measured tables choose these
 UNVERIFIED = ("pipelined",)
-UNVERIFIED_CTAS = (2, 4, 8, 16)  # of a cluster
 _ELEMENTS_PER_THREAD = 32
 _FLOAT64_PER_THREAD = 8
 _FEW_SUB_TILES = 8  # up to here small ones are better: their accumulators take fewer registers
@@ -64,10 +63,7 @@ def plan(
     for name, value in fixed.items():
         if type(value) is not int or value < 1:
             raise ValueError(f"plan_override: {name} must be an int of at least 1; got {value!r}.")
-    groups, ctas = fixed.pop("groups", None), fixed.get("ctas", 1)
-    if reason := no_cluster(problem, ctas, device):
-        raise ValueError(f"plan_override: {reason}.")
-    config = plan_by_rule(problem, device, strategies, groups, (ctas,))
+    config = plan_by_rule(problem, device, strategies, fixed.pop("groups", None))
     return _overridden(problem, config, device, fixed) if fixed else config
 
 
@@ -82,12 +78,9 @@ def plan_by_rule(
     device: Device,
     strategies: tuple[str, ...] = STRATEGIES,
     groups: int | None = None,
-    ctas: tuple[int, ...] = (1,),
 ) -> Config:
     """The fastest plan by the model, of these strategies, for blocks of so many whole groups; where
     it makes little difference, the one that reads less.
-
-    ``ctas``: how many a program may be, where it can be a cluster.
 
     Raises:
         ValueError: there is none.
@@ -95,7 +88,7 @@ def plan_by_rule(
     best = [
         config
         for strategy in strategies
-        if (config := _best(strategy, problem, device, groups, ctas)) is not None
+        if (config := _best(strategy, problem, device, groups)) is not None
     ]
     if not best:
         raise ValueError(_no_plan(problem, strategies, groups))
@@ -109,20 +102,12 @@ def plan_by_rule(
 
 def plan_unverified(problem: Problem, device: Device) -> Config:
     """The fastest plan by the model, were every kind of plan seen right on a GPU."""
-    best = plan_by_rule(problem, device, STRATEGIES + UNVERIFIED, ctas=(1, *UNVERIFIED_CTAS))
-    return overlapped(problem, best, device) or best
+    return plan_by_rule(problem, device, STRATEGIES + UNVERIFIED)
 
 
 def is_verified(config: Config) -> bool:
     """Whether plans of its kind have been seen right on a GPU, so that the rule may choose it."""
-    return config.strategy in STRATEGIES and config.ctas == config.overlap == 1
-
-
-def overlapped(problem: Problem, config: Config, device: Device) -> Config | None:
-    """The plan with launches that overlap, if it has several and the GPU can."""
-    if launches(problem, config) == 1 or not device.overlaps:
-        return None
-    return replace(config, overlap=2)
+    return config.strategy in STRATEGIES
 
 
 def _is_wide(problem: Problem, config: Config) -> bool:
@@ -152,7 +137,6 @@ def candidates(problem: Problem, device: Device) -> list[Config]:
                 split_configs(problem, counts, num_warps, device.warp_size, programs)
             )
         found |= dict.fromkeys(_pipelined_configs(problem, counts, num_warps, device))
-    found |= dict.fromkeys(_resident_configs(problem, counts, device, UNVERIFIED_CTAS))
     return sorted(
         (config for config in found if fits(problem, config, device) is None),
         key=lambda config: estimate(problem, config, device).us,
@@ -160,17 +144,13 @@ def candidates(problem: Problem, device: Device) -> list[Config]:
 
 
 def _best(
-    strategy: str,
-    problem: Problem,
-    device: Device,
-    groups: int | None = None,
-    ctas: tuple[int, ...] = (1,),
+    strategy: str, problem: Problem, device: Device, groups: int | None = None
 ) -> Config | None:
     """The fastest plan of a strategy by the model, among those with the widest accesses; of equals,
     the one with the least code."""
     candidates = [
         config
-        for config in _candidates(strategy, problem, device, groups, ctas)
+        for config in _candidates(strategy, problem, device, groups)
         if fits(problem, config, device) is None
     ]
     if not candidates:
@@ -181,7 +161,6 @@ def _best(
         key=lambda config: (
             excess_registers(problem, config, device),
             round(estimate(problem, config, device).us, 1),
-            config.ctas,
             config.parts(problem),  # each reads weight and bias, and leaves parts of gradients
             max(_FEW_SUB_TILES, config.tile.channel_tiles * config.tile.pixel_tiles),
             config.tile.elements,
@@ -192,11 +171,11 @@ def _best(
 
 
 def _candidates(
-    strategy: str, problem: Problem, device: Device, groups: int | None, ctas: tuple[int, ...]
+    strategy: str, problem: Problem, device: Device, groups: int | None
 ) -> Iterator[Config]:
     counts = group_counts(problem) if groups is None else [groups]
     if strategy == "resident":
-        yield from _resident_configs(problem, counts, device, ctas)
+        yield from _resident_configs(problem, counts, device)
     elif strategy == "split":
         programs = device.multiprocessors * _SPLIT_PROGRAMS_PER_MULTIPROCESSOR
         yield from split_configs(problem, counts, _SPLIT_WARPS, device.warp_size, programs)
@@ -207,20 +186,14 @@ def _candidates(
         raise ValueError(f"plan_override: strategy must be one of {known}; got {strategy!r}.")
 
 
-def _resident_configs(
-    problem: Problem, counts: list[int], device: Device, ctas: tuple[int, ...]
-) -> Iterator[Config]:
+def _resident_configs(problem: Problem, counts: list[int], device: Device) -> Iterator[Config]:
     """Those of ``resident_configs`` with as many warps as their elements take."""
-    for count in ctas:
-        if no_cluster(problem, count, device):
-            continue
-        num_warps = 1
-        while num_warps <= _MAX_WARPS:
-            for config in resident_configs(problem, counts, num_warps, device.warp_size, count):
-                elements = config.tile.elements // count
-                if num_warps == _resident_warps(problem, elements, device.warp_size):
-                    yield config
-            num_warps *= 2
+    num_warps = 1
+    while num_warps <= _MAX_WARPS:
+        for config in resident_configs(problem, counts, num_warps, device.warp_size):
+            if num_warps == _resident_warps(problem, config.tile.elements, device.warp_size):
+                yield config
+        num_warps *= 2
 
 
 def _pipelined_configs(

@@ -105,9 +105,7 @@ class Config:
     """The decision. ``chunks`` and ``chunk_vecs``: into how many parts, how long each (vectors when
     contiguous, pixels when channels-last), split cuts the pixels of a group; resident has one.
     Pipelined cuts as split does; ``workers`` programs work through it, unit by unit of ``blocks``
-    adjacent blocks of groups. A resident program may be a cluster of ``ctas`` CTAs of ``num_warps``
-    each, which hold the tile together. ``overlap``: of its launches, one runs at a time or 2, each
-    beginning while the one before it ends."""
+    adjacent blocks of groups."""
 
     strategy: str  # "resident", "pipelined" or "split"
     tile: Tile
@@ -116,13 +114,6 @@ class Config:
     chunk_vecs: int
     blocks: int = 0
     workers: int = 0
-    ctas: int = 1
-    overlap: int = 1
-
-    @property
-    def warps(self) -> int:
-        """Of a program, those of all its CTAs."""
-        return self.ctas * self.num_warps
 
     @property
     def slots(self) -> int:

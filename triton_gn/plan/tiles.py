@@ -10,13 +10,8 @@ from .problem import Config, Problem, Tile
 # what a plan is told apart by; all else in it follows from these and the problem
 _CUT = ("pixel_tiles", "chunks")
 # those that not every strategy has
-OWN_FIELDS = {
-    "resident": ("ctas",), "split": _CUT, "pipelined": (*_CUT, "blocks", "workers"),
-}  # fmt: skip
-FIELDS = (
-    "strategy", "groups", "rows", "cols", "num_warps", "overlap", *OWN_FIELDS["resident"],
-    *OWN_FIELDS["pipelined"],
-)  # fmt: skip
+OWN_FIELDS = {"resident": (), "split": _CUT, "pipelined": (*_CUT, "blocks", "workers")}
+FIELDS = ("strategy", "groups", "rows", "cols", "num_warps", *OWN_FIELDS["pipelined"])
 MAX_SUB_TILES = 16  # unrolled in the kernel: more is slow to compile
 MAX_SLOTS = 1024  # partials, of all groups of a program, that split merges at a time
 MAX_BLOCK_CHANNELS = 256  # of several groups side by side: they are summed up by selection
@@ -114,15 +109,15 @@ def sub_tiles(
 
 
 def resident_configs(
-    problem: Problem, group_counts: list[int], num_warps: int, warp_size: int, ctas: int = 1
+    problem: Problem, group_counts: list[int], num_warps: int, warp_size: int
 ) -> Iterator[Config]:
-    """Every way to hold a block of whole groups in ``num_warps`` warps of each of ``ctas`` CTAs."""
+    """Every way to hold a block of whole groups in ``num_warps`` warps."""
     for groups in group_counts:
         stacked = can_stack(problem, groups)
-        for rows, cols in sub_tiles(problem, groups, ctas * num_warps * warp_size, stacked):
+        for rows, cols in sub_tiles(problem, groups, num_warps * warp_size, stacked):
             yield config_of(
                 problem, strategy="resident", groups=groups, rows=rows, cols=cols,
-                num_warps=num_warps, ctas=ctas,
+                num_warps=num_warps,
             )  # fmt: skip
 
 
@@ -183,14 +178,12 @@ def fields_of(config: Config) -> dict[str, Any]:
         "rows": tile.rows,
         "cols": tile.cols,
         "num_warps": config.num_warps,
-        "overlap": config.overlap,
     }
     cut = {
         "pixel_tiles": tile.pixel_tiles,
         "chunks": config.chunks,
         "blocks": config.blocks,
         "workers": config.workers,
-        "ctas": config.ctas,
     }
     return fields | {name: cut[name] for name in OWN_FIELDS[config.strategy]}
 
@@ -203,12 +196,10 @@ def config_of(
     rows: int,
     cols: int,
     num_warps: int,
-    overlap: int = 1,
     pixel_tiles: int = 1,
     chunks: int = 1,
     blocks: int = 1,
     workers: int = 1,
-    ctas: int = 1,
 ) -> Config:
     """The plan of these fields for a problem, as near as its size allows; ``fits`` judges it."""
     stacked = strategy == "resident" and can_stack(problem, groups)
@@ -217,11 +208,10 @@ def config_of(
     tiles = (col_tiles, row_tiles) if problem.channels_last else (row_tiles, col_tiles)
     if strategy != "resident":
         tile = make_tile(problem, groups, rows, cols, 1, min(pixel_tiles, tiles[1]))
-        split = make_split(problem, tile, num_warps, chunks)
-        split = replace(split, strategy=strategy, overlap=overlap)
+        split = replace(make_split(problem, tile, num_warps, chunks), strategy=strategy)
         if strategy == "pipelined":
             return replace(split, blocks=blocks, workers=workers)
         return split
     tile = make_tile(problem, groups, rows, cols, *tiles, stacked)
     extent = problem.pixels if problem.channels_last else problem.row_vecs
-    return Config(strategy, tile, num_warps, 1, extent, ctas=ctas, overlap=overlap)
+    return Config(strategy, tile, num_warps, 1, extent)

@@ -25,7 +25,7 @@ from .limits import fits
 from .problem import Config, Problem
 from .tiles import FIELDS, OWN_FIELDS, config_of
 
-SCHEMA = 3
+SCHEMA = 4
 MAX_BYTES = 4 * 2**20
 MAX_ENTRIES = 4096
 MAX_DISTANCE = 1.0  # in powers of two, all sizes together: half or twice as large at the most
