@@ -140,7 +140,7 @@ class Gpu:
             tensors = self.tensors
 
             def run() -> object:
-                return kernel.run_on(programs, bits, tensors, at_a_time=3)
+                return kernel.run_on(grid, bits, tensors, at_a_time=3)
 
             if self.graph is not None:
                 self.graph.launches.append(run)
