@@ -266,6 +266,16 @@ def test_the_rule_chooses_only_what_a_gpu_has_proven(problem: Problem) -> None:
     assert is_verified(plan(problem, H100))
 
 
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("pixels", [49, 2**28 + 1, 2**29 + 2, 2**30 + 1, 2**30 + 3])
+def test_rows_that_span_channels_are_counted_in_32_bits(pixels: int, dtype: str) -> None:
+    """In 32 bits channel 3 of 4 of 2**30 + 1 pixels would have the parameters of channel 0."""
+    problem = Problem("forward", 1, 8, 1, pixels, dtype, channels_last=False)
+    assert problem.span == 1 or problem.row_vecs * problem.vec < 2**31
+    assert problem.span > 1 or pixels > 49
+    assert fits(problem, plan(problem, H100), H100) is None
+
+
 def test_more_chunks_than_there_are_stretches_are_not_made() -> None:
     config = overridden(CONTIGUOUS, strategy="split", chunks=10**6)
     assert_covers(CONTIGUOUS.row_vecs, config.chunk_vecs, config.chunks)

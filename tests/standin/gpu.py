@@ -123,9 +123,7 @@ class Gpu:
             name=compiled.name, ptx=compiled.asm["ptx"]
         )
 
-    def launched(
-        self, module: int, programs: int, shared: int, stream: int, parameters: Any
-    ) -> None:
+    def launched(self, module: int, grid: int, shared: int, stream: int, parameters: Any) -> None:
         """What the driver tells of a launch: exceptions would be lost in it."""
         try:
             one = self._compiled[module]

@@ -52,10 +52,11 @@ class Problem:
         """Elements per memory access: as wide as the alignment of every group allows."""
         if self.channels_last:
             unit = self.channels
-        elif self.itemsize < 8:
+        elif self.itemsize < 8 and self.pixels * ACCESS_BYTES < 2**32:
             unit = self.group_elements
         else:
-            unit = self.pixels  # a span would take more registers than float64 leaves
+            # no span: float64 leaves it no registers, kernels count its elements in 32 bits
+            unit = self.pixels
         return math.gcd(unit, ACCESS_BYTES // self.itemsize)
 
     def access_bytes(self, groups: int) -> int:
