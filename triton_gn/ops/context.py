@@ -76,18 +76,14 @@ def is_eager(tensors: Iterable[Tensor | None]) -> bool:
 
     Spelt out: after a large tensor has gone through the caches each function costs microseconds.
     """
-    if (
+    return not (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-    ):
-        return False
-    for t in tensors:
-        if t is not None and type(t) is not Tensor and type(t) is not Parameter:
-            return False
-    return True
+        or has_subclass(tensors)
+    )
 
 
 def is_dtensor(x: Tensor) -> bool:

@@ -60,7 +60,7 @@ def why_not_loaded(device: torch.device) -> str | None:
 
     try:
         with torch.cuda.device(device):
-            empty_kernel.warmup(grid=(1,), enable_fp_fusion=True).run  # noqa: B018  # a property, which loads it
+            _ = empty_kernel.warmup(grid=(1,), enable_fp_fusion=True).run  # loads it
     except Exception as error:  # the C compiler's, ptxas', the driver's
         text = str(error).strip().partition("\n")[0]
         return (

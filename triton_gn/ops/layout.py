@@ -41,17 +41,13 @@ def is_channels_last(x: Tensor) -> bool | None:
 def real(x: Tensor) -> Tensor:
     """x, or a copy where memory holds something else than its values: PyTorch's lazily negated
     tensors and zeros without memory."""
-    if x.is_neg() or x._is_zerotensor():
-        return x.clone(memory_format=torch.preserve_format)
-    return x
+    return x.clone() if x.is_neg() or x._is_zerotensor() else x
 
 
 def rows(values: Tensor) -> Tensor:
     """(C,) or (N, C), or a copy where the channels of a row are not adjacent in memory."""
     values = real(values)
-    if values.stride(-1) == 1 or values.shape[-1] == 1:
-        return values
-    return values.contiguous()
+    return values if values.stride(-1) == 1 or values.shape[-1] == 1 else values.contiguous()
 
 
 def packed(t: Tensor) -> Tensor:
