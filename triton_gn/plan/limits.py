@@ -13,6 +13,8 @@ _REGISTERS = {
     ("backward", False): 168,
     ("backward", True): 176,
 }
+# the most of 16-bit elements, backward and channels-last: 2x2560x16x16 of float16 spills with more
+_HALF_REGISTERS = 168
 _FEWER_REGISTERS = 112  # where each element has an address, or each of a row's channels a mask
 _SPANNED_REGISTERS = 64  # the latter where few channel tiles have long rows
 _FEW_CHANNEL_TILES = 2
@@ -49,7 +51,10 @@ def _register_limit(problem: Problem, groups: int) -> int:
     limit = _REGISTERS[problem.direction, problem.channels_last]
     if _is_one_by_one(problem, groups) or problem.span > 1:
         limit = _FEWER_REGISTERS
-    return int(limit * _CROWDED) if _is_crowded(problem) else limit
+    if _is_crowded(problem):
+        return int(limit * _CROWDED)
+    halves = problem.itemsize == 2 and problem.direction == "backward" and problem.channels_last
+    return min(limit, _HALF_REGISTERS) if halves else limit
 
 
 def _is_crowded(problem: Problem) -> bool:
