@@ -246,12 +246,10 @@ def _rule(name: str, input_shape: Sequence[int]) -> str:
 
 def _missing_batch(operands: Operands, num_groups: int) -> str:
     """A remedy where the first dimension looks like the channels."""
-    input, weight = operands.x, operands.weight
-    first = input.shape[0]
-    is_likely = first % num_groups == 0 if weight is None else weight.shape == (first,)
-    if not first or not is_likely:
-        return ""
-    return f" If {tuple(input.shape)} lacks the batch dimension, add it with input.unsqueeze(0)."
+    shape, weight = operands.x.shape, operands.weight
+    is_likely = shape[0] % num_groups == 0 if weight is None else weight.shape == shape[:1]
+    hint = f" If {tuple(shape)} lacks the batch dimension, add it with input.unsqueeze(0)."
+    return hint if shape[0] and is_likely else ""
 
 
 def _nearest(channels: int, num_groups: int) -> str:
