@@ -22,8 +22,8 @@ import triton_gn
 
 
 class Layer(NamedTuple):
-    """A layer of a real model, of some milliseconds: to check its answer costs each call up to 0.1,
-    which small layers show."""
+    """A layer of a real model, of some milliseconds: small ones show what the checks of each call
+    cost (docs/measured.md)."""
 
     name: str
     shape: tuple[int, ...]

@@ -57,12 +57,12 @@ def resized(layers: Iterable[Workload], size: tuple[int, int]) -> Iterator[Workl
 
 
 def count(layers: Iterable[Workload], target: str) -> int:
-    """How many kernels the layers' forwards and backwards take, all gradients asked for."""
+    """Count the kernels of the layers' forwards and backwards, all gradients asked for."""
     return len({key_of(one, target) for layer in layers for one in launches_of(layer, target)})
 
 
 def key_of(one: Launch, target: str) -> tuple[str, ...]:
-    """What Triton tells kernels apart by, where all pointers are aligned."""
+    """Return what Triton tells kernels apart by, where all pointers are aligned."""
     nvidia = target.startswith("sm_")
     source = source_of(one, nvidia)
     parts = source.signature, source.constants, source.attrs, one.options(nvidia)

@@ -171,6 +171,23 @@ def test_hooks_may_give_saved_tensors_other_strides(
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("shape", [(2, 8, 4, 5), (2, 8, 7), (2, 8, 2, 3, 4)], ids=str)
+def test_hooks_may_stride_statistics_too(shape: tuple[int, ...]) -> None:
+    """Channels-last: contiguous, PyTorch's own backward on the CPU reads them as dense ones."""
+
+    def strided(t: Tensor) -> Tensor:
+        buffer = torch.zeros(2 * t.numel(), dtype=t.dtype)
+        return buffer.as_strided(t.shape, [2 * s for s in t.contiguous().stride()]).copy_(t)
+
+    x = torch.randn(shape).movedim(1, -1).contiguous().movedim(-1, 1).requires_grad_()
+    weight, dy = torch.randn(8, requires_grad=True), torch.randn(shape)
+    expected = torch.autograd.grad(F.group_norm(x, 4, weight), (x, weight), dy)
+    with torch.autograd.graph.saved_tensors_hooks(strided, lambda t: t):
+        y = group_norm(x, 4, weight)
+    grads = torch.autograd.grad(y, (x, weight), dy)
+    torch.testing.assert_close(grads, expected, rtol=1e-4, atol=1e-4)
+
+
 # Tracers
 
 

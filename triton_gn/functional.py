@@ -56,8 +56,8 @@ def group_norm(
         unless ``autocast_policy("keep")`` says otherwise.
 
     Raises:
-        TypeError: an operand is no dense tensor of these dtypes, num_groups no integer, activation
-            no string.
+        TypeError: an operand is no dense tensor of these dtypes, num_groups no integer, eps no
+            float, activation no string.
         ValueError: the shapes or devices do not fit together, there is one value per group, or the
             activation is none of those above.
     """

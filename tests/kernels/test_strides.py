@@ -110,9 +110,8 @@ def test_launches_take_only_dense_operands_and_declared_workspaces(
             triton_gn.group_norm(x, 2, weight)
     problem = launch.problem_of("forward", Operands(x), 2, "none")
     y = torch.empty_like(x)
-    with triton_gn.plan_override(strategy="split") as _, triton_gn.backend("triton"):
-        config = prepared._config(problem, x.device, False, (("strategy", "split"),), None)
-        launches = launch.forward_launches(problem, config, Operands(x), y, None, 1e-5)
-        prepared.Prepared(problem, config, launches, (x, y), x.device)
-        with pytest.raises(RuntimeError, match="neither"):
-            prepared.Prepared(problem, config, launches, (x,), x.device)
+    config = prepared._config(problem, x.device, False, (("strategy", "split"),), None)
+    launches = launch.forward_launches(problem, config, Operands(x), y, None, 1e-5)
+    prepared.Prepared(problem, config, launches, (x, y), x.device)
+    with pytest.raises(RuntimeError, match="neither"):
+        prepared.Prepared(problem, config, launches, (x,), x.device)

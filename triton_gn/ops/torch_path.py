@@ -165,12 +165,12 @@ class _ChannelsLast(torch.autograd.Function):
             grads = iter(reference.gradients(dy, *given, (*needs, *[False] * 4)))
             found = [next(grads) if needed else None for needed in needs]
             return *found, *[None] * 5
-        # hooks on saved tensors may have given x any strides
+        # hooks on saved tensors may have given them any strides
         image_format = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
         x, dy = (t.contiguous(memory_format=image_format) for t in (x, dy))
-        has_weight = weight is not None
+        weight, mean, rstd = (t if t is None else t.contiguous() for t in (weight, mean, rstd))
         dx, dweight, dbias = torch.ops.aten.native_group_norm_backward(
-            dy, x, mean, rstd, weight, *ctx.sizes, [True, has_weight, has_weight]
+            dy, x, mean, rstd, weight, *ctx.sizes, [True, *[weight is not None] * 2]
         )
         found = [
             d if needed else None for d, needed in zip((dx, dweight, dbias), needs, strict=True)
