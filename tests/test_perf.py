@@ -22,7 +22,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from perf import bench, compare, cpu, demo, gpu, host, plot, providers, records, sweep, wire
+from perf import (
+    bench,
+    compare,
+    cpu,
+    demo,
+    gpu,
+    host,
+    kernels,
+    plot,
+    providers,
+    records,
+    sweep,
+    wire,
+)
 from perf.__main__ import main
 from perf.providers import PARTS, PROVIDERS, Provider, checked
 from perf.records import OURS, Record, case, save
@@ -562,6 +575,18 @@ def test_command_of_a_revision_that_fails(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="exit status 3"):
         compare._run(["sh", "-c", "exit 3"], tmp_path)
     compare._run(["sh", "-c", "exit 1"], tmp_path)
+
+
+def test_sizes_of_images_share_kernels(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = argparse.Namespace(workloads=bench.WORKLOADS, target="sm_90")
+    assert kernels.run(arguments) == 0
+    counts = {}
+    for line in capsys.readouterr().out.splitlines()[1:]:
+        count, model = line.split(maxsplit=1)
+        counts[model] = int(count)
+    assert counts["SD1.5 UNet 512px"] <= 43
+    assert counts["SDXL UNet 1024px, 15 sizes of images"] <= 65
+    assert counts["the same, batches of (1, 2, 4)"] <= 80
 
 
 @no_gpu

@@ -133,7 +133,7 @@ def test_sub_tiles_and_chunks_cover_the_block_and_none_is_empty(problem: Problem
         assert rest == 0
         assert_covers(channels, per_channel_tile * tile.channel_tiles, parts)
         # merged as a power of two of slots by one of groups
-        at_a_time = slots_at_a_time(config.slots, config.tile.group_slots)
+        at_a_time = slots_at_a_time(config.tile.group_slots)
         assert at_a_time.bit_count() == 1
         assert at_a_time * tile.group_slots <= MAX_SLOTS
     blocks = math.ceil(problem.groups / tile.groups)
@@ -179,6 +179,28 @@ def test_batch_size_matters_otherwise() -> None:
     one, many = replace(LARGE, n=1), replace(LARGE, n=1024)
     assert plan(one, H100) != plan(many, H100)
     assert plan(one, H100) == plan(many, H100, batch_invariant=True)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("channels", [320, 640, 1280])
+def test_sizes_of_an_image_share_the_tile_of_split(direction: str, channels: int) -> None:
+    """What a tile is compiled for, it is compiled for once: sizes differ in chunks."""
+    sizes = [(128, 128), (144, 112), (152, 104), (168, 96), (88, 176), (80, 192), (64, 64)]
+    problems = [
+        Problem(direction, n, channels, 32, height * width, "float16", True, "silu")
+        for n in (2, 4)
+        for height, width in sizes
+    ]
+    plans = [overridden(problem, strategy="split") for problem in problems]
+    assert len({replace(one.tile, mask_rows=True) for one in plans}) == 1
+    assert len({one.chunks for one in plans}) > 1
+
+
+def test_rows_beyond_the_last_channel_count() -> None:
+    """16 channels in 64 rows took four times the instructions."""
+    problem = Problem("forward", 1, 512, 32, 5 * 64 * 64, "float16", False)
+    tile = overridden(problem, strategy="split").tile
+    assert tile.rows <= 16
 
 
 def test_equal_problems_share_one_plan() -> None:

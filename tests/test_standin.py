@@ -66,7 +66,7 @@ def test_strided_parameters(library: Path, kind: str) -> None:
     run(library, "strided", kind)
 
 
-@pytest.mark.parametrize("scenario", ["handles", "captured", "tune", "bench"])
+@pytest.mark.parametrize("scenario", ["handles", "captured", "counted", "tune", "bench"])
 def test_scenarios(library: Path, scenario: str) -> None:
     run(library, scenario)
 

@@ -433,7 +433,7 @@ def test_folder_that_is_a_file_is_ignored(folder: Path, monkeypatch: pytest.Monk
         {"groups": 33},
         {"rows": 2**31},
         {"rows": 1024, "cols": 1024},
-        {"cols": 4},
+        {"cols": 2},
         {"num_warps": 2**31},
         {"strategy": "split", "rows": 1, "cols": 1, "pixel_tiles": 1, "chunks": 1},
     ],

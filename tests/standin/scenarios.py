@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton
 from torch import Tensor
 
 from tests.standin import gpu
@@ -17,9 +18,11 @@ from tests.standin import gpu
 GPU = gpu.start()
 
 import triton_gn  # noqa: E402
+from perf import kernels  # noqa: E402
 from triton_gn import reference, timing  # noqa: E402
-from triton_gn.kernels import tile  # noqa: E402
+from triton_gn.kernels import params, resident, split, tile  # noqa: E402
 from triton_gn.ops import launch  # noqa: E402
+from triton_gn.plan import TARGETS, plan  # noqa: E402
 from triton_gn.reference import Operands  # noqa: E402
 from triton_gn.trial import errors_of, tolerance  # noqa: E402
 from triton_gn.workloads import FUSED, Workload  # noqa: E402
@@ -127,6 +130,30 @@ def captured() -> None:
     x.copy_(torch.randn(2, 24, 8, 8))
     graph.replay()
     torch.testing.assert_close(y, torch.group_norm(x, 3), rtol=1e-5, atol=1e-5)
+
+
+def counted() -> None:
+    """As many kernels as `perf kernels` says, for sizes of an image with one tile and others."""
+    layers = [
+        Workload("", 1, 32, 2, size, "float16", layout="channels_last", activation=activation)
+        for size in ((4, 4), (3, 5), (64, 64), (60, 90))
+        for activation in ("silu", "none")
+    ]
+    found = {plan(layer.problem("forward"), TARGETS["sm_90"]).strategy for layer in layers}
+    assert found == {"resident", "split"}, found
+    for layer in layers:
+        given = layer.operands("cuda")
+        leaves = [t.requires_grad_() for t in given if t is not None]
+        y = triton_gn.group_norm(*given[:1], layer.groups, *given[1:3], activation=layer.activation)
+        torch.autograd.grad(y, leaves, torch.ones_like(y))
+    caches = [
+        value.device_caches[0][0]
+        for module in (params, resident, split)
+        for value in vars(module).values()
+        if isinstance(value, triton.JITFunction) and value.__name__.endswith("_kernel")
+    ]
+    compiled = sum(map(len, caches))
+    assert compiled == kernels.count(layers, "sm_90"), compiled
 
 
 def refused(how: str) -> None:

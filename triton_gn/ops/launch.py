@@ -16,7 +16,6 @@ from triton_gn.plan import (
     Device,
     Problem,
     Tile,
-    next_power_of_2,
     slots_at_a_time,
 )
 from triton_gn.reference import Operands, compute_dtype
@@ -158,7 +157,7 @@ def _sizes(problem: Problem, config: Config) -> dict[str, Any]:
 
 def _slots(config: Config, slots: int) -> dict[str, Any]:
     """How many partials there are of each group, for a launch that merges them."""
-    return {"slots": slots, "SLOTS": slots_at_a_time(slots, config.tile.group_slots)}
+    return {"slots": slots, "SLOTS": slots_at_a_time(config.tile.group_slots)}
 
 
 def _pipeline(problem: Problem, config: Config, x: Tensor) -> dict[str, Any]:
@@ -245,7 +244,7 @@ def forward_launches(
 
 
 def _merge_launch(groups: int, slots: int, tensors: dict[str, Any]) -> Launch:
-    at_a_time = slots_at_a_time(slots, 1)
+    at_a_time = slots_at_a_time(1)
     per_program = max(1, 32 * _MERGE_WARPS // at_a_time)
     sizes = {"groups": groups, "slots": slots, "SLOTS": at_a_time, "GROUPS": per_program}
     kernel = _kernels().split.group_norm_merge_moments_kernel
@@ -285,23 +284,20 @@ def _all_params(some: dict[str, Any]) -> Any:
     return params(*map(some.get, params._fields))
 
 
-def _reduce(
-    problem: Problem, config: Config, reductions: dict[str, Any]
-) -> tuple[int, dict[str, Any]]:
+def _reduce(problem: Problem, reductions: dict[str, Any]) -> tuple[int, dict[str, Any]]:
     """How many programs do the reductions, and their arguments."""
-    rows = _parts(problem, config)
-    totals = [reduction.total_rows for reduction in reductions.values()]
     arguments = {
         "reductions": _all_params(reductions),
-        "ROWS": min(_PARAM_ROWS, next_power_of_2(rows // min(totals, default=1))),
+        "ROWS": _PARAM_ROWS,
         "COLS": _PARAM_COLS,
     }
-    return sum(totals) * -(-problem.channels // _PARAM_COLS), arguments
+    totals = sum(reduction.total_rows for reduction in reductions.values())
+    return totals * -(-problem.channels // _PARAM_COLS), arguments
 
 
 def _param_launches(problem: Problem, config: Config, reductions: dict[str, Any]) -> list[Launch]:
     """A launch that does the reductions, if there are any."""
-    programs, arguments = _reduce(problem, config, reductions)
+    programs, arguments = _reduce(problem, reductions)
     arguments |= {"rows": _parts(problem, config), "channels": problem.channels}
     kernel = _kernels().params.group_norm_params_kernel
     return [Launch(kernel, programs, arguments, _PARAM_WARPS)] if reductions else []
@@ -359,7 +355,7 @@ def backward_launches(
     # the apply launch writes the parts of dpre_add, and sums up what the launch before has left
     dpre_add = reductions.pop("pre_add", None)
     last = {} if dpre_add is None else {"pre_add": dpre_add}
-    param_programs, arguments = _reduce(problem, config, reductions)
+    param_programs, arguments = _reduce(problem, reductions)
     apply = Launch(
         _kernels().split.group_norm_backward_split_apply_kernel,
         programs + param_programs,

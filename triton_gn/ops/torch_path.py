@@ -130,7 +130,10 @@ def _checked(
         y, mean, rstd = torch.native_group_norm(*arguments)
         is_right = context.has_mode() or rstd.amax().item() ** 2 * eps * (1 + _NEARLY_CONSTANT) < 1
     else:
-        run = _ChannelsLast.apply if torch.is_grad_enabled() else torch.native_group_norm
+        records = torch.is_grad_enabled() and any(
+            t is not None and t.requires_grad for t in (x, weight, bias)
+        )
+        run = _ChannelsLast.apply if records else torch.native_group_norm
         y, mean, rstd = run(*arguments)
         farthest = mean * rstd
         is_right = (

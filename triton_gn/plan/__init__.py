@@ -14,12 +14,12 @@ from .planner import (
     rivals,
 )
 from .problem import Config, Problem, Tile
-from .tiles import FIELDS, config_of, fields_of, next_power_of_2, slots_at_a_time
+from .tiles import FIELDS, config_of, fields_of, slots_at_a_time
 
 __all__ = [
     "FIELDS", "STRATEGIES", "TARGETS", "UNVERIFIED", "Config", "Device",
     "Estimate", "Problem", "Tile", "candidates", "config_of", "ctas_at_a_time", "estimate",
     "fields_of", "fits", "is_always_resident", "is_verified",
-    "next_power_of_2", "passes", "plan", "plan_by_rule", "plan_unverified", "rivals",
+    "passes", "plan", "plan_by_rule", "plan_unverified", "rivals",
     "slots_at_a_time",
 ]  # fmt: skip

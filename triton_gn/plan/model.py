@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from .devices import Device
 from .limits import registers
 from .problem import ACCESS_BYTES, Config, Problem
+from .tiles import stretches
 
 _LAUNCH_US = 2.2
 _NEXT_LAUNCH_US = 1.5  # of a launch that follows another
@@ -106,18 +107,19 @@ def estimate(
 
     rounds = 2 if again else 1
     ctas = config.programs(problem)
-    waves = math.ceil(ctas / (device.multiprocessors * at_a_time))
-    neighbours = min(at_a_time, math.ceil(ctas / device.multiprocessors))
-    padding = _padding(problem, config)
-    share = touched / rounds / ctas * padding
-    elements = problem.n * problem.channels * problem.pixels / ctas * padding
-    executed = instructions(problem, config) * elements
+    per_multiprocessor = math.ceil(ctas / device.multiprocessors)
+    waves = math.ceil(per_multiprocessor / at_a_time)
+    share = touched / rounds / ctas
+    elements = problem.n * problem.channels * problem.pixels / ctas
+    executed = instructions(problem, config) * elements * padding(problem, config)
     executed += rounds * _PER_PASS * config.num_warps * device.warp_size
     issue_us = executed / (device.lanes * device.clock_mhz)  # of a CTA, alone
     # each reads before it computes: at first all CTAs of a multiprocessor together, later by turns
     less, more = sorted((share / _SOLO_BYTES_PER_US, issue_us / rounds))
-    first_wave = _PROGRAM_US + less + neighbours * more
-    next_wave = max(_PROGRAM_US + less + more, neighbours * more)
+    start = _PROGRAM_US + less
+    in_turn = max(at_a_time * more, start + more)
+    last = per_multiprocessor - (waves - 1) * at_a_time
+    occupancy_us = start + (waves - 1) * in_turn + last * more
     launch_us = _LAUNCH_US + (launches(problem, config) - 1) * _NEXT_LAUNCH_US
     launch_us += _ZEROS_US * (config.strategy == "pipelined")
     narrow = math.sqrt(ACCESS_BYTES / problem.access_bytes(config.tile.groups))
@@ -126,7 +128,7 @@ def estimate(
         "dram": dram_bytes / (device.dram_gb_per_s * 1e3 * _DRAM_SHARE),
         "l2": l2_bytes * narrow / (device.multiprocessors * _L2_BYTES_PER_US),
         "issue": ctas * issue_us / device.multiprocessors,
-        "occupancy": rounds * (first_wave + (waves - 1) * next_wave),
+        "occupancy": rounds * occupancy_us,
     }
     bound = max(times, key=times.__getitem__)
     del times["launch"]  # the others overlap
@@ -168,10 +170,9 @@ def _sector_waste(problem: Problem, config: Config) -> float:
     return touched / width
 
 
-def _padding(problem: Problem, config: Config) -> float:
-    """Elements of a program's tile over those of the tensor in it."""
-    tile = config.tile
-    samples = problem.n / config.parts(problem)
-    block = samples * tile.groups * problem.group_elements / config.slots
-    held = block if config.strategy == "resident" else min(block, tile.elements)
-    return tile.elements / held
+def padding(problem: Problem, config: Config) -> float:
+    """Elements of all sub-tiles that a plan goes over, over those of the tensor."""
+    covered = config.programs(problem) // config.chunks * config.tile.elements
+    if config.strategy != "resident":
+        covered *= stretches(problem, config.tile)
+    return covered / (problem.n * problem.channels * problem.pixels)

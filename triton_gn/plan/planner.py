@@ -9,7 +9,7 @@ from typing import Any
 from . import tuned
 from .devices import Device
 from .limits import excess_registers, fits, is_always_resident
-from .model import estimate, group_bytes, guessed_at_a_time, second_passes
+from .model import estimate, group_bytes, guessed_at_a_time, padding, second_passes
 from .problem import Config, Problem
 from .tiles import (
     OWN_FIELDS,
@@ -28,9 +28,11 @@ _FLOAT64_PER_THREAD = 8
 _FEW_SUB_TILES = 8  # up to here small ones are better: their accumulators take fewer registers
 _MAX_WARPS = 8  # 16 halve the registers of a thread: large tiles spill
 _SPLIT_WARPS = 4
-_SPLIT_PROGRAMS_PER_MULTIPROCESSOR = 8
+_SPLITS = (4, 8)  # programs per multiprocessor
+_SPLIT_COLS = 128  # of a sub-tile: whole lines of memory, few partials
 _PIPELINED_WARPS = 4
 _MANY = 2**31  # programs
+_EQUAL = 1.05  # times that the model does not tell apart
 _CLOSE = 1.15  # no GPU has checked the model: among plans as close as this, the one that reads less
 _UNIT_SHARE = 0.125  # of L2 that a unit may take: more than one of them is on its way
 _SEARCHED_WARPS = (1, 2, 4, 8, 16)
@@ -147,7 +149,7 @@ def _best(
     strategy: str, problem: Problem, device: Device, groups: int | None = None
 ) -> Config | None:
     """The fastest plan of a strategy by the model, among those with the widest accesses; of equals,
-    the one with the least code."""
+    the plainest."""
     candidates = [
         config
         for config in _candidates(strategy, problem, device, groups)
@@ -156,18 +158,35 @@ def _best(
     if not candidates:
         return None
     widest = max(problem.access_bytes(config.tile.groups) for config in candidates)
-    return min(
-        (config for config in candidates if problem.access_bytes(config.tile.groups) == widest),
-        key=lambda config: (
-            excess_registers(problem, config, device),
-            round(estimate(problem, config, device).us, 1),
-            config.parts(problem),  # each reads weight and bias, and leaves parts of gradients
-            max(_FEW_SUB_TILES, config.tile.channel_tiles * config.tile.pixel_tiles),
-            config.tile.elements,
-            config.tile.rows * config.tile.cols,
-            config.num_warps,
-        ),
-    )
+    spilled = min(excess_registers(problem, config, device) for config in candidates)
+    times = {
+        config: estimate(problem, config, device).us
+        for config in candidates
+        if problem.access_bytes(config.tile.groups) == widest
+        and excess_registers(problem, config, device) == spilled
+    }
+    equals = [config for config in times if times[config] <= _EQUAL * min(times.values())]
+    plainness = _resident_plainness if strategy == "resident" else _split_plainness
+    return min(equals, key=lambda config: (*plainness(problem, config), times[config]))
+
+
+def _resident_plainness(problem: Problem, config: Config) -> tuple[int, ...]:
+    """What to have little of: parts, each of which reads weight and bias and leaves parts of
+    gradients; reductions, one for each channel tile; code."""
+    tile = config.tile
+    sub_tiles = max(_FEW_SUB_TILES, tile.channel_tiles * tile.pixel_tiles)
+    return (
+        config.parts(problem), tile.channel_tiles, sub_tiles, tile.elements, tile.rows * tile.cols,
+        config.num_warps,
+    )  # fmt: skip
+
+
+def _split_plainness(problem: Problem, config: Config) -> tuple[float, ...]:
+    """One tile for all sizes of an image, so that they share kernels: sub-tiles as wide as
+    ``_SPLIT_COLS``, unless these stick out of the group."""
+    tile = config.tile
+    off = abs(math.log2(tile.cols / _SPLIT_COLS)) + 2 * math.log2(padding(problem, config))
+    return off, tile.cols, tile.rows, tile.pixel_tiles
 
 
 def _candidates(
@@ -177,8 +196,9 @@ def _candidates(
     if strategy == "resident":
         yield from _resident_configs(problem, counts, device)
     elif strategy == "split":
-        programs = device.multiprocessors * _SPLIT_PROGRAMS_PER_MULTIPROCESSOR
-        yield from split_configs(problem, counts, _SPLIT_WARPS, device.warp_size, programs)
+        for per_multiprocessor in _SPLITS:
+            programs = device.multiprocessors * per_multiprocessor
+            yield from split_configs(problem, counts, _SPLIT_WARPS, device.warp_size, programs)
     elif strategy == "pipelined":
         yield from _pipelined_configs(problem, counts, _PIPELINED_WARPS, device)
     else:

@@ -13,7 +13,8 @@ _CUT = ("pixel_tiles", "chunks")
 OWN_FIELDS = {"resident": (), "split": _CUT, "pipelined": (*_CUT, "blocks", "workers")}
 FIELDS = ("strategy", "groups", "rows", "cols", "num_warps", *OWN_FIELDS["pipelined"])
 MAX_SUB_TILES = 16  # unrolled in the kernel: more is slow to compile
-MAX_SLOTS = 1024  # partials, of all groups of a program, that split merges at a time
+MAX_SLOTS = 1024  # partials, of all groups of a program, that split merges
+_SLOTS_AT_A_TIME = 32  # whatever there are of a group: sizes share kernels
 MAX_BLOCK_CHANNELS = 256  # of several groups side by side: they are summed up by selection
 _SECTOR_BYTES = 32  # a sub-tile that is narrower reads what it does not use
 _PER_THREAD = (4, 8, 16, 32)  # elements of a sub-tile
@@ -153,18 +154,29 @@ def split_configs(
             yield make_split(problem, tile, num_warps, min(chunks, stretches, most))
 
 
-def slots_at_a_time(slots: int, groups: int) -> int:
-    """How many of the ``slots`` partials of each of its groups a program merges at a time."""
-    return min(next_power_of_2(slots), MAX_SLOTS // groups)
+def slots_at_a_time(groups: int) -> int:
+    """How many partials of each of its ``groups`` a program merges at a time."""
+    return min(_SLOTS_AT_A_TIME, MAX_SLOTS // groups)
+
+
+def _stretch(problem: Problem, tile: Tile) -> tuple[int, int]:
+    """How long the pixels of a group are, and one stretch of them: vectors, or pixels
+    channels-last."""
+    if problem.channels_last:
+        return problem.pixels, tile.rows * tile.pixel_tiles
+    # less than a vector is refused by ``fits``
+    return problem.row_vecs, max(1, tile.cols * tile.pixel_tiles // tile.vec)
+
+
+def stretches(problem: Problem, tile: Tile) -> int:
+    """How many stretches of ``pixel_tiles`` sub-tiles the pixels of a group take."""
+    length, step = _stretch(problem, tile)
+    return math.ceil(length / step)
 
 
 def make_split(problem: Problem, tile: Tile, num_warps: int, chunks: int) -> Config:
     """A split plan of at most ``chunks`` chunks of whole stretches, none of them empty."""
-    if problem.channels_last:
-        length, step = problem.pixels, tile.rows * tile.pixel_tiles
-    else:
-        # less than a vector is refused by ``fits``
-        length, step = problem.row_vecs, max(1, tile.cols * tile.pixel_tiles // tile.vec)
+    length, step = _stretch(problem, tile)
     chunk_vecs = math.ceil(math.ceil(length / step) / chunks) * step
     return Config("split", tile, num_warps, math.ceil(length / chunk_vecs), chunk_vecs)
 
