@@ -91,7 +91,7 @@ matrix: $(MATRIX) ## Run the kernel tests on the oldest and the newest Triton
 
 $(MATRIX): matrix-%: .venv-triton-%/.installed
 	@echo "Triton $*"
-	$(call run_tests,.venv-triton-$*/bin/python,tests/test_compile.py tests/test_ptx.py tests/test_standin.py)
+	$(call run_tests,.venv-triton-$*/bin/python,tests/offline/test_compile.py tests/offline/test_ptx.py tests/offline/test_standin.py)
 
 wheel: .venv/.installed ## Build the wheel and use it in an empty environment
 	@rm -rf dist .venv-wheel

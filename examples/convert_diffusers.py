@@ -8,7 +8,7 @@ import sys
 import torch
 from torch import Tensor, nn
 
-from triton_gn.conversion import convert
+from triton_gn import convert
 
 # Relative to the largest value: float32 itself errs by 1e-6 here, and one SiLU too few or too many
 # moves the output by 2e-1.

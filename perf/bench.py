@@ -23,21 +23,21 @@ from rich.text import Text
 from perf import records
 from perf.providers import PARTS, PROVIDERS, answers_of, bytes_minimum, checked, floor
 from perf.records import DIRECTIONS, FIGURES, OURS, PREDICTED, REFERENCES, RESULTS, Record, case
-from triton_gn import timing, tune, workloads
-from triton_gn.ops import launch
+from triton_gn.ops.device import gpu_of
 from triton_gn.plan import (
     STRATEGIES,
     TARGETS,
     UNVERIFIED,
     Device,
+    cost_model,
     estimate,
     fields_of,
-    model,
     plan_by_rule,
 )
-from triton_gn.timing import Call, Times
-from triton_gn.trial import Trial
-from triton_gn.workloads import Workload
+from triton_gn.tools import stopwatch, tune, workloads
+from triton_gn.tools.stopwatch import Call, Times
+from triton_gn.tools.verify import Trial
+from triton_gn.tools.workloads import Workload
 
 WORKLOADS = Path(__file__).with_name("workloads.csv")
 _ROOT = Path(__file__).parents[1]
@@ -142,7 +142,7 @@ class Bench:
     """A run on a device."""
 
     def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
-        gpu = launch.gpu(device)
+        gpu = gpu_of(device)
         self.device, self.base = device, origin("bench", gpu, measured=True)
         self.directions = listed(options.directions, DIRECTIONS)
         self.caches = listed(options.cache, CACHES)
@@ -197,16 +197,16 @@ class Bench:
             call, said[one.name] = checked(one, trial, direction, answers)
             if call is not None:
                 calls[one.name] = call
-                said[one.name]["peak_bytes"] = timing.peak_bytes(call, self.device)
+                said[one.name]["peak_bytes"] = stopwatch.peak_bytes(call, self.device)
                 if not one.is_fixed:  # to fix a part of the plan costs the host as well
-                    said[one.name]["host_us"] = timing.host_us(call)
+                    said[one.name]["host_us"] = stopwatch.host_us(call)
         floors = {REFERENCES[part]: part for part in PARTS[direction]}
         for name, part in floors.items():
             said[name] = {"bytes_minimum": bytes_minimum(workload, part)}
             calls[name] = floor(part, said[name]["bytes_minimum"], self.device)
         for cache in self.caches:
             is_cold = cache == "cold"
-            times = timing.measure(list(calls.values()), self.device, cold=is_cold)
+            times = stopwatch.measure(list(calls.values()), self.device, cold=is_cold)
             of_each = dict(zip(calls, times, strict=True))
             floor_ms = sum(of_each[name].p50 for name in floors)
             for name, fields in said.items():
@@ -229,7 +229,7 @@ def fields_of_workload(workload: Workload) -> dict[str, Any]:
 
 def fields_of_times(times: Times, cold: bool) -> dict[str, Any]:
     """As a record has them."""
-    protocol = timing.protocol(cold)
+    protocol = stopwatch.protocol(cold)
     if not times.graphed:
         protocol += "; this call without a graph, so that the host's time may be in it"
     return {"ms_p20": times.p20, "ms_p50": times.p50, "ms_p80": times.p80, "protocol": protocol}
@@ -284,7 +284,7 @@ def predictions(
     floor_us = 0.0
     for part in PARTS[direction]:
         count = bytes_minimum(workload, part)
-        us, bound = model.floor(count, gpu)
+        us, bound = cost_model.floor(count, gpu)
         floor_us += us
         yield Record(
             **base,

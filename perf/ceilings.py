@@ -12,8 +12,8 @@ from rich.table import Table
 from perf import bench
 from perf.providers import floor
 from perf.records import DIRECTIONS, REFERENCES, Record, folder_of, save
-from triton_gn import timing
-from triton_gn.ops import launch
+from triton_gn.ops.device import gpu_of
+from triton_gn.tools import stopwatch
 
 _SMALLEST = 2**20  # bytes
 _IN_L2 = 1.25  # times as fast as the largest copy from DRAM: most of it came from L2
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, device: torch.device | None = None) -> int:
     """Measure, write the records anew and print them; return the exit status."""
     device = device or bench.current_gpu("python -m perf bench --predict sm_90")
-    gpu = launch.gpu(device)
+    gpu = gpu_of(device)
     sizes = _sizes(options.largest)
     found = [
         record
@@ -55,8 +55,8 @@ def _records(
     direction: str, sizes: Sequence[int], device: torch.device, cold: bool
 ) -> list[Record]:
     calls = [floor(direction, size, device) for size in sizes]
-    times = timing.measure(calls, device, cold=cold)
-    base = bench.origin("ceilings", launch.gpu(device), measured=True)
+    times = stopwatch.measure(calls, device, cold=cold)
+    base = bench.origin("ceilings", gpu_of(device), measured=True)
     return [
         Record(
             **base,

@@ -23,7 +23,7 @@ from rich.table import Table
 from perf import bench
 from perf.providers import PROVIDERS
 from perf.records import OURS, folder_of
-from triton_gn.ops import launch
+from triton_gn.ops.device import gpu_of
 
 _PASSED = (0, 5)  # 5: pytest's, where all tests of a file are the interpreter's
 _SANITIZED = "tests/kernels/test_bits.py"
@@ -75,7 +75,7 @@ def steps() -> Iterator[Step]:
     """All of them, the cheap and the certain first."""
     python = sys.executable
     yield Step("ceilings", (python, "-m", "perf", "ceilings"))
-    own = Path("tests/test_gpu.py")
+    own = Path("tests/gpu/test_gpu.py")
     for path in (own, *sorted(Path("tests/kernels").glob("test_*.py"))):
         # tensors beyond 2**31 elements leave a GPU of 24 GB no room for a second worker
         workers = 1 if path == own else min(8, os.cpu_count() or 1)
@@ -107,7 +107,7 @@ def run(options: argparse.Namespace) -> int:
             f"the tests need {', '.join(missing)}, which are not installed. "
             "Remedy: pip install -e '.[test]'"
         )
-    gpu = launch.gpu(bench.current_gpu("python -m perf gpu --list"))
+    gpu = gpu_of(bench.current_gpu("python -m perf gpu --list"))
     path = (options.out or folder_of(gpu.name, measured=True)) / "steps.json"
     commit = bench.origin("gpu", gpu, measured=True)["commit"]
     done = {one.name: one for one in _read(path) if one.commit == commit}

@@ -24,12 +24,12 @@ from torch.nn import functional as F
 import triton_gn
 from perf import standin
 from perf.providers import floor
-from triton_gn.ops import autograd, launch, layout, prepared
-from triton_gn.ops.launch import Launch
+from triton_gn.ops import autograd, launcher, launches, layout
+from triton_gn.ops.launches import Launch
 from triton_gn.ops.settings import Settings
-from triton_gn.timing import Call
-from triton_gn.trial import EPS
-from triton_gn.workloads import Workload
+from triton_gn.tools.stopwatch import Call
+from triton_gn.tools.verify import EPS
+from triton_gn.tools.workloads import Workload
 
 WORKLOAD = Workload("", 2, 320, 32, (64, 64), activation="silu")
 LOOK_UP, READY = "its look-up", "the ready call"
@@ -59,12 +59,12 @@ def run(options: argparse.Namespace) -> int:
     has_gpu = torch.cuda.is_available()
     device = torch.device("cuda", torch.cuda.current_device()) if has_gpu else torch.device("cpu")
     where = torch.cuda.get_device_name() if has_gpu else "a stand-in for a GPU's driver"
-    prepared.forget()
+    launcher.forget()
     with contextlib.nullcontext() if has_gpu else standin.active():
         for direction in ("forward", "backward"):
             title = f"{direction}, {WORKLOAD.shape_text}, {WORKLOAD.dtype}, silu\non {where}"
             report_launching(title, costs(launching(WORKLOAD, direction, device)))
-    prepared.forget()
+    launcher.forget()
     tiny: _Where = {"device": torch.device("cpu"), "dtype": torch.float32}
     report_on_small("on the CPU, 2x6x2x2, float32", on_small((2, 6, 2, 2), 2, tiny), costs)
     if has_gpu:
@@ -99,24 +99,24 @@ def launching(workload: Workload, direction: str, device: torch.device) -> Calls
     """A repeated call and its parts; and Triton's own way to launch, of the same and of less."""
     operands, settings = workload.operands(device), Settings()
     x, groups, activation = operands.x, workload.groups, workload.activation
-    stats = launch.statistics(x, workload.n, groups, 3).zero_()
+    stats = launches.statistics(x, workload.n, groups, 3).zero_()
     y = dy = layout.empty_like(x).zero_()
     grads = autograd.empty_gradients(operands, [t is not None for t in operands])
     describe: Callable[..., list[Launch]]
     given: dict[str, Any]
     tensors: tuple[Tensor | None, ...]
     if direction == "forward":
-        ready = partial(prepared.forward, operands, y, None, groups, EPS, activation, settings)
+        ready = partial(launcher.forward, operands, y, None, groups, EPS, activation, settings)
         tensors = (*operands, y, None, None)
-        describe, given = launch.forward_launches, {"y": y, "stats": None, "eps": EPS}
+        describe, given = launches.forward_launches, {"y": y, "stats": None, "eps": EPS}
     else:
-        ready = partial(prepared.backward, dy, stats, operands, grads, groups, activation, settings)
+        ready = partial(launcher.backward, dy, stats, operands, grads, groups, activation, settings)
         tensors = (*operands, dy, stats, *grads.values(), None)
-        describe, given = launch.backward_launches, {"dy": dy, "stats": stats, "grads": grads}
+        describe, given = launches.backward_launches, {"dy": dy, "stats": stats, "grads": grads}
     look_up = f"prepare_{direction}"
-    find = getattr(prepared, look_up)
+    find = getattr(launcher, look_up)
     ready()  # the cache keeps this call's key; the next one has its own, as all that follow
-    with prepared.recording() as calls, mock.patch.object(prepared, look_up, wraps=find) as asked:
+    with launcher.recording() as calls, mock.patch.object(launcher, look_up, wraps=find) as asked:
         ready()
     (call,) = calls
     own = describe(call.problem, call.config, operands=operands, **given)

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from perf.bench import WORKLOADS
-from triton_gn import workloads
-from triton_gn.compiling import source_of
-from triton_gn.ops import autograd, launch, layout
-from triton_gn.ops.launch import Launch
+from triton_gn.ops import autograd, launches, layout
+from triton_gn.ops.launches import Launch
 from triton_gn.plan import TARGETS, plan
-from triton_gn.workloads import Workload
+from triton_gn.tools import workloads
+from triton_gn.tools.compile import source_of
+from triton_gn.tools.workloads import Workload
 
 # height and width, in pixels of the latents, of the images that SDXL is trained on
 _SDXL = "SDXL UNet 1024px"
@@ -73,14 +73,14 @@ def launches_of(workload: Workload, target: str) -> Iterator[Launch]:
     """The launches of a training step, on tensors without memory."""
     operands = workload.operands("meta")
     x, groups = operands.x, workload.groups
-    stats, gpu = launch.statistics(x, workload.n, groups, 3), TARGETS[target]
+    stats, gpu = launches.statistics(x, workload.n, groups, 3), TARGETS[target]
     for direction in workloads.DIRECTIONS:
         problem, given = workload.problem(direction), workload.given(operands, direction)
         config = plan(problem, gpu)
         if direction == "forward":
             y: Any = layout.empty_like(x)
-            yield from launch.forward_launches(problem, config, given, y, stats, 1e-5)
+            yield from launches.forward_launches(problem, config, given, y, stats, 1e-5)
         else:
             grads = autograd.empty_gradients(given, [t is not None for t in given])
             dy = layout.empty_like(x)
-            yield from launch.backward_launches(problem, config, dy, given, stats, grads)
+            yield from launches.backward_launches(problem, config, dy, given, stats, grads)

@@ -21,11 +21,11 @@ from torch.nn import functional as F
 
 import triton_gn
 from perf.records import OURS
-from triton_gn.ops import dispatch, prepared
+from triton_gn.ops import dispatch, launcher
 from triton_gn.plan import STRATEGIES, UNVERIFIED, fields_of
 from triton_gn.reference import ACTIVATIONS, Operands
-from triton_gn.trial import EPS, Trial, errors_of, tolerance
-from triton_gn.workloads import Workload
+from triton_gn.tools.verify import EPS, Trial, errors_of, tolerance
+from triton_gn.tools.workloads import Workload
 
 Compute = Callable[[Operands], Tensor]
 Norm = Callable[[Tensor, int, Tensor, Tensor], Tensor]  # x, groups, weight, bias
@@ -220,7 +220,7 @@ def checked(
     workload = trial.workload
     try:
         call = Call(provider.compute(workload), trial.operands, trial.dy, direction)
-        with prepared.recording() as plans:
+        with launcher.recording() as plans:
             results = {k: t.detach() for k, t in zip(call.names, call(), strict=True)}
         errors = errors_of(results, answers)
     except Exception as error:  # whatever the provider, the compiler or the driver has against it

@@ -22,12 +22,12 @@ from rich.table import Table
 from perf import bench, records
 from perf.providers import bytes_minimum, failure
 from perf.records import OURS, Record, slug
-from triton_gn import timing, tune, workloads
-from triton_gn.inspection import inspect
-from triton_gn.ops import launch
+from triton_gn.ops.device import gpu_of
 from triton_gn.plan import FIELDS, TARGETS, Config, Device, candidates, fields_of, plan_by_rule
-from triton_gn.trial import Trial, error_of
-from triton_gn.workloads import Workload
+from triton_gn.tools import stopwatch, tune, workloads
+from triton_gn.tools.inspect import inspect
+from triton_gn.tools.verify import Trial, error_of
+from triton_gn.tools.workloads import Workload
 
 _SHOWN = 10
 
@@ -105,7 +105,7 @@ def run(options: argparse.Namespace, device: torch.device | None = None) -> int:
         with compilers() as pool:
             return _sweep(sweeps, options, partial(compile_all, pool))
     device = device or bench.current_gpu("python -m perf sweep --target sm_90")
-    sweeps = [Sweep(*case, launch.gpu(device)) for case in cases]
+    sweeps = [Sweep(*case, gpu_of(device)) for case in cases]
     return _sweep(sweeps, options, partial(time_all, device))
 
 
@@ -167,7 +167,7 @@ def time_all(device: torch.device, sweep: Sweep, plans: Sequence[Config]) -> Sai
     said = dict(zip(plans, bench.tracked(checked, len(plans), "checking"), strict=True))
     right = [plan for plan in plans if "skipped" not in said[plan]]
     calls = [partial(trial.run, sweep.direction, plan) for plan in right]
-    times = timing.measure(calls, device, cold=True) if calls else []
+    times = stopwatch.measure(calls, device, cold=True) if calls else []
     for plan, one in zip(right, times, strict=True):
         said[plan] |= bench.fields_of_times(one, cold=True)
     return said

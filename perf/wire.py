@@ -17,9 +17,9 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from perf import bench
-from triton_gn import workloads
 from triton_gn.plan import STRATEGIES, TARGETS, estimate, plan_by_rule
-from triton_gn.workloads import DIRECTIONS, DTYPES, Workload
+from triton_gn.tools import workloads
+from triton_gn.tools.workloads import DIRECTIONS, DTYPES, Workload
 
 # layers of perf/workloads.csv, of those that one may want to shard
 LAYERS = (

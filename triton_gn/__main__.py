@@ -10,7 +10,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status: 0 well, 1 it found something wrong, 2 it could not
     run, 130 after Ctrl-C."""
     try:
-        from triton_gn import inspection, tune
+        from triton_gn.tools import inspect, tune
     except ModuleNotFoundError as error:
         print(f"{error}. Remedy: pip install 'triton-gn[cli]'", file=sys.stderr)
         return 2
@@ -19,7 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(
         parser,
         arguments,
-        ("inspect", inspection, "compile plans for any GPU, present or not, and report"),
+        ("inspect", inspect, "compile plans for any GPU, present or not, and report"),
         ("tune", tune, "search for faster plans on this GPU and keep them in a table"),
     )
 

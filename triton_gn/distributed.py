@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from triton_gn import functional
+from triton_gn import checks, functional
 from triton_gn.module import GroupNorm
 from triton_gn.ops import context, dispatch
 from triton_gn.reference import Operands
@@ -60,8 +60,8 @@ def sharded_group_norm(
             come within the group's timeout.
     """
     operands = Operands(input, weight, bias, scale, shift, pre_add, residual)
-    num_groups, eps = functional.checked_groups(num_groups), functional.checked_eps(eps)
-    functional.check(operands, num_groups, activation, is_part=True)
+    num_groups, eps = checks.checked_groups(num_groups), checks.checked_eps(eps)
+    checks.check(operands, num_groups, activation, is_part=True)
     if context.is_dtensor(input):
         raise TypeError(
             "sharded_group_norm: input must be this process's part, a plain tensor; got a DTensor, "
@@ -70,7 +70,7 @@ def sharded_group_norm(
     shards = [group for group in _groups(process_group) if dist.get_world_size(group) > 1]
     constants = num_groups, eps, activation or "none"
     if not shards:
-        functional.check(operands, num_groups, activation)
+        checks.check(operands, num_groups, activation)
         return dispatch.group_norm(functional.in_rows(operands), *constants)
     return dispatch.sharded_group_norm(functional.in_rows(operands), *constants, shards)
 

@@ -1,8 +1,7 @@
-"""group_norm as a function: every error has its name here."""
+"""The public functions: group_norm, and its statistics apart from the normalisation."""
 
-import operator
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,11 +9,16 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
 from triton_gn import reference
-from triton_gn.ops import context, dispatch, torch_path
-from triton_gn.reference import ACTIVATIONS, Operands
-
-_FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
-_PER_SAMPLE = ("scale", "shift", "pre_add")  # may differ from sample to sample
+from triton_gn.checks import (
+    PER_SAMPLE,
+    check,
+    check_parts,
+    check_stats,
+    checked_eps,
+    checked_groups,
+)
+from triton_gn.ops import context, dispatch, fallback
+from triton_gn.reference import Moments, Operands
 
 
 def group_norm(
@@ -78,7 +82,7 @@ def group_norm(
         eps = checked_eps(eps)
     if scale is None and shift is None and residual is None and pre_add is None:
         try:
-            plain = torch_path.plain(input, num_groups, weight, bias, eps, activation)
+            plain = fallback.plain(input, num_groups, weight, bias, eps, activation)
         except Exception:  # whatever PyTorch says of bad operands, check says it better
             check(Operands(input, weight, bias), num_groups, activation)
             raise
@@ -89,6 +93,118 @@ def group_norm(
     return dispatch.group_norm(in_rows(operands), num_groups, eps, activation or "none")
 
 
+class GroupNormStats(NamedTuple):
+    """Statistics of the groups of an input or of a part of one; those of parts merge.
+
+    All (N, G) on the input's device; count int64, the others float32, float64 for float64 input.
+    mean and m2 are differentiable. The mean is one number in two parts, all of whose gradient goes
+    by the first one: mean_lo has none.
+    """
+
+    count: Tensor  # type: ignore[assignment]  # elements of a group; no longer a tuple's method
+    mean: Tensor
+    mean_lo: Tensor  # what float32 cannot hold of the mean: it is mean + mean_lo
+    m2: Tensor  # sum of squared deviations; the biased variance is m2 / count
+
+    def merge(self, *others: "GroupNormStats") -> "GroupNormStats":
+        """Return the statistics of all parts together.
+
+        The parts are disjoint and come in any order; all are merged at once (Chan, Golub, LeVeque
+        1979), in float64. Parts of count 0 do not matter. Differentiable.
+
+        Raises:
+            TypeError: another is no GroupNormStats.
+            ValueError: shapes, dtypes or devices differ.
+        """
+        check_parts(self, others)
+        if not others:
+            return self
+        parts = (torch.stack(fields, -1) for fields in zip(self, *others, strict=True))
+        return GroupNormStats(*reference.merge(*parts))
+
+
+def group_norm_stats(
+    input: Tensor, num_groups: int, pre_add: Tensor | None = None
+) -> GroupNormStats:
+    """Return the statistics of each group of ``input + pre_add``, without normalising it.
+
+    Where an input is never in one piece, those of its tiles, or of its shards, are merged
+    (:meth:`GroupNormStats.merge`) before :func:`group_norm_apply` normalises each of them.
+    Differentiable in both tensors, twice; its backward reads input once. Under torch.compile,
+    torch.func and forward mode it runs in plain PyTorch operations.
+
+    Args:
+        input: (N, C, *) as for :func:`group_norm`. A group may have one element, or none.
+        num_groups: how many groups C is cut into; must divide C.
+        pre_add: as for :func:`group_norm`.
+
+    Raises:
+        TypeError, ValueError: as :func:`group_norm`.
+    """
+    if is_overridden(tensors := (input, pre_add)):
+        found = handle_torch_function(group_norm_stats, tensors, input, num_groups, pre_add)
+        return found  # of whatever class
+    num_groups = checked_groups(num_groups)
+    operands = Operands(input, pre_add=pre_add)
+    check(operands, num_groups, None, is_part=True)
+    moments = dispatch.group_norm_stats(input, num_groups, in_rows(operands).pre_add)
+    return GroupNormStats(*moments)
+
+
+def group_norm_apply(
+    input: Tensor,
+    stats: GroupNormStats,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *,
+    activation: str | None = None,
+    scale: Tensor | None = None,
+    shift: Tensor | None = None,
+    residual: Tensor | None = None,
+    pre_add: Tensor | None = None,
+) -> Tensor:
+    """Normalise by given statistics what :func:`group_norm` normalises by its own.
+
+    With those of ``group_norm_stats(input, num_groups, pre_add)`` it is ``group_norm``, to the
+    rounding. Differentiable in every tensor but ``stats.mean_lo``, twice, so that the gradients of
+    tiles or shards by way of their merged statistics are those of the whole; input's is the sum of
+    its own and what comes by way of the statistics, each rounded to its dtype. Under torch.compile,
+    torch.func and forward mode it runs in plain PyTorch operations.
+
+    Args:
+        input: (N, C, *), all that the statistics are of, or a part of it. May be empty.
+        stats: N and the number of groups are theirs; float64 for float64 input, else float32.
+        weight, bias, eps, activation, scale, shift, residual: as for :func:`group_norm`.
+        pre_add: the one that the statistics were taken with.
+
+    Returns:
+        y of input's shape, dtype and memory format, as :func:`group_norm`.
+
+    Raises:
+        TypeError, ValueError: as :func:`group_norm`; stats are none, or do not fit input; on the
+            CPU, a group of a non-empty input has count 0. On a GPU, which would have to be waited
+            for, its y is NaN.
+    """
+    tensors = input, weight, bias, scale, shift, pre_add, residual
+    fields = stats if isinstance(stats, tuple) else (stats,)
+    if is_overridden((*tensors, *fields)):
+        fused: Any = dict(zip(Operands._fields[3:], tensors[3:], strict=True))
+        arguments = ((*tensors, *fields), input, stats, weight, bias, eps)
+        y = handle_torch_function(group_norm_apply, *arguments, activation=activation, **fused)
+        return y  # of whatever class
+    eps = checked_eps(eps)
+    operands = Operands(*tensors)
+    if not isinstance(stats, GroupNormStats):
+        raise TypeError(
+            f"group_norm_apply: stats must be a GroupNormStats; got {type(stats).__name__}. "
+            "Take it from group_norm_stats."
+        )
+    check(operands, 1, activation, is_part=True)
+    check_stats(stats, input)
+    return dispatch.group_norm_apply(in_rows(operands), Moments(*stats), eps, activation or "none")
+
+
 def is_overridden(operands: Iterable[Any]) -> bool:
     """Whether a mode or the class of an operand has its own idea of the call, as of PyTorch's
     functions; torch.compile sees through that by itself."""
@@ -97,164 +213,8 @@ def is_overridden(operands: Iterable[Any]) -> bool:
 
 def in_rows(operands: Operands) -> Operands:
     """Scale, shift and pre_add without their trailing sizes of 1."""
-    for name in _PER_SAMPLE:
+    for name in PER_SAMPLE:
         values = getattr(operands, name)
         if values is not None and values.ndim > 2:
             operands = operands._replace(**{name: values.flatten(1)})
     return operands
-
-
-def checked_groups(num_groups: Any) -> int:
-    """num_groups as PyTorch takes it: an int, or what has its index, such as NumPy's integers."""
-    if type(num_groups) is int or isinstance(num_groups, torch.SymInt):
-        return num_groups  # type: ignore[return-value]
-    try:
-        if isinstance(num_groups, bool):
-            raise TypeError
-        return operator.index(num_groups)
-    except TypeError:
-        raise TypeError(
-            f"group_norm: num_groups must be an int; got {num_groups!r} "
-            f"of type {type(num_groups).__name__}."
-        ) from None
-
-
-def checked_eps(eps: Any) -> float:
-    """eps as a float, of whatever PyTorch takes for one: a tensor is read now."""
-    if type(eps) is float:
-        return eps
-    try:
-        torch.group_norm(torch.empty(1, 1, 0), 1, None, None, eps)  # says what that is
-    except TypeError:
-        raise TypeError(
-            f"group_norm: eps must be a float; got {eps!r} of type {type(eps).__name__}."
-        ) from None
-    return float(eps)
-
-
-@context.untraced
-def check(
-    operands: Operands, num_groups: int, activation: str | None, is_part: bool = False
-) -> None:
-    """Raise what ``group_norm`` promises to raise.
-
-    ``is_part``: a group may have one value, since there is more of it elsewhere.
-    """
-    input = operands.x
-    _check_tensor("input", input)
-    if input.ndim < 2:
-        raise ValueError(
-            "group_norm: input must have at least 2 dimensions, (N, C, *); "
-            f"got shape {tuple(input.shape)}. Add a batch dimension with input.unsqueeze(0)."
-        )
-    channels = input.shape[1]
-    if num_groups <= 0:
-        raise ValueError(
-            f"group_norm: num_groups must be at least 1; got {num_groups}. "
-            f"A divisor of the {channels} channels is needed."
-        )
-    if channels % num_groups != 0:
-        raise ValueError(
-            f"group_norm: {channels} channels cannot be split into {num_groups} groups; "
-            f"num_groups must divide num_channels (nearest: {_nearest(channels, num_groups)})."
-            f"{_missing_batch(operands, num_groups)}"
-        )
-    check_activation(activation)
-    for name, operand in zip(operands._fields[1:], operands[1:], strict=True):
-        if operand is not None:
-            _check_operand(name, operand, input)
-    if not is_part and input.numel() == num_groups:
-        raise ValueError(
-            "group_norm: each group must have more than 1 value, else every output is 0; "
-            f"got shape {tuple(input.shape)} with {num_groups} groups. Take fewer groups."
-        )
-
-
-def check_activation(activation: str | None) -> None:
-    """Raise unless ``activation`` names one of ours."""
-    if activation is None or (isinstance(activation, str) and activation in ACTIVATIONS):
-        return
-    if not isinstance(activation, str):
-        raise TypeError(
-            f"group_norm: activation must be None or a name, such as 'silu'; got {activation!r}."
-        )
-    raise ValueError(
-        f"group_norm: activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}. "
-        "Apply any other to the result."
-    )
-
-
-def _check_tensor(name: str, tensor: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"group_norm: {name} must be a Tensor; got {type(tensor).__name__}.")
-    if tensor.dtype not in _FLOATS:
-        raise TypeError(
-            f"group_norm: {name} must be float16, bfloat16, float32 or float64; "
-            f"got {tensor.dtype}. Convert it first, e.g. with "
-            f"{name}.{'dequantize' if tensor.is_quantized else 'float'}()."
-        )
-    if tensor.is_nested:
-        raise TypeError(
-            f"group_norm: {name} must be dense; got a nested tensor. "
-            f"Convert it first with torch.nested.to_padded_tensor, or normalise its parts."
-        )
-    if tensor.layout is not torch.strided:
-        raise TypeError(
-            f"group_norm: {name} must be dense; got layout {tensor.layout}. "
-            f"Convert it first with {name}.to_dense()."
-        )
-
-
-def _check_operand(name: str, operand: Tensor, input: Tensor) -> None:
-    _check_tensor(name, operand)
-    if not _fits(name, operand.shape, input.shape):
-        # said only here: under torch.compile, text of a size would fix the size
-        rule = _rule(name, input.shape)
-        raise ValueError(f"group_norm: {name} must have {rule}; got {tuple(operand.shape)}.")
-    if operand.device != input.device:
-        raise ValueError(
-            f"group_norm: {name} must be on input's device {input.device}; "
-            f"got {operand.device}. Move it with {name}.to({str(input.device)!r})."
-        )
-
-
-def _fits(name: str, shape: Sequence[int], input_shape: Sequence[int]) -> bool:
-    # size by size: torch.compile cannot compare tuples of symbols
-    n, channels = input_shape[:2]
-    if name == "residual":
-        same = (a == b for a, b in zip(shape, input_shape, strict=False))
-        return len(shape) == len(input_shape) and all(same)
-    if len(shape) == 1:
-        return shape[0] == channels
-    if name not in _PER_SAMPLE or not 2 <= len(shape) <= len(input_shape):
-        return False
-    rows = shape[0] == 1 or shape[0] == n
-    return rows and shape[1] == channels and all(size == 1 for size in shape[2:])
-
-
-def _rule(name: str, input_shape: Sequence[int]) -> str:
-    n, channels = input_shape[:2]
-    if name == "residual":
-        return f"input's shape {tuple(input_shape)}"
-    if name not in _PER_SAMPLE:
-        return f"shape ({channels},), one value per channel of input"
-    return (
-        f"shape ({channels},), (1, {channels}) or ({n}, {channels}), also with trailing sizes of 1 "
-        "up to input's rank"
-    )
-
-
-def _missing_batch(operands: Operands, num_groups: int) -> str:
-    """A remedy where the first dimension looks like the channels."""
-    shape, weight = operands.x.shape, operands.weight
-    is_likely = shape[0] % num_groups == 0 if weight is None else weight.shape == shape[:1]
-    hint = f" If {tuple(shape)} lacks the batch dimension, add it with input.unsqueeze(0)."
-    return hint if shape[0] and is_likely else ""
-
-
-def _nearest(channels: int, num_groups: int) -> str:
-    """The divisors of ``channels`` next to ``num_groups``, below and above."""
-    divisors = [d for d in range(1, channels + 1) if channels % d == 0]
-    below = [d for d in divisors if d < num_groups][-1:]
-    above = [d for d in divisors if d > num_groups][:1]
-    return ", ".join(map(str, below + above))

@@ -5,7 +5,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
-from triton_gn.functional import check_activation, group_norm
+from triton_gn.checks import check_activation
+from triton_gn.functional import group_norm
 
 
 class GroupNorm(nn.GroupNorm):

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from tests.kernels import interpreter
-from tests.kernels.memory import GuardedMemory
+from tests.support import interpreter
+from tests.support.memory import GuardedMemory
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore_glob = [] if INTERPRETED or torch.cuda.is_available() else ["test_*.py"]

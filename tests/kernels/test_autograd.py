@@ -6,9 +6,9 @@ import pytest
 import torch
 
 import triton_gn
-from tests.kernels.memory import GuardedMemory
-from tests.kernels.oracle import check, make_case
-from triton_gn.ops import autograd, prepared, settings
+from tests.support.memory import GuardedMemory
+from tests.support.oracle import check, make_case
+from triton_gn.ops import autograd, launcher, settings
 from triton_gn.reference import ACTIVATIONS
 
 
@@ -36,7 +36,10 @@ def test_gradcheck(device: str, activation: str) -> None:
             )  # fmt: skip
 
     assert torch.autograd.gradcheck(group_norm, operands, fast_mode=True)
-    if activation in ("none", "silu"):  # the formulas are the same on every path: tests/test_fused
+    if activation in (
+        "none",
+        "silu",
+    ):  # the formulas are the same on every path: api/test_fused
         assert torch.autograd.gradgradcheck(group_norm, operands, fast_mode=True)
 
 
@@ -74,7 +77,7 @@ def test_change_in_place_of_a_saved_input_raises(memory: GuardedMemory, device: 
 def test_settings_of_the_forward_hold_in_the_backward(memory: GuardedMemory, device: str) -> None:
     """Backward runs in another thread, or after the ``with`` block has been left."""
     case = make_case(memory, device, (2, 6, 5, 3), 3)
-    with prepared.recording() as calls:
+    with launcher.recording() as calls:
         with triton_gn.plan_override(strategy="split"), triton_gn.backend("triton"):
             y = triton_gn.group_norm(case.x.requires_grad_(), 3)
         thread = threading.Thread(target=y.backward, args=(case.dy,))

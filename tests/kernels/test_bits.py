@@ -5,8 +5,8 @@ import pytest
 import torch
 
 import triton_gn
-from tests.kernels.memory import GuardedMemory
-from tests.kernels.oracle import check_poison_stays, make_case
+from tests.support.memory import GuardedMemory
+from tests.support.oracle import check_poison_stays, make_case
 
 STRATEGIES = pytest.mark.parametrize("strategy", ["resident", "pipelined", "split"])
 FORMATS = pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "innermost"])

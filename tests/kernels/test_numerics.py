@@ -5,8 +5,8 @@ import torch
 from torch.nn import functional as F
 
 import triton_gn
-from tests.kernels.memory import GuardedMemory
-from tests.kernels.oracle import Case, check, make_case, relative_error
+from tests.support.memory import GuardedMemory
+from tests.support.oracle import Case, check, make_case, relative_error
 
 # groups of 4,096 elements, which are resident, and one of 262,144, which is split and takes seconds
 SHAPES = [((2, 16, 16, 32), 2), ((1, 4, 256, 256), 1)]

@@ -1,7 +1,7 @@
 """Pipelined: the order of its tickets, and that nothing depends on who takes which.
 
 The interpreter runs one program after the other, so the first takes all tickets: what runs at the
-same time is proven on a GPU only, in tests/test_gpu.py.
+same time is proven on a GPU only, in tests/gpu/test_gpu.py.
 """
 
 import itertools
@@ -12,11 +12,11 @@ import triton
 import triton.language as tl
 
 import triton_gn
-from tests.kernels.memory import GuardedMemory
-from tests.kernels.oracle import check, make_case
+from tests.support.memory import GuardedMemory
+from tests.support.oracle import check, make_case
 from triton_gn.kernels.pipelined import Units, _phase, _program
 from triton_gn.kernels.tile import Tile
-from triton_gn.ops import layout, prepared
+from triton_gn.ops import launcher, layout
 from triton_gn.ops.settings import Settings
 
 FORMATS = pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "innermost"])
@@ -97,10 +97,10 @@ def test_counters_start_at_zero_in_each_call(memory: GuardedMemory, device: str)
     case = make_case(memory, device, (2, 8, 6, 6), 2)
     options = Settings(plan_override=(("strategy", "pipelined"), ("workers", 2)))
     expected = case.expected()["y"]
-    with prepared.recording() as calls:
+    with launcher.recording() as calls:
         for _ in range(3):
             y = layout.empty_like(case.x).fill_(float("nan"))
-            prepared.forward(case.operands, y, None, 2, 1e-5, "none", options)
+            launcher.forward(case.operands, y, None, 2, 1e-5, "none", options)
             check({"y": y}, {"y": expected})
     assert calls[0] is calls[1] is calls[2]
 
@@ -110,7 +110,7 @@ def test_parameter_gradients_alone_take_one_pass(memory: GuardedMemory, device: 
     weight = case.weight.requires_grad_()
     with triton_gn.plan_override(strategy="pipelined"), triton_gn.backend("triton"):
         y = triton_gn.group_norm(case.x, 2, weight, case.bias)
-        with prepared.recording() as calls:
+        with launcher.recording() as calls:
             y.backward(case.dy)
     check({"dweight": weight.grad}, {"dweight": case.expected()["dweight"]})
     assert not [one for one in calls[0].launches if "pipelined" in one.kernel.__name__]

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import triton_gn
-from tests.kernels.memory import GuardedMemory
-from tests.kernels.oracle import Case, check, check_poison_stays, make_case
+from tests.support.memory import GuardedMemory
+from tests.support.oracle import Case, check, check_poison_stays, make_case
 from triton_gn.plan import Tile
 
 FUSED = ("scale", "shift", "pre_add", "residual")
@@ -88,7 +88,7 @@ def test_a_sample_has_the_same_bits_alone(memory: GuardedMemory, device: str) ->
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="counts in the interpreter")
 def test_weight_and_bias_are_read_once_a_stack(memory: GuardedMemory, device: str) -> None:
-    from tests.kernels.interpreter import Traffic
+    from tests.support.interpreter import Traffic
 
     case = make_case(memory, device, (100, 64), 4)
     x, weight, bias = case.x.requires_grad_(), case.weight.requires_grad_(), case.bias

@@ -6,18 +6,17 @@ import pytest
 import torch
 
 import triton_gn
-from tests.kernels.memory import GuardedMemory
-from tests.kernels.oracle import make_case
-from triton_gn import inspection
-from triton_gn.ops import autograd, launch, layout, prepared
+from tests.support.interpreter import Traffic
+from tests.support.memory import GuardedMemory
+from tests.support.oracle import make_case
+from triton_gn.ops import autograd, launcher, launches, layout
 from triton_gn.ops.settings import Settings
 from triton_gn.plan import Device, plan
-from triton_gn.workloads import DIRECTIONS, FUSED, LAYOUTS, Workload
+from triton_gn.tools import inspect
+from triton_gn.tools.workloads import DIRECTIONS, FUSED, LAYOUTS, Workload
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("counts in Triton's interpreter", allow_module_level=True)
-
-from tests.kernels.interpreter import Traffic
 
 SHAPES = [((2, 20, 8, 8), 2), ((2, 16, 7, 7), 2), ((1, 30, 5, 3, 2), 3), ((3, 12), 4)]
 
@@ -77,7 +76,7 @@ def test_nothing_is_computed_that_is_not_asked_for(memory: GuardedMemory, device
     assert traffic.stored["other"] == y.nbytes  # no statistics
 
 
-def numbers_of(problem: triton_gn.explanation.Explanation) -> int:
+def numbers_of(problem: triton_gn.explain.Explanation) -> int:
     """How many numbers a forward and a backward leave besides the tensors: statistics, partials."""
     groups = problem.problem.n * problem.problem.groups
     slots = problem.config.slots if problem.config.strategy != "resident" else 0
@@ -167,16 +166,16 @@ def test_inspect_states_the_bytes_that_are_moved(
     problem = workload.problem(direction)
     config = plan(problem, Device(), override=(("strategy", strategy),))
     operands = workload.given(workload.operands("cpu"), direction)
-    stats = launch.statistics(operands.x, 2, 3, 3).zero_()
+    stats = launches.statistics(operands.x, 2, 3, 3).zero_()
     with Traffic() as counted:
         if direction == "forward":
             y = layout.empty_like(operands.x)
-            prepared.forward(operands, y, stats, 3, 1e-5, activation, Settings(), config)
+            launcher.forward(operands, y, stats, 3, 1e-5, activation, Settings(), config)
         else:
             grads = autograd.empty_gradients(operands, [t is not None for t in operands])
             dy = layout.empty_like(operands.x).zero_()
-            prepared.backward(dy, stats, operands, grads, 3, activation, Settings(), config)
+            launcher.backward(dy, stats, operands, grads, 3, activation, Settings(), config)
     moved = counted.loaded["other"] + counted.stored["other"]
-    _, launches = inspection._launches(workload, problem, config)
-    stated = sum(inspection._bytes_moved(one, problem, config) for one in launches)
+    _, described = inspect._launches(workload, problem, config)
+    stated = sum(inspect._bytes_moved(one, problem, config) for one in described)
     assert moved == pytest.approx(stated, rel=0.02)

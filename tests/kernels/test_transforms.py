@@ -19,7 +19,7 @@ from torch.utils.checkpoint import (
 
 import triton_gn
 from triton_gn import reference
-from triton_gn.ops import dispatch, library, prepared, settings
+from triton_gn.ops import custom_op, dispatch, launcher, settings
 from triton_gn.reference import Operands
 
 pytestmark = pytest.mark.filterwarnings(
@@ -119,7 +119,7 @@ def test_vmap_within_vmap(device: str) -> None:
 
 def test_gradients_per_example_are_computed_by_the_kernels(device: str) -> None:
     x, *rest = operands(device)
-    with prepared.recording() as calls:
+    with launcher.recording() as calls:
         vmap(grad(functools.partial(loss, fused)), (0,) + (None,) * 6)(torch.stack([x, x]), *rest)
     assert {call.problem.direction for call in calls} == {"forward", "backward"}
 
@@ -216,7 +216,7 @@ def test_settings_are_those_of_the_compilation(device: str) -> None:
     with triton_gn.plan_override(strategy="split", chunks=2):
         override = settings.to_text(settings.current())
         compiled(x, *[None] * 6)
-    with prepared.recording() as calls:
+    with launcher.recording() as calls:
         y = compiled(x, *[None] * 6)
         y.sum().backward()
     seen = [(call.problem.direction, call.config.strategy) for call in calls]
@@ -240,11 +240,11 @@ def test_operators_pass_pytorchs_checks(device: str, channels_last: bool) -> Non
     leaves = [t.requires_grad_() for t in operands(device, channels_last)]
     text = settings.to_text(settings.current())
     constants = (GROUPS, 1e-5, "silu")
-    torch.library.opcheck(library.group_norm, (*leaves, *constants, torch.float32, text))
-    y, stats = library.group_norm(*leaves, *constants, torch.float32, text)
+    torch.library.opcheck(custom_op.group_norm, (*leaves, *constants, torch.float32, text))
+    y, stats = custom_op.group_norm(*leaves, *constants, torch.float32, text)
     dy = torch.randn_like(y).requires_grad_()
     arguments = (dy, stats.detach(), *leaves, *constants, text, [True] * 7)
-    torch.library.opcheck(library.group_norm_backward, arguments)
+    torch.library.opcheck(custom_op.group_norm_backward, arguments)
 
 
 @pytest.mark.parametrize("strict", [False, True])
@@ -370,10 +370,10 @@ def test_a_wrapper_goes_through_the_operator(device: str) -> None:
 
 
 def test_autocast_policy(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What dispatch asks for on a CUDA device; the result itself needs one (tests/test_gpu.py)."""
+    """What dispatch asks for on a CUDA device; the result itself needs one: gpu/test_gpu.py."""
     asked = []
     monkeypatch.setattr(
-        dispatch.torch_path, "group_norm", lambda *rest: asked.append(rest[-1]) or rest[0].x
+        dispatch.fallback, "group_norm", lambda *rest: asked.append(rest[-1]) or rest[0].x
     )
 
     class OnCuda(Tensor):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from triton_gn import reference
-from triton_gn.ops import launch, layout, prepared
+from triton_gn.ops import launcher, launches, layout
 from triton_gn.ops.settings import Settings
 from triton_gn.reference import Operands
 
@@ -32,8 +32,8 @@ def forward(
     operands = native(operands)
     x = operands.x
     y = layout.empty_like(x, call.y_dtype)
-    stats = launch.statistics(x, x.shape[0], call.groups, 3) if with_stats else None
-    prepared.forward(
+    stats = launches.statistics(x, x.shape[0], call.groups, 3) if with_stats else None
+    launcher.forward(
         operands, y, stats, call.groups, call.eps, call.activation, call.settings, moments=moments
     )
     return y, stats
@@ -46,7 +46,7 @@ def backward(
     operands = native(operands)
     grads = empty_gradients(operands, needs)
     dy = beside(dy, operands.x)
-    prepared.backward(dy, stats, operands, grads, call.groups, call.activation, call.settings)
+    launcher.backward(dy, stats, operands, grads, call.groups, call.activation, call.settings)
     return list(grads.values())
 
 

@@ -12,12 +12,12 @@ from triton_gn import reference
 from triton_gn.ops import (
     autograd,
     context,
+    custom_op,
+    fallback,
     layout,
-    library,
     settings,
     sharded,
-    statistics,
-    torch_path,
+    stats,
 )
 from triton_gn.ops.settings import Settings
 from triton_gn.ops.sharded import Shards
@@ -117,7 +117,7 @@ def group_norm(operands: Operands, num_groups: int, eps: float, activation: str)
         backend, autocast_policy = current.backend, current.autocast_policy
     y_dtype = _y_dtype(x, autocast_policy)
     if context.wants_pytorch() or x.numel() == 0 or not uses_kernels(x, backend):
-        return torch_path.group_norm(operands, num_groups, eps, activation, y_dtype)
+        return fallback.group_norm(operands, num_groups, eps, activation, y_dtype)
     as_operator = compiling or context.has_mode() or context.has_subclass(operands)
     # torch.func cannot differentiate a PyTorch operator that is written in Python
     if context.in_forward_mode() or (as_operator and context.in_functorch()):
@@ -132,7 +132,7 @@ def group_norm(operands: Operands, num_groups: int, eps: float, activation: str)
         if not compiling:
             settings_text = settings.to_text(current)
         constants = (num_groups, eps, activation, y_dtype, settings_text)
-        y_of_operator: Tensor = library.group_norm(*operands, *constants)[0]
+        y_of_operator: Tensor = custom_op.group_norm(*operands, *constants)[0]
         return y_of_operator
     call = autograd.Call(num_groups, eps, activation, y_dtype, current)
     if context.in_functorch():
@@ -159,7 +159,7 @@ def group_norm_stats(x: Tensor, num_groups: int, pre_add: Tensor | None) -> Mome
     current = _for_kernels(x, (x, pre_add))
     if current is None:
         return reference.moments(x, num_groups, pre_add)
-    return statistics.moments(x, pre_add, num_groups, current)
+    return stats.moments(x, pre_add, num_groups, current)
 
 
 def group_norm_apply(operands: Operands, given: Moments, eps: float, activation: str) -> Tensor:
@@ -179,7 +179,7 @@ def group_norm_apply(operands: Operands, given: Moments, eps: float, activation:
             return y
         return layout.like(y, layout.native(x)[0])
     call = autograd.Call(given.mean.shape[1], eps, activation, y_dtype, current)
-    return statistics.apply(operands, given, call)
+    return stats.apply(operands, given, call)
 
 
 def sharded_group_norm(
@@ -203,6 +203,6 @@ def _sharded_group_norm(
     by_kernels = x.numel() > 0 and uses_kernels(x, current.backend)
     way = sharded.ByKernels() if by_kernels else sharded.ByFormulas()
     y_dtype = _y_dtype(x, current.autocast_policy)
-    split = statistics.split_settings(current)
+    split = stats.split_settings(current)
     call = autograd.Call(num_groups, eps, activation, y_dtype, split)
     return sharded.group_norm(operands, call, way, shards)

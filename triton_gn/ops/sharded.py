@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from triton_gn import reference
-from triton_gn.ops import autograd, layout, prepared
+from triton_gn.ops import autograd, launcher, layout
 from triton_gn.ops.autograd import Call
 from triton_gn.reference import Operands, compute_dtype
 
@@ -49,18 +49,18 @@ class ByKernels:
 
     def moments(self, step: Step) -> Tensor:
         call = step.call
-        return prepared.moments(autograd.native(step.operands), call.groups, call.settings)
+        return launcher.moments(autograd.native(step.operands), call.groups, call.settings)
 
     def apply(self, step: Step, parts: Tensor, with_stats: bool) -> tuple[Tensor, Tensor | None]:
         return autograd.forward(step.operands, step.call, with_stats, parts)
 
     def first_half(self, step: Step, needs: Sequence[bool]) -> tuple[Tensor, dict[str, Tensor]]:
         dy, rest, grads = self._backward(step, needs)
-        return prepared.first_half(dy, *rest).sum(-1), grads
+        return launcher.first_half(dy, *rest).sum(-1), grads
 
     def second_half(self, step: Step, sums: Tensor, needs: Sequence[bool]) -> dict[str, Tensor]:
         dy, rest, grads = self._backward(step, needs)
-        prepared.second_half(dy, sums, *rest)
+        launcher.second_half(dy, sums, *rest)
         return grads
 
     def _backward(self, step: Step, needs: Sequence[bool]) -> tuple[Tensor, Any, dict[str, Tensor]]:

@@ -1,8 +1,10 @@
 """Decisions: which strategy, which tile, how many warps. Imports neither torch nor triton."""
 
+from .candidates import FIELDS, config_of, fields_of, slots_at_a_time
+from .config import Config, Tile
+from .cost_model import Estimate, ctas_at_a_time, estimate, passes
 from .devices import TARGETS, Device
 from .limits import fits, is_always_resident
-from .model import Estimate, ctas_at_a_time, estimate, passes
 from .planner import (
     STRATEGIES,
     UNVERIFIED,
@@ -13,8 +15,7 @@ from .planner import (
     plan_unverified,
     rivals,
 )
-from .problem import Config, Problem, Tile
-from .tiles import FIELDS, config_of, fields_of, slots_at_a_time
+from .problem import Problem
 
 __all__ = [
     "FIELDS", "STRATEGIES", "TARGETS", "UNVERIFIED", "Config", "Device",

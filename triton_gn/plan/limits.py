@@ -1,8 +1,9 @@
 """What can run at all: the bounds that every plan is checked against, from whatever source."""
 
+from .candidates import MAX_BLOCK_CHANNELS, MAX_SUB_TILES, OWN_FIELDS, block_extent
+from .config import Config
 from .devices import Device
-from .problem import Config, Problem
-from .tiles import MAX_BLOCK_CHANNELS, MAX_SUB_TILES, OWN_FIELDS, block_extent
+from .problem import Problem
 
 ALWAYS_RESIDENT = 8192  # elements of a group: a second launch costs more than idle multiprocessors
 # registers a thread that sub-tiles and accumulators may take, by direction and channels-last: with

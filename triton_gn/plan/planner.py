@@ -6,12 +6,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from . import tuned
-from .devices import Device
-from .limits import excess_registers, fits, is_always_resident
-from .model import estimate, group_bytes, guessed_at_a_time, padding, second_passes
-from .problem import Config, Problem
-from .tiles import (
+from . import table
+from .candidates import (
     OWN_FIELDS,
     config_of,
     fields_of,
@@ -19,6 +15,11 @@ from .tiles import (
     resident_configs,
     split_configs,
 )
+from .config import Config
+from .cost_model import estimate, group_bytes, guessed_at_a_time, padding, second_passes
+from .devices import Device
+from .limits import excess_registers, fits, is_always_resident
+from .problem import Problem
 
 STRATEGIES = ("resident", "split")
 # not yet seen right on a GPU: only measured tables choose these
@@ -57,7 +58,7 @@ def plan(
     if batch_invariant:
         problem = replace(problem, n=1)
     if not override:
-        found = tuned.lookup(problem, device)
+        found = table.lookup(problem, device)
         if found is not None and found.config is not None:
             return found.config
     fixed = dict(override)
@@ -71,7 +72,7 @@ def plan(
 
 def forget_plans() -> None:
     """Read the tables again and plan anew: for whoever has changed a table."""
-    tuned.reload()
+    table.reload()
     plan.cache_clear()
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from triton_gn.functional import group_norm_apply, group_norm_stats
 from triton_gn.ops import settings
-from triton_gn.statistics import group_norm_apply, group_norm_stats
 from triton_gn.tiling.layout import Axis, Dim, is_cut, scaled, size_of, whole
 from triton_gn.tiling.tile import NO_DROPOUT, Tile, axis_of, each, refuse, relaid
 

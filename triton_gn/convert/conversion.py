@@ -1,0 +1,379 @@
+"""Existing models: their GroupNorm layers replaced in place, the activations that follow folded in.
+
+Modules change their class and keep all else, so hooks, optimizers and checkpoints stay valid.
+"""
+
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from triton_gn.distributed import ProcessGroup, ShardedGroupNorm
+from triton_gn.module import GroupNorm
+
+_UNFOLDED = "nothing that can be folded is known to follow it"
+_NAMES: dict[type[nn.Module], str] = {
+    nn.ReLU: "relu",
+    nn.SiLU: "silu",
+    nn.Mish: "mish",
+    nn.Sigmoid: "sigmoid",
+    nn.Tanh: "tanh",
+}
+_PUBLIC_NAMES: dict[type[nn.Module], str] = {
+    GroupNorm: "triton_gn.GroupNorm",
+    ShardedGroupNorm: "triton_gn.distributed.ShardedGroupNorm",
+}
+_OURS = ("activation", "process_group")  # attributes that PyTorch's layer does not have
+_BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", *_BACKWARD_HOOKS)
+
+
+@dataclass
+class Report:
+    """What :func:`convert` did to each GroupNorm layer, as (name, reason).
+
+    The names are those of ``model.named_modules()``, "" for the model itself.
+
+    Attributes:
+        replaced: all that were replaced; the reason says what was folded, or why nothing was.
+        folded: those of them that take over what follows; the reason names it.
+        left: left as they were; the reason says why.
+    """
+
+    replaced: list[tuple[str, str]] = field(default_factory=list)
+    folded: list[tuple[str, str]] = field(default_factory=list)
+    left: list[tuple[str, str]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        """A line of totals, then a line for each layer."""
+        folded = {name for name, _ in self.folded}
+        rows = [
+            ("folded" if name in folded else fate, name or "(the model)", reason)
+            for fate, layers in (("replaced", self.replaced), ("left", self.left))
+            for name, reason in layers
+        ]
+        replaced, left = len(self.replaced), len(self.left)
+        totals = f"{replaced} replaced, of which {len(folded)} folded, {left} left"
+        layers = "layer" if len(rows) == 1 else "layers"
+        width = max((len(name) for _, name, _ in rows), default=0)
+        lines = [f"{fate:<8}  {name:<{width}}  {reason}" for fate, name, reason in rows]
+        return "\n".join([f"{len(rows)} GroupNorm {layers}: {totals}", *lines])
+
+
+@torch.fx.wrap
+def _folded(input: Tensor) -> Tensor:
+    """Return the input itself. torch.fx records the call, so that the module has a node."""
+    return input
+
+
+class FoldedActivation(nn.Module):
+    """Stands in the place of an activation that its norm applies, and returns its input."""
+
+    activation: nn.Module
+
+    def __init__(self, activation: nn.Module) -> None:
+        super().__init__()
+        # not registered: the model keeps the number and the names of its modules
+        self.__dict__["activation"] = activation
+        self.training = activation.training
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the input itself, of any shape."""
+        return _folded(input)
+
+    def extra_repr(self) -> str:
+        """The activation."""
+        return repr(self.activation)
+
+
+class Fold(NamedTuple):
+    """Norms of one parent that could take over the activation after them.
+
+    norms maps the name of each in the parent to what else of the network it takes over; activation
+    is the name of what follows, "" if there is nothing. fused is the parent's class afterwards,
+    where its forward must change. problem says why nothing can be folded.
+    """
+
+    norms: dict[str, str]
+    activation: str
+    fused: type[nn.Module] | None = None
+    problem: str | None = None
+
+
+def convert(
+    model: nn.Module, fold_activations: bool = True, *, process_group: ProcessGroup = None
+) -> Report:
+    """Make a :class:`triton_gn.GroupNorm` of every torch.nn.GroupNorm in a model, in place.
+
+    The objects stay the same: parameters, hooks, modes and optimizers are untouched, and the keys
+    of the state_dict do not change. What a layer takes over is no longer done by the module after
+    it, whose place is kept:
+
+    - in an nn.Sequential, an activation directly after the layer: ReLU, LeakyReLU of slope 0.01,
+      SiLU, GELU of both kinds, Mish, Sigmoid, Tanh. ``inplace`` makes no difference;
+    - in models of diffusers, the activation after the last norm of UNets, encoders and decoders
+      and, in the residual blocks, activation and time embedding.
+
+    With a process group, each becomes a :class:`triton_gn.distributed.ShardedGroupNorm`, for models
+    whose inputs are shared out among its processes by their pixels; a triton_gn.GroupNorm too. One
+    that is left takes the statistics of its shard alone, which a warning says.
+
+    Layers with forward hooks or used in several places are replaced only. Left are subclasses of
+    torch.nn.GroupNorm and layers to which another tool has given backward hooks, modules inside or
+    another forward, because the tool may go by their class. A part of a model called by itself,
+    such as ``net[:1]``, includes what its norms took over. Convert before torch.compile, which
+    traces anew otherwise. TorchScript, ONNX, saved exports and quantisation: "When not to use it"
+    in the README.
+
+    Args:
+        model: any module, which may be a GroupNorm itself.
+        fold_activations: whether the layers take over what follows them.
+        process_group: a ProcessGroup, such as torch.distributed.group.WORLD, or a DeviceMesh; None
+            for inputs that are whole.
+
+    Returns:
+        What was done to which layer, and why no more: ``print(convert(model))``.
+
+    Raises:
+        TypeError: model is no module.
+    """
+    _check_is_module("convert", model)
+    names = {module: name for name, module in model.named_modules()}
+    unfolded = _UNFOLDED if fold_activations else "folding is switched off"
+    fates: dict[nn.Module, tuple[str, str]] = {}
+    for module in filter(_is_group_norm, names):
+        kind, reason = type(module), _why_left(module, process_group is not None)
+        if reason is None:
+            # what was one of ours before has its own activation, and may have been converted before
+            fresh = kind is nn.GroupNorm
+            if process_group is not None:
+                vars(module)["process_group"] = process_group
+            _set_class(module, GroupNorm if process_group is None else ShardedGroupNorm)
+            vars(module).setdefault("_converted", kind)
+            fates[module] = "replaced", unfolded if fresh else "was a triton_gn.GroupNorm"
+        else:
+            fates[module] = "left", reason
+    if process_group is not None:
+        _warn_of_unsharded([names[module] for module in fates if not _is_sharded(module)])
+    if fold_activations:
+        places = _places(names)
+        for parent in names:
+            for fold in _folds(parent):
+                _try(fold, parent, places, fates)
+    report = Report()
+    for module, (fate, reason) in fates.items():
+        entry = names[module], reason
+        getattr(report, fate).append(entry)
+        if fate == "folded":
+            report.replaced.append(entry)
+    return report
+
+
+def unconvert(model: nn.Module) -> None:
+    """Take back in place all that :func:`convert` did to a model; others' layers stay.
+
+    Args:
+        model: a converted model, or a copy of one; an untouched model stays as it is.
+
+    Raises:
+        TypeError: model is no module.
+        RuntimeError: a converted layer was wrapped since, so that its class cannot be restored, or
+            a folded activation has hooks. Nothing has changed then.
+    """
+    _check_is_module("unconvert", model)
+    names = {module: name for name, module in model.named_modules()}
+    for module, name in names.items():
+        _check_is_reversible(module, name)
+    for module in names:
+        for key, child in module._modules.items():
+            if type(child) is FoldedActivation:
+                module._modules[key] = child.activation.train(child.training)
+        if "_converted" in vars(module):
+            before = vars(module).pop("_converted")
+            for attribute in ("process_group",) if before is GroupNorm else _OURS:
+                vars(module).pop(attribute, None)
+            _set_class(module, before)
+        elif hasattr(type(module), "unfused"):
+            _set_class(module, type(module).unfused)
+
+
+def _check_is_module(function: str, model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"{function}: model must be a torch.nn.Module; got {type(model).__name__}. "
+            "Pass its modules one by one, for instance pipeline.unet."
+        )
+
+
+def _check_is_reversible(module: nn.Module, name: str) -> None:
+    kind = type(module)
+    folded = isinstance(module, FoldedActivation)
+    changed = folded or "_converted" in vars(module) or hasattr(kind, "unfused")
+    known = kind in (*_PUBLIC_NAMES, FoldedActivation) or "unfused" in vars(kind)
+    hooked = folded and _has_hooks(module)
+    if changed and (not known or hooked or _has_other_forward(module)):
+        raise RuntimeError(
+            "unconvert: a converted module must have its own class and forward, and a folded "
+            f"activation no hooks; {name!r} of class {kind.__name__} was parametrized, wrapped or "
+            "hooked after the conversion. Take that back first."
+        )
+
+
+def _set_class(module: nn.Module, kind: type[nn.Module]) -> None:
+    vars(module).pop("forward", None)  # the old class's, where a wrapper has put it back
+    module.__class__ = kind
+
+
+def _has_other_forward(module: nn.Module) -> bool:
+    """Whether a forward stands in for that of the module's class."""
+    own = type(module).forward.__get__(module)
+    return bool(vars(module).get("forward", own) != own)
+
+
+def _is_group_norm(module: nn.Module) -> bool:
+    if isinstance(module, torch.jit.ScriptModule):
+        return getattr(module, "original_name", None) == "GroupNorm"
+    return isinstance(module, nn.GroupNorm)
+
+
+def _is_sharded(module: nn.Module) -> bool:
+    return isinstance(module, ShardedGroupNorm)
+
+
+def _warn_of_unsharded(names: list[str]) -> None:
+    if names:
+        warnings.warn(
+            "convert: under a process group every GroupNorm must be sharded; left were "
+            f"{', '.join(name or '(the model)' for name in names)}, which take the statistics of "
+            "their shard alone. The report says why: replace them by ShardedGroupNorm by hand.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
+
+def _why_left(module: nn.Module, sharded: bool) -> str | None:
+    """Why the GroupNorm cannot be replaced, by a sharded one if asked for; None if it can."""
+    kind = type(module)
+    if isinstance(module, torch.jit.ScriptModule):
+        return "is compiled by TorchScript, which has no Triton kernels"
+    if parametrize.is_parametrized(module):
+        return f"is parametrized, which made its class {kind.__name__}; convert before that"
+    if kind is ShardedGroupNorm or (kind is GroupNorm and not sharded):
+        return f"is a {_PUBLIC_NAMES[kind]} already"
+    if kind not in (nn.GroupNorm, GroupNorm):
+        own = kind.forward not in (nn.GroupNorm.forward, GroupNorm.forward)
+        forward = " with a forward of its own" if own else ""
+        return f"is a {kind.__module__}.{kind.__qualname__}, a subclass{forward}"
+    if _has_other_forward(module):
+        return "has its forward replaced"
+    for name in _OURS:
+        if kind is nn.GroupNorm and hasattr(module, name):
+            return f"has an attribute named {name}, which would be in the way"
+    if module._modules:
+        return f"holds {', '.join(module._modules)}, whose owner may go by the layer's class"
+    if _has_hooks(module, _BACKWARD_HOOKS):
+        return "has backward hooks, which may go by its class; add them after the conversion"
+    return None
+
+
+def _places(names: dict[nn.Module, str]) -> dict[nn.Module, list[str]]:
+    """The names under which each module is registered, without those by way of shared parents."""
+    places: dict[nn.Module, list[str]] = defaultdict(list)
+    for parent, name in names.items():
+        for key, child in parent._modules.items():
+            if child is not None:
+                places[child].append(f"{name}.{key}".removeprefix("."))
+    return places
+
+
+def _folds(parent: nn.Module) -> Iterator[Fold]:
+    """What could be folded among the children of one module."""
+    kind = type(parent)
+    if isinstance(parent, nn.Sequential):
+        derived = kind.__mro__[: kind.__mro__.index(nn.Sequential)]
+        own = any({"forward", "__iter__"} & vars(base).keys() for base in derived)
+        problem = f"its parent, a {kind.__name__}, has a forward of its own" if own else None
+        keys = list(parent._modules)
+        for key, following in zip_longest(keys, keys[1:], fillvalue=""):
+            if isinstance(parent._modules[key], GroupNorm):
+                yield Fold({key: ""}, following, problem=problem)
+    elif kind.__module__.startswith("diffusers."):
+        # imports diffusers, which is loaded where an instance of its classes exists
+        from triton_gn.convert import diffusers_blocks
+
+        yield from diffusers_blocks.folds(parent)
+
+
+def _try(
+    fold: Fold,
+    parent: nn.Module,
+    places: dict[nn.Module, list[str]],
+    fates: dict[nn.Module, tuple[str, str]],
+) -> None:
+    """Fold if it can be, and write down in the fates of its norms what came of it."""
+    activation = parent._modules.get(fold.activation)
+    reason = _why_unfolded(fold, parent, activation, places)
+    for key, operands in fold.norms.items():
+        norm = parent.get_submodule(key)
+        if reason is None and activation is not None:
+            name = _activation_name(activation)
+            vars(norm)["activation"] = name
+            fates[norm] = "folded", f"{name}, {operands}" if operands else str(name)
+        elif reason is not None and fates.get(norm) == ("replaced", _UNFOLDED):
+            fates[norm] = "replaced", reason
+    if reason is None and fold.fused is not None:
+        _set_class(parent, fold.fused)
+    elif reason is None and activation is not None:
+        parent._modules[fold.activation] = FoldedActivation(activation)
+
+
+def _why_unfolded(
+    fold: Fold,
+    parent: nn.Module,
+    activation: nn.Module | None,
+    places: dict[nn.Module, list[str]],
+) -> str | None:
+    """Why the activation cannot be folded into the norms; None if it can."""
+    if fold.problem is not None:
+        return fold.problem
+    if _has_other_forward(parent):
+        return f"its parent, a {type(parent).__name__}, has its forward replaced"
+    if fold.fused is not None and _has_hooks(parent, _BACKWARD_HOOKS):
+        return "its parent has backward hooks, which may go by its class"
+    for key in fold.norms:
+        norm, which = parent.get_submodule(key), f"{key} " if len(fold.norms) > 1 else ""
+        if "_converted" not in vars(norm) or "activation" in vars(norm):
+            return f"{key}, before the same activation, is not a layer that convert replaced"
+        if len(places[norm]) > 1:
+            return f"{which}is used in {len(places[norm])} places: {', '.join(places[norm])}"
+        if _has_hooks(norm):
+            return f"{which}has hooks, which would see the activation's output"
+    if activation is None:
+        return "nothing follows it"
+    described = f"{type(activation).__name__}({activation.extra_repr()})"
+    if _activation_name(activation) is None:
+        return f"is followed by {described}, which cannot be folded"
+    if _has_hooks(activation) or _has_other_forward(activation):
+        return f"is followed by {described}, which has hooks or its forward replaced"
+    return None
+
+
+def _has_hooks(module: nn.Module, kinds: tuple[str, ...] = _HOOKS) -> bool:
+    return any(vars(module).get(kind) for kind in kinds)
+
+
+def _activation_name(module: nn.Module) -> str | None:
+    """What :func:`triton_gn.group_norm` calls the activation; None if it has no name for it."""
+    if module._parameters or module._buffers or module._modules:
+        return None
+    if type(module) is nn.LeakyReLU:
+        return "leaky_relu" if module.negative_slope == 0.01 else None
+    if type(module) is nn.GELU:
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate)
+    return _NAMES.get(type(module))

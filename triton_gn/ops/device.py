@@ -1,0 +1,41 @@
+"""Describe a GPU to the planner."""
+
+import functools
+from dataclasses import replace
+
+import torch
+
+from triton_gn.plan import TARGETS, Device
+
+
+def _nearest(name: str) -> str:
+    """The newest target of the same maker that is no newer than this one; else its oldest."""
+
+    def version(target: str) -> int:
+        return int(target.lstrip("smgfx_"), 16)
+
+    same = sorted((one for one in TARGETS if one[:2] == name[:2]), key=version)
+    return [same[0], *(one for one in same if version(one) <= version(name))][-1]
+
+
+@functools.cache
+def gpu_of(device: torch.device) -> Device:
+    """What plans need to know of a device; they are made for an H100 where it is no GPU."""
+    if device.type != "cuda":
+        return TARGETS["sm_90"]
+    properties = torch.cuda.get_device_properties(device)
+    name = f"sm_{properties.major}{properties.minor}"
+    if torch.version.hip is not None:
+        name = properties.gcnArchName.partition(":")[0]
+    known = TARGETS[_nearest(name)]
+    dram_gb_per_s = known.dram_gb_per_s
+    if name not in TARGETS:
+        dram_gb_per_s = dram_gb_per_s * properties.multi_processor_count // known.multiprocessors
+    return replace(
+        known,
+        name=properties.name,
+        dram_gb_per_s=dram_gb_per_s,
+        multiprocessors=properties.multi_processor_count,
+        l2_bytes=properties.L2_cache_size,
+        warp_size=properties.warp_size,
+    )

@@ -1,0 +1,165 @@
+"""The kernels of statistics apart from apply: the two launches of split as differentiable functions
+of their own. What must be differentiable twice goes by the formulas in plain PyTorch.
+"""
+
+import functools
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from triton_gn import reference
+from triton_gn.ops import autograd, launcher
+from triton_gn.ops.autograd import Call
+from triton_gn.ops.settings import Settings
+from triton_gn.reference import Moments, Operands
+
+_TENSORS = len(Operands._fields)
+
+
+@functools.cache
+def split_settings(settings: Settings) -> Settings:
+    """The settings with plans of split only."""
+    fixed = dict(settings.plan_override)
+    if fixed.pop("strategy", "split") != "split":
+        fixed = {}  # the other fields are those of the other strategy
+    return replace(settings, plan_override=(("strategy", "split"), *fixed.items()))
+
+
+def moments(x: Tensor, pre_add: Tensor | None, groups: int, settings: Settings) -> Moments:
+    """Of a non-empty x + pre_add, which ``functional`` has checked."""
+    given = x, pre_add, groups, split_settings(settings)
+    mean, mean_lo, m2 = _MomentsFunction.apply(*given)
+    count = torch.full_like(mean, x[0].numel() // groups, dtype=torch.int64)
+    return Moments(count, mean, mean_lo, m2)
+
+
+class _MomentsFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, pre_add: Tensor | None, groups: int, settings: Settings
+    ) -> tuple[Tensor, ...]:
+        found = launcher.moments(autograd.native(Operands(x, pre_add=pre_add)), groups, settings)
+        _, mean, mean_lo, m2 = found.unbind()
+        # the mean is one number, and all of its gradient comes by its high part
+        ctx.mark_non_differentiable(mean_lo)
+        ctx.save_for_backward(x, pre_add, mean, mean_lo)
+        ctx.groups, ctx.settings = groups, settings
+        return mean, mean_lo, m2
+
+    @staticmethod
+    def backward(ctx: Any, d_mean: Tensor, _: Tensor, d_m2: Tensor) -> tuple[Tensor | None, ...]:
+        x, pre_add, mean, mean_lo = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:2]
+        if torch.is_grad_enabled():
+
+            def formulas(x: Tensor, pre_add: Tensor | None) -> tuple[Tensor, Tensor]:
+                found = reference.moments(x, ctx.groups, pre_add)
+                return found.mean, found.m2
+
+            found = reference.pull_back(formulas, (x, pre_add), needs, (d_mean, d_m2))
+        else:
+            operands = autograd.native(Operands(x, pre_add=pre_add))
+            of_fields = [name in ("x", "pre_add") for name in Operands._fields]
+            asked = iter(needs)
+            grads = autograd.empty_gradients(operands, [f and next(asked) for f in of_fields])
+            stats = torch.stack([mean, mean_lo, torch.ones_like(mean)], -1)
+            sums = torch.stack([-d_mean, d_m2 * (-2 * (x[0].numel() // ctx.groups))], -1)
+            launcher.second_half(
+                None, sums, stats, operands, grads, ctx.groups, "none", ctx.settings
+            )
+            found = list(grads.values())
+        return *_spread(found, needs), None, None
+
+
+def _spread(found: Iterable[Tensor], needs: Iterable[bool]) -> list[Tensor | None]:
+    """One for each of ``needs``, None where it says no."""
+    rest = iter(found)
+    return [next(rest) if needed else None for needed in needs]
+
+
+def apply(operands: Operands, given: Moments, call: Call) -> Tensor:
+    """y of a non-empty x, for operands and moments that were checked."""
+    call = call._replace(settings=split_settings(call.settings))
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (*operands, *given)
+    ):
+        y_recorded: Tensor = _ApplyFunction.apply(*operands, *given, call)
+        return y_recorded
+    y, _ = autograd.forward(operands, call, with_stats=False, moments=_packed(given))
+    return y
+
+
+def _packed(given: Moments) -> Tensor:
+    """(N, G, 4, 1), as the partials of split; NaN where there is nothing to normalise by."""
+    mean = given.mean.masked_fill(given.count == 0, torch.nan)
+    # a part without elements would be passed over
+    fields = given.count.clamp(min=1).to(mean.dtype), mean, given.mean_lo, given.m2
+    return torch.stack(fields, -1)[..., None]
+
+
+class _ApplyFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        *tensors, call = inputs
+        operands, given = Operands(*tensors[:_TENSORS]), Moments(*tensors[_TENSORS:])
+        y, stats = autograd.forward(operands, call, with_stats=True, moments=_packed(given))
+        assert stats is not None
+        autograd.keep(ctx, operands, stats, call, *given)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        *kept, stats, count, mean, mean_lo, m2 = ctx.saved_tensors
+        operands, given = Operands(*kept), Moments(count, mean, mean_lo, m2)
+        *of_operands, _, needs_mean, _, needs_m2, _ = ctx.needs_input_grad
+        dresidual = autograd.gradient_of_sum(ctx, dy, of_operands)
+        run = _differentiable_apply_backward if torch.is_grad_enabled() else _apply_backward
+        needs = [*of_operands, needs_mean, needs_m2]
+        found = run(dy, stats, operands, given, ctx.call, needs)
+        *grads, d_mean, d_m2 = _spread(found, needs)
+        if dresidual is not None:
+            grads[-1] = dresidual
+        return *grads, None, d_mean, None, d_m2, None
+
+
+def _apply_backward(
+    dy: Tensor, stats: Tensor, operands: Operands, given: Moments, call: Call, needs: list[bool]
+) -> list[Tensor]:
+    """Gradients of those of the operands, mean and m2 that ``needs`` names."""
+    *of_operands, needs_mean, needs_m2 = needs
+    operands = autograd.native(operands)
+    grads = autograd.empty_gradients(operands, of_operands)
+    parts = launcher.first_half(
+        autograd.beside(dy, operands.x), stats, operands, grads, call.groups, call.activation,
+        call.settings,
+    )  # fmt: skip
+    dx_hat_sum, dx_hat_x_hat_sum = parts.sum(-1).unbind(-1)
+    rstd = stats[..., 2]
+    found = list(grads.values())
+    if needs_mean:
+        found.append(-rstd * dx_hat_sum)
+    if needs_m2:
+        found.append(-0.5 * rstd.square() / given.count * dx_hat_x_hat_sum)
+    return found
+
+
+def _differentiable_apply_backward(
+    dy: Tensor, stats: Tensor, operands: Operands, given: Moments, call: Call, needs: list[bool]
+) -> list[Tensor]:
+    """``_apply_backward`` by the formulas."""
+
+    def formulas(*tensors: Tensor | None) -> Tensor:
+        *values, mean, m2 = tensors
+        assert mean is not None
+        assert m2 is not None
+        replaced = given._replace(mean=mean, m2=m2)
+        return reference.group_norm_apply(
+            Operands._make(values), replaced, call.eps, call.activation
+        )
+
+    inputs = (*operands, given.mean, given.m2)
+    dy = dy.to(reference.compute_dtype(operands.x))
+    return reference.pull_back(formulas, inputs, needs, dy)

@@ -1,0 +1,260 @@
+"""Compile launches for a GPU that need not be present, and read what came out."""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from triton_gn.ops.launches import Launch
+from triton_gn.plan import TARGETS
+from triton_gn.tools import sass
+
+_POINTERS = {
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float32: "*fp32",
+    torch.float64: "*fp64",
+    torch.int32: "*i32",
+}
+# of the arguments that are tuples: what their fields' pointers are called
+_PREFIXES = {"coeffs": "", "grads": "d", "reductions": "d"}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One compiled launch.
+
+    ``access_bytes``: by pointer, the narrowest of the accesses to global memory through it.
+    ``converted_tiles``: how many instructions of Triton's change the layout of a whole sub-tile,
+    through shared memory. ``instructions``: how many a thread executes for each element of its
+    tile, as ``sass`` counts them; None where it cannot.
+    """
+
+    name: str
+    grid: int
+    num_warps: int  # of a program
+    registers: int  # of a thread
+    spill_bytes: int  # of a thread
+    shared_bytes: int  # of a program
+    access_bytes: dict[str, int]
+    converted_tiles: int
+    instructions: float | None
+
+
+def pointers_of(one: Launch) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of a launch's pointers, those in tuples too, in the kernel's order."""
+    for name in one.kernel.arg_names:
+        for leaf, value in _leaves(name, one.arguments_on(True)[name]):
+            if isinstance(value, Tensor):
+                yield leaf, value
+
+
+def arguments_in_code(one: Launch) -> list[tuple[str, Any]]:
+    """Names and values of the arguments that compiled code still has: no constants."""
+    return [
+        (name, value)
+        for parameter in one.kernel.params
+        if not parameter.is_constexpr
+        for name, value in _leaves(parameter.name, one.arguments[parameter.name])
+        if value is not None
+        and (isinstance(value, Tensor) or value != 1 or parameter.do_not_specialize)
+    ]
+
+
+def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """What an argument is once compiled: the fields of a tuple are arguments of their own."""
+    if not isinstance(value, tuple):
+        is_named = name.endswith("_ptr") or not isinstance(value, Tensor)
+        yield name if is_named else f"{name}_ptr", value
+        return
+    fields = type(value)._fields  # type: ignore[attr-defined]  # a NamedTuple
+    for field_name, part in zip(fields, value, strict=True):
+        inner = f"{_PREFIXES[name]}{field_name}" if name in _PREFIXES else f"{name}_{field_name}"
+        yield from _leaves(inner, part)
+
+
+def compile_launch(one: Launch, target: str) -> Kernel:
+    """Compile as Triton would on a GPU of the target, all pointers aligned."""
+    compiled = _compiled(one, target)
+    instructions = None
+    if _is_nvidia(target):
+        registers, spills = _nvidia_usage(compiled.asm["cubin"])
+        instructions = _instructions(one, compiled.asm["cubin"])
+    else:
+        registers, spills = _amd_usage(compiled.asm["amdgcn"])
+    return Kernel(
+        one.kernel.__name__,
+        one.grid,
+        one.num_warps,
+        registers,
+        spills,
+        compiled.metadata.shared,
+        _access_bytes(compiled.asm["llir"], [name for name, _ in arguments_in_code(one)]),
+        _converted_tiles(one, compiled.asm["ttgir"]),
+        instructions,
+    )
+
+
+def assembly_of(one: Launch, target: str) -> str:
+    """PTX, or AMD's assembly, of a launch compiled for a target."""
+    text: str = _compiled(one, target).asm["ptx" if _is_nvidia(target) else "amdgcn"]
+    return text
+
+
+def _is_nvidia(target: str) -> bool:
+    return target.startswith("sm_")
+
+
+def _compiled(one: Launch, target: str) -> Any:
+    import triton
+
+    nvidia = _is_nvidia(target)
+    return triton.compile(
+        source_of(one, nvidia), target=_triton_target(target), options=one.options(nvidia)
+    )
+
+
+def _triton_target(name: str) -> Any:
+    from triton.backends.compiler import GPUTarget
+
+    if _is_nvidia(name):
+        return GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
+    return GPUTarget("hip", name, TARGETS[name].warp_size)
+
+
+def source_of(one: Launch, nvidia: bool) -> Any:
+    """What Triton's own launch would hand to its compiler."""
+    from triton.compiler import ASTSource
+
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    arguments = one.arguments_on(nvidia)
+    for index, parameter in enumerate(one.kernel.params):
+        value = arguments[parameter.name]
+        if parameter.is_constexpr:
+            signature[parameter.name] = "constexpr"
+            constants[(index,)] = value
+        else:
+            known = None if parameter.do_not_specialize else attributes
+            signature[parameter.name] = _type_of(value, (index,), constants, known)
+    return ASTSource(fn=one.kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def _type_of(value: Any, path: tuple[int, ...], constants: Any, attributes: Any) -> Any:
+    """The type of an argument, or of a field of one, and what is known of its value; nothing is of
+    an integer that the kernel does not specialise on, without attributes."""
+    if isinstance(value, tuple):
+        parts = (_type_of(v, (*path, i), constants, attributes) for i, v in enumerate(value))
+        return type(value)(*parts)
+    if isinstance(value, Tensor):
+        attributes[path] = [["tt.divisibility", 16]]
+        return _POINTERS[value.dtype]
+    if isinstance(value, float):
+        return "fp64"
+    if value is None or (value == 1 and attributes is not None):
+        constants[path] = value
+        return "constexpr"
+    if attributes is not None and value % 16 == 0:
+        attributes[path] = [["tt.divisibility", 16]]
+    return "i32" if value < 2**31 else "i64"
+
+
+def _access_bytes(llvm: str, names: list[str]) -> dict[str, int]:
+    """The narrowest access to global memory through each argument, from LLVM's text."""
+    definitions = dict(re.findall(r"^ *(%[\w.]+) = (.*)$", llvm, re.MULTILINE))
+
+    def arguments_behind(value: str, seen: set[str]) -> set[str]:
+        """Where an address comes from: it is computed from a pointer that was handed in."""
+        if value in seen:
+            return set()
+        seen.add(value)
+        if value not in definitions:
+            return {names[int(value[1:])]}
+        pointers = _pointers_of_definition(definitions[value])
+        return set().union(*(arguments_behind(pointer, seen) for pointer in pointers))
+
+    narrowest: dict[str, int] = {}
+    for size, pointer in _accesses(llvm):
+        for name in arguments_behind(pointer, set()):
+            narrowest[name] = min(size, narrowest.get(name, size))
+    return narrowest
+
+
+def _pointers_of_definition(text: str) -> list[str]:
+    if text.startswith("phi ptr"):
+        return re.findall(r"\[ (%[\w.]+),", text)
+    return re.findall(r"ptr(?: addrspace\(\d\))? (%[\w.]+)", text)
+
+
+_ADDRESS = r"ptr addrspace\([18]\) (%[\w.]+)"  # global memory, or AMD's view of it as a buffer
+_ACCESSES = (
+    # PTX in a call: ld.global.v4.b32
+    re.compile(rf"(?:ld|st)\.global[.\w:]*?(?:\.v(\d))?\.[bf](\d+) .*?{_ADDRESS}"),
+    # AMD's buffers: @llvm.amdgcn.raw.ptr.buffer.load.v4i32
+    re.compile(rf"buffer\.(?:load|store)\.(?:v(\d+))?[a-z]+(\d+)\(.*?{_ADDRESS}"),
+    # LLVM's own: load <8 x i16>, ptr
+    re.compile(
+        rf"(?:= load|^ *store) (?:<(\d+) x )?(\w+)>?(?: %[\w.]+)?, {_ADDRESS}", re.MULTILINE
+    ),
+)
+_BITS = {"half": 16, "bfloat": 16, "float": 32, "double": 64}
+
+
+def _accesses(llvm: str) -> Iterator[tuple[int, str]]:
+    """Bytes and address of each load and store."""
+    for pattern in _ACCESSES:
+        for count, kind, address in pattern.findall(llvm):
+            bits = _BITS[kind] if kind in _BITS else int(kind.removeprefix("i"))
+            yield int(count or 1) * bits // 8, address
+
+
+def _nvidia_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers, and bytes of stack, which our kernels have only for spills."""
+    usage = sass.resource_usage(cubin)
+    return _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage)
+
+
+def _amd_usage(assembly: str) -> tuple[int, int]:
+    """Vector registers, and bytes of those spilled."""
+    spilled = _number(r"\.vgpr_spill_count:\s+(\d+)", assembly)
+    return _number(r"\.vgpr_count:\s+(\d+)", assembly), 4 * spilled
+
+
+def _instructions(one: Launch, cubin: bytes) -> float | None:
+    if "TILE" not in one.arguments or "order" in one.arguments:
+        return None  # no tensors; or pipelined, of which each program does another share
+    tile = {name: field.value for name, field in vars(one.arguments["TILE"]).items()}
+    steps = 1
+    if "chunk_vecs" in one.arguments:
+        along, vec = ("rows", 1) if tile["channels_last"] else ("cols", tile["vec"])
+        stretch = tile[along] * tile["pixel_tiles"] // vec
+        steps = math.ceil(one.arguments["chunk_vecs"] / stretch)
+    rounds = steps
+    if one.kernel.__name__.endswith("moments_kernel"):
+        from triton_gn.kernels.split import STEPS_AT_ONCE
+
+        rounds -= math.ceil(steps / STEPS_AT_ONCE.value)  # the first of each, before the loop
+    executed = sass.executed(sass.disassembled(cubin), rounds)
+    elements = tile["rows"] * tile["cols"] * tile["channel_tiles"] * tile["pixel_tiles"] * steps
+    per_element: float = executed * 32 * one.num_warps / elements
+    return round(per_element, 1)
+
+
+def _converted_tiles(one: Launch, ttgir: str) -> int:
+    if "TILE" not in one.arguments:
+        return 0
+    tile = one.arguments["TILE"]
+    shape = f"tensor<{tile.rows.value}x{tile.cols.value}x"
+    return len(re.findall(rf"ttg\.convert_layout [^\n]*: {shape}", ttgir))
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise RuntimeError(f"the compiler's report has no {pattern}; it begins: {text[:200]}")
+    return int(found.group(1))
