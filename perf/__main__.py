@@ -11,7 +11,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return its exit status: 0 well, 1 it found something wrong, 2 it could not
     run, 130 after Ctrl-C."""
     try:
-        from perf import bench, ceilings, compare, cpu, demo, gpu, host, kernels, plot, sweep, wire
+        from perf import bench, ceilings, compare, cpu, demo, gpu, host, kernels, plot, sweep
     except ModuleNotFoundError as error:
         print(f"{error}. Remedy: pip install -e '.[cli,perf]'", file=sys.stderr)
         return 2
@@ -30,7 +30,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("host", host, "what a call costs the host, with or without a GPU"),
         ("cpu", cpu, "time the CPU path over PyTorch's own operations, without a GPU"),
         ("kernels", kernels, "count the kernels that a training step of each model compiles"),
-        ("wire", wire, "estimate what sharding a layer over GPUs costs on the wire"),
     )
 
 

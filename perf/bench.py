@@ -32,7 +32,7 @@ from triton_gn.plan import (
     cost_model,
     estimate,
     fields_of,
-    plan_by_rule,
+    heuristic_plan,
 )
 from triton_gn.tools import stopwatch, tune, workloads
 from triton_gn.tools.stopwatch import Call, Times
@@ -297,7 +297,7 @@ def predictions(
     problems = [workload.problem(part) for part in PARTS[direction]]
     for strategies in (STRATEGIES, *((one,) for one in STRATEGIES + UNVERIFIED)):
         try:
-            configs = [plan_by_rule(problem, gpu, strategies) for problem in problems]
+            configs = [heuristic_plan(problem, gpu, strategies) for problem in problems]
         except ValueError:
             continue  # the strategy cannot run
         times = [estimate(p, config, gpu) for p, config in zip(problems, configs, strict=True)]

@@ -78,8 +78,8 @@ def steps() -> Iterator[Step]:
     own = Path("tests/gpu/test_gpu.py")
     for path in (own, *sorted(Path("tests/kernels").glob("test_*.py"))):
         # tensors beyond 2**31 elements leave a GPU of 24 GB no room for a second worker
-        workers = 1 if path == own else min(8, os.cpu_count() or 1)
-        pytest = (python, "-m", "pytest", "-q", "-n", str(workers), str(path))
+        processes = 1 if path == own else min(8, os.cpu_count() or 1)
+        pytest = (python, "-m", "pytest", "-q", "-n", str(processes), str(path))
         yield Step(f"test {path.stem}", pytest)
     if sanitizer := shutil.which("compute-sanitizer"):
         test = (python, "-m", "pytest", "-q", "-k", "same_input", _SANITIZED)

@@ -23,7 +23,7 @@ from perf import bench, records
 from perf.providers import bytes_minimum, failure
 from perf.records import OURS, Record, slug
 from triton_gn.ops.device import gpu_of
-from triton_gn.plan import FIELDS, TARGETS, Config, Device, candidates, fields_of, plan_by_rule
+from triton_gn.plan import FIELDS, TARGETS, Config, Device, candidates, fields_of, heuristic_plan
 from triton_gn.tools import stopwatch, tune, workloads
 from triton_gn.tools.inspect import inspect
 from triton_gn.tools.verify import Trial, error_of
@@ -65,7 +65,7 @@ class Sweep:
         common = bench.origin("sweep", self.gpu, measured=not self.target)
         common |= bench.fields_of_workload(self.workload) | {"direction": self.direction}
         common |= {"bytes_minimum": bytes_minimum(self.workload, self.direction)}
-        rule = plan_by_rule(self.workload.problem(self.direction), self.gpu)
+        rule = heuristic_plan(self.workload.problem(self.direction), self.gpu)
         return [
             Record(
                 **common | fields,

@@ -12,10 +12,10 @@ from triton_gn.plan import (
     Config,
     Device,
     Problem,
+    best_per_strategy,
     is_always_resident,
     is_verified,
     plan,
-    rivals,
     table,
 )
 from triton_gn.reference import Operands
@@ -36,16 +36,16 @@ class Explanation:
 
     def __str__(self) -> str:
         tile = self.config.tile
-        sub_tiles = _count(tile.channel_tiles * tile.pixel_tiles, "sub-tile")
+        fragments = _count(tile.channel_tiles * tile.pixel_tiles, "fragment")
         text = (
             f"{self.path} path, {self.problem.direction}: {self.reason}\n"
             f"{self.config.strategy} on {self.device}: "
             f"{_count(self.config.grid(self.problem), 'program')} of "
             f"{_count(self.config.num_warps, 'warp')}, "
-            f"each {sub_tiles} of {tile.rows} x {tile.cols}"
+            f"each {fragments} of {tile.rows} x {tile.cols}"
         )
         if self.config.strategy != "resident":
-            text += f", {_count(self.config.chunks, 'chunk')} a group"
+            text += f", {_count(self.config.splits, 'split')} a group"
         if not is_verified(self.config):
             text += "\nno GPU has proven plans of this kind yet"
         return text
@@ -119,6 +119,6 @@ def _reason(problem: Problem, device: Device, config: Config, current: Settings)
         return f"{size} stay on chip"
     estimates = (
         f"{strategy} is estimated at {us:.1f} us"
-        for strategy, us in rivals(problem, device).items()
+        for strategy, us in best_per_strategy(problem, device).items()
     )
     return f"{size}; {', '.join(estimates)}"

@@ -29,8 +29,8 @@ SETTINGS: list[Any] = [
         id="autocast_policy",
     ),
     pytest.param(
-        lambda: triton_gn.plan_override(strategy="split", chunks=2),
-        {"plan_override": (("chunks", 2), ("strategy", "split"))},
+        lambda: triton_gn.plan_override(strategy="split", splits=2),
+        {"plan_override": (("splits", 2), ("strategy", "split"))},
         id="plan_override",
     ),
 ]
@@ -193,7 +193,7 @@ def test_explain_says_why_there_are_no_kernels() -> None:
     assert str(explanation) == (
         "torch path, forward: the input is on the CPU, where kernels run only under "
         "TRITON_INTERPRET=1; the kernels would run\n"
-        "resident on NVIDIA H100 80GB HBM3: 128 programs of 2 warps, each 4 sub-tiles of 1 x 32"
+        "resident on NVIDIA H100 80GB HBM3: 128 programs of 2 warps, each 4 fragments of 1 x 32"
     )
 
 
@@ -212,12 +212,12 @@ def test_explain_says_why_there_are_no_kernels() -> None:
             (1, 32, 512, 512),
             {},
             r"groups of 262144 elements; split is estimated at [\d.]+ us\n"
-            r"split on .*, \d+ chunks? a group$",
+            r"split on .*, \d+ splits? a group$",
         ),
         (
             (4, 64, 8, 8),
             {"strategy": "split"},
-            r"plan_override\(strategy='split'\)\nsplit on .*, 1 chunk a group$",
+            r"plan_override\(strategy='split'\)\nsplit on .*, 1 split a group$",
         ),
         (
             (4, 64, 60, 60),

@@ -144,10 +144,15 @@ def test_pipelined_among_others_thousands_of_times(
             y = triton_gn.group_norm(x, num_groups, activation="silu")
             return (y.detach(), *torch.autograd.grad(y, x, dy))
 
-    expected = step(strategy="pipelined", workers=7)
+    expected = step(strategy="pipelined", persistent_programs=7)
     for pipelined, split in zip(expected, step(strategy="split"), strict=True):
         torch.testing.assert_close(pipelined, split)
-    grids: tuple[dict[str, int], ...] = ({}, {"workers": 1}, {"workers": 200}, {"workers": 20_000})
+    grids: tuple[dict[str, int], ...] = (
+        {},
+        {"persistent_programs": 1},
+        {"persistent_programs": 200},
+        {"persistent_programs": 20_000},
+    )
     steps = [partial(step, strategy="pipelined", **grid) for grid in grids]
     repeat_among_others(steps, [expected] * len(steps), times=500)
 

@@ -13,7 +13,7 @@ from perf import bench, ceilings, providers, records, sweep
 from perf.providers import PARTS, PROVIDERS, Provider, checked
 from perf.records import OURS, Record
 from triton_gn.ops.device import gpu_of
-from triton_gn.plan import Config, fields_of, plan_by_rule
+from triton_gn.plan import Config, fields_of, heuristic_plan
 from triton_gn.tools import stopwatch
 from triton_gn.tools.stopwatch import Times
 from triton_gn.tools.verify import Trial
@@ -226,7 +226,7 @@ def swept(device: str, out: Path, *flags: str) -> tuple[int, list[Record]]:
 @pytest.fixture
 def rule(device: str) -> Config:
     problem = Workload("", 2, 8, 2, (6, 5), "float32").problem("forward")
-    return plan_by_rule(problem, gpu_of(torch.device(device)))
+    return heuristic_plan(problem, gpu_of(torch.device(device)))
 
 
 def test_sweep_times_plans(

@@ -14,7 +14,7 @@ from tests.support.memory import GuardedMemory
 from tests.support.oracle import check, make_case
 from triton_gn.ops import launcher
 from triton_gn.ops.device import gpu_of
-from triton_gn.plan import Config, Problem, fields_of, plan, plan_by_rule, planner, table
+from triton_gn.plan import Config, Problem, fields_of, heuristic_plan, plan, planner, table
 from triton_gn.tools import stopwatch, tune
 from triton_gn.tools.stopwatch import Times
 from triton_gn.tools.verify import Trial, error_of
@@ -99,7 +99,7 @@ def test_what_is_faster_is_kept_and_used(
         entry = table(gpu)[problem]
         assert (entry.rule_us, entry.best_us, entry.noise_us) == pytest.approx((1000, 500, 200))
         assert entry.config == fields_of(config)
-        assert plan(problem, device) == config != plan_by_rule(problem, device)
+        assert plan(problem, device) == config != heuristic_plan(problem, device)
     with launcher.recording() as calls:
         results = case.through_kernels()
     assert [call.config for call in calls] == fast
@@ -114,7 +114,7 @@ def test_gain_must_be_more_than_the_noise(gpu: torch.device, ms: float, is_kept:
     assert (entry.config is not None) is is_kept
     assert entry.best_us == pytest.approx(1e3 * ms if is_kept else 1e3)
     device = gpu_of(gpu)
-    assert plan(FORWARD, device) == (fast if is_kept else plan_by_rule(FORWARD, device))
+    assert plan(FORWARD, device) == (fast if is_kept else heuristic_plan(FORWARD, device))
 
 
 def test_fastest_of_many_races_the_rule_again(gpu: torch.device) -> None:
@@ -129,7 +129,7 @@ def test_fastest_of_many_races_the_rule_again(gpu: torch.device) -> None:
     stopwatch = Stopwatch(ms)
     tune.run(options(*SHAPE, "--direction", "forward"), gpu, stopwatch)
     assert table(gpu)[FORWARD].config is None
-    rule = plan_by_rule(FORWARD, gpu_of(gpu))
+    rule = heuristic_plan(FORWARD, gpu_of(gpu))
     assert stopwatch.timed == [rule, *others(FORWARD, gpu), *[rule, lucky] * 2]
 
 
@@ -147,7 +147,7 @@ def test_wrong_broken_and_spilling_plans_are_never_timed(
             self.outputs(direction)["y"][-1, -1, -1, -1] += 1e-3
 
     monkeypatch.setattr(Trial, "run", corrupted)
-    rule = plan_by_rule(FORWARD, gpu_of(gpu))
+    rule = heuristic_plan(FORWARD, gpu_of(gpu))
     # the rule's own plan may spill
     monkeypatch.setattr(Trial, "spills", lambda self, _, config: config in (spilling, rule))
     stopwatch = preferring(wrong, broken, spilling)
@@ -222,7 +222,7 @@ def test_residual_without_activation_has_no_gradient_of_the_kernels(gpu: torch.d
 def test_problem_that_the_rule_gets_wrong_is_not_tuned(
     gpu: torch.device, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rule = plan_by_rule(FORWARD, gpu_of(gpu))
+    rule = heuristic_plan(FORWARD, gpu_of(gpu))
     fault = tune._fault
 
     def found(trial: Trial, direction: str, config: Config, **rest: bool) -> str | None:

@@ -13,7 +13,7 @@ from triton.runtime import InterpreterError
 import triton_gn
 from tests.support.memory import GuardedMemory
 from tests.support.oracle import check, make_case
-from triton_gn.kernels.tile import Tile, window_of
+from triton_gn.kernels.tile import Tile, program_tile_of
 from triton_gn.plan import Device, Problem, plan
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -124,10 +124,10 @@ def test_more_groups_than_a_grid_axis_of_65535(memory: GuardedMemory, device: st
 
 @triton.jit
 def _offset_kernel(
-    offset_ptr, pid, groups, pixels, row_vecs, chunks, chunk_vecs, TILE: tl.constexpr
+    offset_ptr, pid, groups, pixels, row_vecs, splits, split_vecs, TILE: tl.constexpr
 ):
-    window = window_of(pid, groups, pixels, row_vecs, chunks, chunk_vecs, TILE)
-    tl.store(offset_ptr, window.offset)
+    program_tile = program_tile_of(pid, groups, pixels, row_vecs, splits, split_vecs, TILE)
+    tl.store(offset_ptr, program_tile.offset)
 
 
 @pytest.mark.parametrize("strategy", ["resident", "pipelined", "split"])
@@ -140,16 +140,18 @@ def test_offsets_beyond_2_to_the_31(device: str, strategy: str, channels_last: b
     last = config.programs(problem) - 1
     offset = torch.zeros(1, dtype=torch.int64, device=device)
     _offset_kernel[(1,)](
-        offset, last, 8, pixels, problem.row_vecs, config.chunks, config.chunk_vecs,
+        offset, last, 8, pixels, problem.row_vecs, config.splits, config.split_vecs,
         TILE=Tile(**asdict(config.tile), threads=32 * config.num_warps, nvidia=False),
     )  # fmt: skip
     sample = (problem.n - 1) * 16 * pixels
-    first = (config.chunks - 1) * config.chunk_vecs  # pixel, or vector, of the last chunk
+    first = (config.splits - 1) * config.split_vecs  # pixel, or vector, of the last split
     if channels_last:
         first_channel = 16 - config.tile.groups * 2
         assert offset.item() == sample + first * 16 + first_channel
     else:
-        assert config.slots == config.chunks * 2 // config.tile.rows or strategy == "resident"
+        assert (
+            config.num_partials == config.splits * 2 // config.tile.rows or strategy == "resident"
+        )
         first_row = 14 if strategy == "resident" else 16 - config.tile.rows
         assert offset.item() == sample + first_row * pixels + first * problem.vec
 

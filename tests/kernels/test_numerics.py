@@ -88,16 +88,16 @@ def test_mean_that_drifts_within_a_group(
 
 
 @FORMATS
-@pytest.mark.parametrize("chunks", [1, 2])
+@pytest.mark.parametrize("splits", [1, 2])
 def test_first_stretch_far_from_the_rest(
-    memory: GuardedMemory, device: str, channels_last: bool, chunks: int
+    memory: GuardedMemory, device: str, channels_last: bool, splits: int
 ) -> None:
-    """The worst for moments whose deviations are from the mean of the first of 16 stretches."""
+    """The worst for moments whose deviations are from the mean of the first of 16 iterations."""
     case = make_case(
         memory, device, (1, 4, 512, 128), 1, channels_last=channels_last, mean=1e4, std=0.1
     )
     case.x[:, :, :16] = 0.0
-    with triton_gn.plan_override(strategy="split", chunks=chunks):
+    with triton_gn.plan_override(strategy="split", splits=splits):
         found = errors(case, case.through_kernels())
     # m2 keeps 20 of its 24 bits: 1e-6, and what its sums round by
     assert found["y"] <= 2e-6

@@ -211,12 +211,12 @@ def test_bytes(
             torch.autograd.grad(y, (x, given.m2), case.dy)
         with Traffic(x=x) as stats_backward:
             torch.autograd.grad(stats.m2.sum(), x)
-    slots = [one.config.slots for one in calls]
+    num_partials = [one.config.num_partials for one in calls]
     assert [one.loaded["x"] for one in (taken, applied)] == [x.nbytes] * 2
-    assert taken.stored["other"] == 4 * 4 * groups * (slots[0] + 1)  # merged: one part more
+    assert taken.stored["other"] == 4 * 4 * groups * (num_partials[0] + 1)  # merged: one part more
     assert applied.stored["other"] == y.nbytes + 4 * 3 * groups  # and what backward needs
     assert apply_backward.loaded["x"] == apply_backward.loaded["dy"] == 2 * x.nbytes
-    assert apply_backward.stored["other"] == x.nbytes + 4 * 2 * groups * slots[2]
+    assert apply_backward.stored["other"] == x.nbytes + 4 * 2 * groups * num_partials[2]
     assert stats_backward.loaded["x"] == x.nbytes
     assert stats_backward.stored["other"] == x.nbytes
     with triton_gn.backend("triton"), torch.no_grad(), Traffic(x=x) as applied:

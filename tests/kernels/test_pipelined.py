@@ -23,32 +23,44 @@ FORMATS = pytest.mark.parametrize("channels_last", [False, True], ids=["contiguo
 
 
 @triton.jit
-def list_tickets(out_ptr, order, chunks, TILE: tl.constexpr):
+def list_tickets(out_ptr, order, splits, TILE: tl.constexpr):
     for ticket in range(0, 2 * order.units * order.items):
         unit, is_first = _phase(ticket, order)
         tl.store(out_ptr + 3 * ticket, unit)
         tl.store(out_ptr + 3 * ticket + 1, is_first.to(tl.int32))
         tl.store(
-            out_ptr + 3 * ticket + 2, _program(unit, ticket % order.items, order, chunks, TILE)
+            out_ptr + 3 * ticket + 2, _program(unit, ticket % order.items, order, splits, TILE)
         )
 
 
 def tickets(
-    device: str, units: int, in_sample: int, items: int, lag: int, chunks: int, channels_last: bool
+    device: str,
+    units: int,
+    in_sample: int,
+    items: int,
+    prefetch_distance: int,
+    splits: int,
+    channels_last: bool,
 ) -> list[tuple[int, bool, int]]:
     """Unit, whether it is the first pass, and the number of the program, of each ticket."""
     out = torch.full((2 * units * items, 3), -1, dtype=torch.int32, device=device)
-    order = Units(units, in_sample, items, lag)
-    list_tickets[(1,)](out, order, chunks, Tile(channels_last=channels_last))
+    order = Units(units, in_sample, items, prefetch_distance)
+    list_tickets[(1,)](out, order, splits, Tile(channels_last=channels_last))
     return [(unit, bool(first), program) for unit, first, program in out.tolist()]
 
 
 @FORMATS
-@pytest.mark.parametrize(("units", "lag"), [(1, 1), (2, 1), (2, 2), (6, 1), (6, 4), (6, 6)])
-def test_tickets_are_in_order(device: str, units: int, lag: int, channels_last: bool) -> None:
-    chunks = 3
-    items = 2 * chunks
-    listed = tickets(device, units, 2 if units % 2 == 0 else 1, items, lag, chunks, channels_last)
+@pytest.mark.parametrize(
+    ("units", "prefetch_distance"), [(1, 1), (2, 1), (2, 2), (6, 1), (6, 4), (6, 6)]
+)
+def test_tickets_are_in_order(
+    device: str, units: int, prefetch_distance: int, channels_last: bool
+) -> None:
+    splits = 3
+    items = 2 * splits
+    listed = tickets(
+        device, units, 2 if units % 2 == 0 else 1, items, prefetch_distance, splits, channels_last
+    )
     for is_first in (True, False):
         of_pass = [one for one in listed if one[1] is is_first]
         assert [unit for unit, *_ in of_pass] == [i // items for i in range(units * items)]
@@ -57,15 +69,17 @@ def test_tickets_are_in_order(device: str, units: int, lag: int, channels_last: 
     assert len(phases) == 2 * units
     for unit in range(units):
         first, second = phases.index((unit, True)), phases.index((unit, False))
-        # lag - 1 pairs and one first pass lie between, as far as there are any
-        assert first < second <= first + 2 * lag
+        # prefetch_distance - 1 pairs and one first pass lie between, as far as there are any
+        assert first < second <= first + 2 * prefetch_distance
     # whoever waits, waits for earlier tickets only
-    assert [unit for unit, is_first in phases if is_first][:lag] == list(range(lag))
+    assert [unit for unit, is_first in phases if is_first][:prefetch_distance] == list(
+        range(prefetch_distance)
+    )
 
 
 def test_units_are_adjacent_groups_of_a_sample(device: str) -> None:
-    """Channels-last, 6 blocks of groups in units of 2, 3 chunks: programs are numbered as split's,
-    blocks innermost, then chunks, then samples."""
+    """Channels-last, 6 blocks of groups in units of 2, 3 splits: programs are numbered as split's,
+    blocks innermost, then splits, then samples."""
     listed = tickets(device, 6, 3, 6, 1, 3, channels_last=True)
     for unit, is_first, program in listed:
         if is_first:
@@ -83,11 +97,15 @@ def test_bits_do_not_depend_on_the_pipeline(
         memory, device, (3, 16, 12, 16), 4, channels_last=channels_last, activation=activation,
         fused=("pre_add", "residual"),
     )  # fmt: skip
-    cut = {"pixel_tiles": 1, "chunks": 2}
+    cut = {"pixel_tiles": 1, "splits": 2}
     with triton_gn.plan_override(strategy="split", **cut):
         expected = case.through_kernels()
     check(expected, case.expected())
-    for fields in ({"workers": 1}, {"workers": 5}, {"workers": 64, "blocks": 1}):
+    for fields in (
+        {"persistent_programs": 1},
+        {"persistent_programs": 5},
+        {"persistent_programs": 64, "blocks": 1},
+    ):
         with triton_gn.plan_override(strategy="pipelined", **cut, **fields):
             for name, value in case.through_kernels().items():
                 assert torch.equal(value, expected[name]), name
@@ -95,7 +113,7 @@ def test_bits_do_not_depend_on_the_pipeline(
 
 def test_counters_start_at_zero_in_each_call(memory: GuardedMemory, device: str) -> None:
     case = make_case(memory, device, (2, 8, 6, 6), 2)
-    options = Settings(plan_override=(("strategy", "pipelined"), ("workers", 2)))
+    options = Settings(plan_override=(("strategy", "pipelined"), ("persistent_programs", 2)))
     expected = case.expected()["y"]
     with launcher.recording() as calls:
         for _ in range(3):

@@ -56,14 +56,14 @@ def traffic(rank: int, group: dist.ProcessGroup, channels_last: bool) -> None:
             y = sharded_group_norm(x, groups, weight, activation="silu", process_group=group)
         with Traffic(x=x, dy=dy) as backward:
             torch.autograd.grad(y, (x, weight), dy)
-    slots = [one.config.slots for one in calls]
+    num_partials = [one.config.num_partials for one in calls]
     assert forward.loaded["x"] == 2 * x.nbytes
     # partial and merged moments, and what backward needs
-    assert forward.stored["other"] == y.nbytes + 4 * n * groups * (4 * slots[0] + 4 + 3)
+    assert forward.stored["other"] == y.nbytes + 4 * n * groups * (4 * num_partials[0] + 4 + 3)
     assert backward.loaded["x"] == backward.loaded["dy"] == 2 * x.nbytes
-    parts = n * calls[2].config.chunks
+    parts = n * calls[2].config.splits
     of_weight = 4 * 12 * (parts + 1) if parts > 1 else 4 * 12
-    assert backward.stored["other"] == x.nbytes + 4 * 2 * n * groups * slots[2] + of_weight
+    assert backward.stored["other"] == x.nbytes + 4 * 2 * n * groups * num_partials[2] + of_weight
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="counts in the interpreter")

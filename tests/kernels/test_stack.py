@@ -41,8 +41,8 @@ def test_matches_float64(
         memory, device, (n, channels), num_groups, dtype=dtype, activation="silu" * bool(fused)
         or "none", fused=fused, per_sample=False, mean=3.0,
     )  # fmt: skip
-    assert tile_of(case, "forward").stacked
-    assert tile_of(case, "backward").stacked
+    assert tile_of(case, "forward").batch_rows
+    assert tile_of(case, "backward").batch_rows
     check(case.through_kernels(), case.expected())
 
 

@@ -43,8 +43,8 @@ def test_each_tensor_is_read_and_written_once(
             y = triton_gn.group_norm(x, num_groups, case.weight, case.bias)
         with Traffic(x=x, dy=dy, y=y) as backward:
             (dx,) = torch.autograd.grad(y, x, dy)
-        slots = {
-            direction: triton_gn.explain(x, num_groups, direction=direction).config.slots
+        num_partials = {
+            direction: triton_gn.explain(x, num_groups, direction=direction).config.num_partials
             for direction in ("forward", "backward")
         }
     assert forward.loaded["x"] == passes * x.nbytes
@@ -56,8 +56,8 @@ def test_each_tensor_is_read_and_written_once(
     itemsize = 8 if dtype is torch.float64 else 4
     per_group = {"forward": 3, "backward": 0}
     if strategy != "resident":
-        per_group["forward"] += 4 * slots["forward"]
-        per_group["backward"] += 2 * slots["backward"]
+        per_group["forward"] += 4 * num_partials["forward"]
+        per_group["backward"] += 2 * num_partials["backward"]
     numbers = shape[0] * num_groups * itemsize
     assert forward.stored["other"] == y.nbytes + per_group["forward"] * numbers
     assert backward.stored["other"] == dx.nbytes + per_group["backward"] * numbers
@@ -79,9 +79,9 @@ def test_nothing_is_computed_that_is_not_asked_for(memory: GuardedMemory, device
 def numbers_of(problem: triton_gn.explain.Explanation) -> int:
     """How many numbers a forward and a backward leave besides the tensors: statistics, partials."""
     groups = problem.problem.n * problem.problem.groups
-    slots = problem.config.slots if problem.config.strategy != "resident" else 0
+    num_partials = problem.config.num_partials if problem.config.strategy != "resident" else 0
     forward = problem.problem.direction == "forward"
-    return groups * ((3 if forward else 0) + (4 if forward else 2) * slots)
+    return groups * ((3 if forward else 0) + (4 if forward else 2) * num_partials)
 
 
 @pytest.mark.parametrize(("strategy", "passes"), [("resident", 1), ("pipelined", 2), ("split", 2)])

@@ -213,7 +213,7 @@ def test_settings_are_those_of_the_compilation(device: str) -> None:
     x = operands(device)[0].requires_grad_()
     expected = fused(x, *[None] * 6)
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
-    with triton_gn.plan_override(strategy="split", chunks=2):
+    with triton_gn.plan_override(strategy="split", splits=2):
         override = settings.to_text(settings.current())
         compiled(x, *[None] * 6)
     with launcher.recording() as calls:
@@ -222,7 +222,7 @@ def test_settings_are_those_of_the_compilation(device: str) -> None:
     seen = [(call.problem.direction, call.config.strategy) for call in calls]
     assert seen == [("forward", "split"), ("backward", "split")]
     assert_close(y, expected)
-    assert settings.from_text(override).plan_override == (("chunks", 2), ("strategy", "split"))
+    assert settings.from_text(override).plan_override == (("splits", 2), ("strategy", "split"))
 
 
 @pytest.mark.parametrize("per_example", [False, True])

@@ -89,8 +89,8 @@ def assert_compile_well(launches: list[Launch], dtype: torch.dtype, target: str)
         kernel = compile_launch(launch, target)
         assert kernel.spill_bytes == 0, kernel
         if "TILE" in launch.arguments:
-            # rows that span several channels are converted by Triton before 3.9
-            is_spanned = launch.arguments["TILE"].span.value > 1
+            # rows that channels_per_row several channels are converted by Triton before 3.9
+            is_spanned = launch.arguments["TILE"].channels_per_row.value > 1
             assert kernel.converted_tiles == 0 or (is_spanned and OLDER), kernel
         assembly = assembly_of(launch, target)
         assert not [word for word in FORBIDDEN if word in assembly], kernel

@@ -83,7 +83,7 @@ def check(
     return configs
 
 
-# 7x7 pixels span channels; groups of 5 channels lie side by side; of one pixel, samples are stacked
+# 7x7 pixels span channels; groups of 5 channels lie side by side; samples of one pixel are rows
 SHAPES: list[tuple[int, int, int, tuple[int, ...]]] = [
     (2, 12, 3, (8, 8)), (3, 16, 2, (7, 7)), (2, 20, 4, (9, 7)), (17, 24, 3, ()), (2, 6, 6, (5,)),
 ]  # fmt: skip
@@ -123,7 +123,7 @@ def test_answers_of_other_targets(memory: str, target: str) -> None:
 def test_pipelines_of_programs_beside_each_other(memory: str, seed: int) -> None:
     """Whichever runs next: a second pass waits for the first ones of its unit."""
     workload = Workload("", 2, 12, 3, (16, 20), layout=memory, activation="silu")
-    override = {"strategy": "pipelined", "chunks": 2, "pixel_tiles": 1, "workers": 5}
+    override = {"strategy": "pipelined", "splits": 2, "pixel_tiles": 1, "persistent_programs": 5}
     check(workload, override=override, seed=seed, at_a_time=3)
 
 
@@ -173,7 +173,7 @@ def test_a_mean_far_from_0_keeps_its_low_part(
     if dtype == "float64":
         fused = ()  # the oracle's sum with a pre_add would lose more
     workload = Workload("", 2, 12, 3, (16, 20), dtype, layout=memory, fused=fused)
-    override = {"strategy": strategy} | ({} if strategy == "resident" else {"chunks": 2})
+    override = {"strategy": strategy} | ({} if strategy == "resident" else {"splits": 2})
     check(workload, override=override, most=most, mean=mean, std=0.1, fuses=fuses)
 
 

@@ -14,14 +14,14 @@ from triton_gn.plan import (
     Config,
     Device,
     Problem,
+    best_per_strategy,
     fits,
     is_always_resident,
     is_verified,
+    partials_at_a_time,
     plan,
-    rivals,
-    slots_at_a_time,
 )
-from triton_gn.plan.candidates import MAX_SLOTS, block_extent, make_tile
+from triton_gn.plan.candidates import MAX_PARTIALS, block_extent, make_tile
 from triton_gn.reference import ACTIVATIONS
 
 H100 = Device()
@@ -29,7 +29,7 @@ REGISTERS = 65536  # of a multiprocessor, 32 bits each
 CHANNELS_LAST = Problem("forward", 2, 320, 32, 256, "bfloat16", channels_last=True)
 CONTIGUOUS = replace(CHANNELS_LAST, channels_last=False)
 LARGE = replace(CONTIGUOUS, pixels=2**16)
-# an odd group leaves one element per access, and so the most sub-tiles for the same bytes
+# an odd group leaves one element per access, and so the most fragments for the same bytes
 ODD = Problem("forward", 1, 15, 3, 4097, "bfloat16", channels_last=False)
 # the model holds split for faster here, on a GPU that would else be idle
 IDLE = Problem("backward", 1, 128, 1, 64, "float32", channels_last=False)
@@ -83,7 +83,7 @@ def test_every_problem_has_a_plan_that_fits(problem: Problem) -> None:
         assert fits(problem, config, device) is None
     if problem.group_elements > REGISTERS:
         assert plan(problem, H100).strategy == "split"
-        assert "resident" not in rivals(problem, H100)
+        assert "resident" not in best_per_strategy(problem, H100)
 
 
 @for_any_problem
@@ -114,7 +114,7 @@ def test_sub_tiles_and_chunks_cover_the_block_and_none_is_empty(problem: Problem
     tile = config.tile
     rows, cols = block_extent(problem, tile.groups)
     parts_of_batch = problem.n
-    if tile.stacked:
+    if tile.batch_rows:
         rows = tile.rows  # each of a stack is one sample
         parts_of_batch = math.ceil(problem.n / tile.rows)
     if problem.channels_last:
@@ -125,19 +125,19 @@ def test_sub_tiles_and_chunks_cover_the_block_and_none_is_empty(problem: Problem
     if config.strategy == "resident":
         assert_covers(channels, per_channel_tile, tile.channel_tiles)
         assert_covers(pixels, per_pixel_tile, tile.pixel_tiles)
-        assert (config.chunks, config.chunk_vecs) == (1, vecs)
-        assert config.slots == 1
+        assert (config.splits, config.split_vecs) == (1, vecs)
+        assert config.num_partials == 1
     else:
-        assert_covers(vecs, config.chunk_vecs, config.chunks)
-        parts, rest = divmod(config.slots, config.chunks)
+        assert_covers(vecs, config.split_vecs, config.splits)
+        parts, rest = divmod(config.num_partials, config.splits)
         assert rest == 0
         assert_covers(channels, per_channel_tile * tile.channel_tiles, parts)
-        # merged as a power of two of slots by one of groups
-        at_a_time = slots_at_a_time(config.tile.group_slots)
+        # merged as a power of two of num_partials by one of groups
+        at_a_time = partials_at_a_time(config.tile.padded_groups)
         assert at_a_time.bit_count() == 1
-        assert at_a_time * tile.group_slots <= MAX_SLOTS
+        assert at_a_time * tile.padded_groups <= MAX_PARTIALS
     blocks = math.ceil(problem.groups / tile.groups)
-    assert config.programs(problem) == parts_of_batch * blocks * config.slots
+    assert config.programs(problem) == parts_of_batch * blocks * config.num_partials
 
 
 def test_samples_of_one_pixel_are_stacked() -> None:
@@ -145,11 +145,11 @@ def test_samples_of_one_pixel_are_stacked() -> None:
     for direction in ("forward", "backward"):
         problem = Problem(direction, 4096, 1024, 16, 1, "bfloat16", channels_last=True)
         config = plan(problem, H100)
-        assert config.tile.stacked
+        assert config.tile.batch_rows
         assert config.tile.rows >= 8
         per_sample = replace(problem, per_sample=True)
-        assert not plan(per_sample, H100).tile.stacked
-        assert not plan(replace(problem, pixels=2), H100).tile.stacked
+        assert not plan(per_sample, H100).tile.batch_rows
+        assert not plan(replace(problem, pixels=2), H100).tile.batch_rows
 
 
 @for_any_problem
@@ -157,7 +157,7 @@ def test_samples_of_one_pixel_are_stacked() -> None:
 def test_masks_are_left_out_only_where_the_sub_tiles_end_with_the_tensor(problem: Problem) -> None:
     config = plan(problem, H100)
     tile = config.tile
-    rows, cols = block_extent(problem, tile.groups, tile.stacked)
+    rows, cols = block_extent(problem, tile.groups, tile.batch_rows)
     row_tiles, col_tiles = tile.channel_tiles, tile.pixel_tiles
     if problem.channels_last:
         row_tiles, col_tiles = col_tiles, row_tiles
@@ -184,7 +184,7 @@ def test_batch_size_matters_otherwise() -> None:
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("channels", [320, 640, 1280])
 def test_sizes_of_an_image_share_the_tile_of_split(direction: str, channels: int) -> None:
-    """What a tile is compiled for, it is compiled for once: sizes differ in chunks."""
+    """What a tile is compiled for, it is compiled for once: sizes differ in splits."""
     sizes = [(128, 128), (144, 112), (152, 104), (168, 96), (88, 176), (80, 192), (64, 64)]
     problems = [
         Problem(direction, n, channels, 32, height * width, "float16", True, "silu")
@@ -193,7 +193,7 @@ def test_sizes_of_an_image_share_the_tile_of_split(direction: str, channels: int
     ]
     plans = [overridden(problem, strategy="split") for problem in problems]
     assert len({replace(one.tile, mask_rows=True) for one in plans}) == 1
-    assert len({one.chunks for one in plans}) > 1
+    assert len({one.splits for one in plans}) > 1
 
 
 def test_rows_beyond_the_last_channel_count() -> None:
@@ -256,14 +256,14 @@ def test_num_warps_can_be_overridden(num_warps: int) -> None:
     assert overridden(CONTIGUOUS, num_warps=num_warps).num_warps == num_warps
 
 
-@pytest.mark.parametrize("chunks", [1, 2, 4])
-def test_chunks_can_be_overridden(chunks: int) -> None:
-    assert overridden(LARGE, strategy="split", chunks=chunks).chunks == chunks
+@pytest.mark.parametrize("splits", [1, 2, 4])
+def test_chunks_can_be_overridden(splits: int) -> None:
+    assert overridden(LARGE, strategy="split", splits=splits).splits == splits
 
 
 def test_a_pipeline_takes_what_is_given() -> None:
-    config = overridden(LARGE, strategy="pipelined", chunks=4, blocks=2, workers=7)
-    assert (config.chunks, config.blocks, config.workers) == (4, 2, 7)
+    config = overridden(LARGE, strategy="pipelined", splits=4, blocks=2, persistent_programs=7)
+    assert (config.splits, config.blocks, config.persistent_programs) == (4, 2, 7)
     assert config.grid(LARGE) == 7
     assert config.units_in_sample(LARGE) == 16
 
@@ -275,10 +275,15 @@ def test_pipelines_fill_the_gpu_and_their_second_pass_is_late_enough(problem: Pr
     problem = replace(problem, n=min(problem.n, 64))  # or there may be more tickets than numbers
     config = overridden(problem, strategy="pipelined")
     units = problem.n * config.units_in_sample(problem)
-    lag, items = config.lag(problem), config.blocks * config.slots
+    prefetch_distance, items = (
+        config.prefetch_distance(problem),
+        config.blocks * config.num_partials,
+    )
     assert units * items == config.programs(problem)
-    assert 1 <= config.workers <= max(config.programs(problem), 1)
-    assert lag == units or (lag - 1) * items >= config.workers
+    assert 1 <= config.persistent_programs <= max(config.programs(problem), 1)
+    assert (
+        prefetch_distance == units or (prefetch_distance - 1) * items >= config.persistent_programs
+    )
 
 
 @for_any_problem
@@ -293,14 +298,14 @@ def test_the_rule_chooses_only_what_a_gpu_has_proven(problem: Problem) -> None:
 def test_rows_that_span_channels_are_counted_in_32_bits(pixels: int, dtype: str) -> None:
     """In 32 bits channel 3 of 4 of 2**30 + 1 pixels would have the parameters of channel 0."""
     problem = Problem("forward", 1, 8, 1, pixels, dtype, channels_last=False)
-    assert problem.span == 1 or problem.row_vecs * problem.vec < 2**31
-    assert problem.span > 1 or pixels > 49
+    assert problem.channels_per_row == 1 or problem.row_vecs * problem.vec < 2**31
+    assert problem.channels_per_row > 1 or pixels > 49
     assert fits(problem, plan(problem, H100), H100) is None
 
 
 def test_more_chunks_than_there_are_stretches_are_not_made() -> None:
-    config = overridden(CONTIGUOUS, strategy="split", chunks=10**6)
-    assert_covers(CONTIGUOUS.row_vecs, config.chunk_vecs, config.chunks)
+    config = overridden(CONTIGUOUS, strategy="split", splits=10**6)
+    assert_covers(CONTIGUOUS.row_vecs, config.split_vecs, config.splits)
 
 
 @pytest.mark.parametrize(
@@ -312,12 +317,12 @@ def test_more_chunks_than_there_are_stretches_are_not_made() -> None:
         (CONTIGUOUS, {"cols": 0}, "cols .*got 0"),
         (CONTIGUOUS, {"cols": -8}, "cols .*got -8"),
         (CONTIGUOUS, {"num_warps": 3}, "num_warps must be a power of two up to 32; got 3"),
-        (CONTIGUOUS, {"strategy": "split", "chunks": 0}, "chunks .*got 0"),
-        (CONTIGUOUS, {"strategy": "split", "chunks": -1}, "chunks .*got -1"),
-        (CONTIGUOUS, {"strategy": "resident", "chunks": 2}, "add strategy='split'"),
+        (CONTIGUOUS, {"strategy": "split", "splits": 0}, "splits .*got 0"),
+        (CONTIGUOUS, {"strategy": "split", "splits": -1}, "splits .*got -1"),
+        (CONTIGUOUS, {"strategy": "resident", "splits": 2}, "add strategy='split'"),
         (CONTIGUOUS, {"groups": 2}, "2 whole groups"),
         (CHANNELS_LAST, {"groups": 33}, "33 whole groups"),
-        # a chunk would end within a stretch, which has no mask there
+        # a split would end within a iteration, which has no mask there
         (
             CONTIGUOUS,
             {"strategy": "split", "cols": 4, "pixel_tiles": 3},
@@ -360,7 +365,7 @@ NOT_SMALL = Problem("forward", 2, 320, 32, 4096, "bfloat16", channels_last=False
         (CHANNELS_LAST, {}, {"groups": 0}, "between 1 and 32; got 0"),
         (CHANNELS_LAST, {}, {"groups": 33}, "between 1 and 32; got 33"),
         (CHANNELS_LAST, {}, {"groups": 7}, "hold the 70 channels of 7 groups; got 64"),
-        (CONTIGUOUS, {}, {"pixel_tiles": 17}, "at most 16 sub-tiles; got 17"),
+        (CONTIGUOUS, {}, {"pixel_tiles": 17}, "at most 16 fragments; got 17"),
         (
             NOT_SMALL,
             {},
@@ -369,8 +374,13 @@ NOT_SMALL = Problem("forward", 2, 320, 32, 4096, "bfloat16", channels_last=False
         ),
         (PIPELINED, {"blocks": 3}, {}, "blocks must divide the 32 of a sample; got 3"),
         (PIPELINED, {"blocks": 0}, {}, "blocks must divide .*got 0"),
-        (PIPELINED, {"workers": 0}, {}, "workers must be between 1 and 65536; got 0"),
-        (PIPELINED, {"workers": 2**17}, {}, "workers .* got 131072"),
+        (
+            PIPELINED,
+            {"persistent_programs": 0},
+            {},
+            "persistent_programs must be between 1 and 65536; got 0",
+        ),
+        (PIPELINED, {"persistent_programs": 2**17}, {}, "persistent_programs .* got 131072"),
         (replace(PIPELINED, n=2**25), {}, {}, r"tickets must be less than 2\*\*31"),
         (CONTIGUOUS, {}, {"cols": 4}, "multiple of the vector, 8; got 4"),
         (CONTIGUOUS, {}, {"rows": 256}, "2048 elements a warp; 256 rows of 64 in 4 warps"),
@@ -385,7 +395,7 @@ def test_every_bound_can_fail(
     good = Config("split", make_tile(problem, 1, 8, 64, 1, 1), 4, 1, 256)
     assert fits(problem, good, H100) is None
     if problem.activation == PIPELINED.activation:
-        good = replace(good, strategy="pipelined", blocks=1, workers=1)
+        good = replace(good, strategy="pipelined", blocks=1, persistent_programs=1)
         assert fits(replace(problem, n=1), good, H100) is None
     reason = fits(problem, replace(good, tile=replace(good.tile, **tile), **config), H100)
     assert reason is not None

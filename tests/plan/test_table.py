@@ -21,8 +21,8 @@ from triton_gn.plan import (
     candidates,
     fields_of,
     fits,
+    heuristic_plan,
     plan,
-    plan_by_rule,
     planner,
     table,
 )
@@ -37,7 +37,7 @@ PROVENANCE = {"driver": "570.1", "torch": "2.13"}
 
 def another_plan(problem: Problem) -> Config:
     """One that can run and is not the rule's."""
-    rule = plan_by_rule(problem, H100)
+    rule = heuristic_plan(problem, H100)
     return next(config for config in candidates(problem, H100) if config != rule)
 
 
@@ -75,26 +75,26 @@ def write(folder: Path, *entries: Entry, device: Device = H100) -> Path:
 
 def test_without_tables_the_rule_plans(folder: Path) -> None:
     assert table.lookup(PROBLEM, H100) is None
-    assert plan(PROBLEM, H100) == plan_by_rule(PROBLEM, H100)
+    assert plan(PROBLEM, H100) == heuristic_plan(PROBLEM, H100)
 
 
 def test_entry_of_the_problem_itself_is_used(folder: Path) -> None:
     path = write(folder, ENTRY)
     assert table.lookup(PROBLEM, H100) == table.Found(TUNED, path, exact=True)
-    assert plan(PROBLEM, H100) == TUNED != plan_by_rule(PROBLEM, H100)
+    assert plan(PROBLEM, H100) == TUNED != heuristic_plan(PROBLEM, H100)
 
 
 def test_entry_that_the_rule_won_leaves_the_plan_to_it(folder: Path) -> None:
     path = write(folder, entry_of(PROBLEM, None))
     assert table.lookup(PROBLEM, H100) == table.Found(None, path, exact=True)
-    assert plan(PROBLEM, H100) == plan_by_rule(PROBLEM, H100)
+    assert plan(PROBLEM, H100) == heuristic_plan(PROBLEM, H100)
     # the same for a problem near it, of which nothing is worth a warning
-    assert plan(replace(PROBLEM, n=3), H100) == plan_by_rule(replace(PROBLEM, n=3), H100)
+    assert plan(replace(PROBLEM, n=3), H100) == heuristic_plan(replace(PROBLEM, n=3), H100)
 
 
 def test_override_goes_before_tables(folder: Path) -> None:
     write(folder, ENTRY)
-    rule = plan_by_rule(PROBLEM, H100)
+    rule = heuristic_plan(PROBLEM, H100)
     override = (("num_warps", rule.num_warps),)
     assert plan(PROBLEM, H100, override=override) == rule
 
@@ -111,7 +111,7 @@ def test_table_is_read_once_until_plans_are_forgotten(folder: Path) -> None:
     path.unlink()
     assert plan(PROBLEM, H100) == table.lookup(PROBLEM, H100).config == TUNED  # type: ignore[union-attr]
     planner.forget_plans()
-    assert plan(PROBLEM, H100) == plan_by_rule(PROBLEM, H100)
+    assert plan(PROBLEM, H100) == heuristic_plan(PROBLEM, H100)
 
 
 def test_near_match_is_used_and_warned_of_once_with_the_command(folder: Path) -> None:
@@ -197,7 +197,7 @@ def test_the_nearest_of_several_is_taken(folder: Path) -> None:
 
 
 def test_plans_that_read_otherwise_are_not_taken_over(folder: Path) -> None:
-    """49 pixels a row and 64 are near, but the former's rows span eight channels."""
+    """49 pixels a row and 64 are near, but the former's rows channels_per_row eight channels."""
     problem = Problem("forward", 2, 512, 32, 64, "bfloat16", channels_last=False)
     write(folder, tuned_to(problem))
     assert table.lookup(replace(problem, pixels=49), H100) is None
@@ -206,7 +206,7 @@ def test_plans_that_read_otherwise_are_not_taken_over(folder: Path) -> None:
 @pytest.mark.filterwarnings("ignore:triton_gn found no measured plan")
 def test_of_equally_near_entries_the_first_is_taken(folder: Path) -> None:
     fewer, more = replace(PROBLEM, n=1), replace(PROBLEM, n=4)
-    config = plan_by_rule(PROBLEM, H100)
+    config = heuristic_plan(PROBLEM, H100)
     entries = entry_of(fewer, None), entry_of(more, config)
     path = write(folder, *entries)
     assert table.lookup(PROBLEM, H100) == table.Found(None, path, exact=False)
@@ -365,9 +365,9 @@ def test_no_table_is_ignored_with_a_warning_that_says_why(
     path = table.path_of(folder, H100)
     path.write_bytes(content)
     with pytest.warns(UserWarning, match=message) as caught:
-        assert plan(PROBLEM, H100) == plan_by_rule(PROBLEM, H100)
+        assert plan(PROBLEM, H100) == heuristic_plan(PROBLEM, H100)
     planner.forget_plans()
-    assert plan(PROBLEM, H100) == plan_by_rule(PROBLEM, H100)  # and once is enough
+    assert plan(PROBLEM, H100) == heuristic_plan(PROBLEM, H100)  # and once is enough
     text = str(caught[0].message)
     assert len(caught) == 1
     assert str(path) in text
@@ -415,13 +415,13 @@ def make_loop(path: Path) -> None:
 def test_what_is_no_readable_file_is_ignored(folder: Path, make: Any, message: str) -> None:
     make(table.path_of(folder, H100))
     with pytest.warns(UserWarning, match=message):
-        assert plan(PROBLEM, H100) == plan_by_rule(PROBLEM, H100)
+        assert plan(PROBLEM, H100) == heuristic_plan(PROBLEM, H100)
 
 
 def test_folder_that_is_a_file_is_ignored(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_GN_CACHE_DIR", str(write(folder, ENTRY)))
     with pytest.warns(UserWarning, match="Not a directory"):
-        assert plan(PROBLEM, H100) == plan_by_rule(PROBLEM, H100)
+        assert plan(PROBLEM, H100) == heuristic_plan(PROBLEM, H100)
 
 
 @pytest.mark.parametrize(
@@ -435,17 +435,17 @@ def test_folder_that_is_a_file_is_ignored(folder: Path, monkeypatch: pytest.Monk
         {"rows": 1024, "cols": 1024},
         {"cols": 2},
         {"num_warps": 2**31},
-        {"strategy": "split", "rows": 1, "cols": 1, "pixel_tiles": 1, "chunks": 1},
+        {"strategy": "split", "rows": 1, "cols": 1, "pixel_tiles": 1, "splits": 1},
     ],
 )
 def test_entries_whose_plans_cannot_run_are_skipped(folder: Path, fields: dict[str, Any]) -> None:
     # a group this small is held to no limit of registers
     small = replace(PROBLEM, pixels=64)
-    good = fields_of(plan_by_rule(small, H100))
+    good = fields_of(heuristic_plan(small, H100))
     bad = replace(tuned_to(small), config=good | fields)
     path = write(folder, bad, ENTRY)
     with pytest.warns(UserWarning, match=f"1 of the 2 entries of its table {path}: their plans"):
-        assert plan(small, H100) == plan_by_rule(small, H100)
+        assert plan(small, H100) == heuristic_plan(small, H100)
     assert plan(PROBLEM, H100) == TUNED
 
 
@@ -459,7 +459,7 @@ def test_fields_that_plans_have_no_more_are_ignored_with_a_warning(
     path = table.path_of(folder, H100)
     path.write_text(json.dumps(content))
     with pytest.warns(UserWarning, match=f"triton_gn ignores its table {path}: "):
-        assert plan(PROBLEM, H100) == plan_by_rule(PROBLEM, H100) != TUNED
+        assert plan(PROBLEM, H100) == heuristic_plan(PROBLEM, H100) != TUNED
     plan(replace(PROBLEM, n=1), H100)  # without another warning, which would be an error
 
 
@@ -467,10 +467,10 @@ def test_groups_side_by_side_are_bounded(folder: Path) -> None:
     """They are summed up by selection, and split has no room for a partial of each of 2048."""
     problem = Problem("forward", 1, 2048, 2048, 64, "float32", channels_last=True)
     fields = {"groups": 2048, "rows": 1, "cols": 2048, "num_warps": 8}
-    fields |= {"pixel_tiles": 1, "chunks": 2}
+    fields |= {"pixel_tiles": 1, "splits": 2}
     write(folder, replace(ENTRY, problem=problem, config={"strategy": "split"} | fields))
     with pytest.warns(UserWarning, match="cannot run"):
-        assert plan(problem, H100) == plan_by_rule(problem, H100)
+        assert plan(problem, H100) == heuristic_plan(problem, H100)
 
 
 # Random files: nothing is raised, and no plan comes out that cannot run.

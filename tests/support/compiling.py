@@ -88,7 +88,7 @@ def statistics_launches(
     forward = planned("forward", applied, activation)
     found += launches.forward_launches(*forward, applied, y, stats, 1e-5, of_shards)
     problem, config = planned("backward", applied, activation)
-    parts = launches.statistics(x, n, num_groups, config.slots, 2)
+    parts = launches.statistics(x, n, num_groups, config.num_partials, 2)
     found += launches.backward_launches(
         problem, config, dy, applied, stats, grads, parts, half="first"
     )

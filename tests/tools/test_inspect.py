@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from triton_gn.__main__ import main
-from triton_gn.plan import TARGETS, fields_of, plan_by_rule
+from triton_gn.plan import TARGETS, fields_of, heuristic_plan
 from triton_gn.tools import inspect as inspection
 from triton_gn.tools import workloads
 from triton_gn.tools.compile import _access_bytes
@@ -65,7 +65,7 @@ def test_every_pointer_has_its_access(target: str, strategy: str, direction: str
     """Each is found in the compiled code, whether AMD reads it as a buffer or NVIDIA as PTX."""
     workload = Workload("", 4, 32, 4, (16, 16), activation="silu", fused=FUSED)
     problem = workload.problem(direction)
-    config = plan_by_rule(problem, TARGETS[target], (strategy,))
+    config = heuristic_plan(problem, TARGETS[target], (strategy,))
     found = set().union(
         *(kernel.access_bytes for kernel in inspect(workload, direction, target, config).kernels)
     )
@@ -186,7 +186,7 @@ def test_what_no_gpu_has_proven_is_chosen_on_request_only(
 def test_what_is_wrong_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     good = inspect(SMALL, "forward", "sm_90")
     monkeypatch.setattr(inspection, "compile_launch", lambda *_: 1 / 0)
-    case = (SMALL, "forward", "sm_90", plan_by_rule)
+    case = (SMALL, "forward", "sm_90", heuristic_plan)
     failure = inspection._inspect_case(case)
     assert isinstance(failure, Failure)
     assert "ZeroDivisionError" in failure.error
@@ -232,5 +232,5 @@ def test_a_wrong_row_is_named(row: str, message: str, tmp_path: Path) -> None:
 
 def test_a_plan_of_any_fields_is_inspected() -> None:
     problem = SMALL.problem("forward")
-    config = plan_by_rule(problem, TARGETS["sm_90"], ("split",))
+    config = heuristic_plan(problem, TARGETS["sm_90"], ("split",))
     assert inspect(SMALL, "forward", "sm_90", config).to_json()["config"] == fields_of(config)

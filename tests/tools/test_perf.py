@@ -8,7 +8,6 @@ import math
 import pickle
 import re
 import subprocess
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import replace
@@ -27,22 +26,20 @@ from perf import (
     compare,
     cpu,
     demo,
-    gpu,
     host,
     kernels,
     plot,
     providers,
     records,
     sweep,
-    wire,
 )
 from perf.__main__ import main
 from perf.providers import PARTS, PROVIDERS, Provider, checked
 from perf.records import OURS, Record, case, save
-from triton_gn.plan import TARGETS, candidates, fields_of, plan_by_rule
+from triton_gn.plan import TARGETS, candidates, fields_of, heuristic_plan
 from triton_gn.tools import workloads
 from triton_gn.tools.verify import Trial
-from triton_gn.tools.workloads import DIRECTIONS, DTYPES, FUSED, LAYOUTS, Workload
+from triton_gn.tools.workloads import DTYPES, FUSED, LAYOUTS, Workload
 
 CPU = torch.device("cpu")
 H100 = TARGETS["sm_90"]
@@ -53,7 +50,7 @@ no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
 def strategy(workload: Workload, direction: str) -> str:
-    return plan_by_rule(workload.problem(direction), H100).strategy
+    return heuristic_plan(workload.problem(direction), H100).strategy
 
 
 def megabytes(workload: Workload) -> float:
@@ -312,9 +309,7 @@ def test_errors_name_the_remedy(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    "command", ["bench", "sweep", "compare", "plot", "demo", "host", "cpu", "wire"]
-)
+@pytest.mark.parametrize("command", ["bench", "sweep", "compare", "plot", "demo", "host", "cpu"])
 def test_help(capsys: pytest.CaptureFixture[str], command: str) -> None:
     with pytest.raises(SystemExit, match="0"):
         main([command, "--help"])
@@ -400,7 +395,7 @@ def test_sweep_compiles_for_a_gpu_that_is_not_here(
     assert len({json.dumps(one.config) for one in found}) == 3
     problem = Workload("", 2, 8, 2, (6, 5), activation="silu").problem("forward")
     (rule,) = (one for one in found if (one.config or {}).get("rule"))
-    assert rule.config == fields_of(plan_by_rule(problem, H100)) | {"rule": True}
+    assert rule.config == fields_of(heuristic_plan(problem, H100)) | {"rule": True}
     for one in found:
         assert (one.measured, one.command, one.device) == (False, "sweep", H100.name)
         assert one.provider == f"{OURS}[{one.strategy}]"
@@ -623,130 +618,3 @@ def test_costs_are_ratios_of_rounds() -> None:
     found = host.cost({name: partial(calls.append, name) for name in "ab"}, number=2, rounds=2)
     assert "".join(calls) == "ab" + "aabb" * 2
     assert [len(of_rounds) for of_rounds in found.values()] == [2, 2]
-
-
-# What sharding sends
-
-SHARDED = Workload("", 2, 64, 32, (128, 4096), "bfloat16", activation="silu")
-
-
-def test_wire_counts_bytes() -> None:
-    one = wire.cost(SHARDED, "forward", 8, wire.Network())
-    assert one.collectives == (16 * 2 * 32,)
-    assert one.halo == 2 * 64 * 128 * 2  # a slice across the longest dimension, of 16 bits
-    double = replace(SHARDED, dtype="float64", fused=("scale", "shift", "pre_add"))
-    assert wire.statistics(double, "forward") == (32 * 2 * 32,)
-    summed = 8 * (2 * 2 * 32 + 2 * 64 + 2 * 2 * 64)
-    assert wire.statistics(double, "backward") == (summed, 8 * 2 * 64)
-
-
-def test_wire_follows_the_formulas() -> None:
-    network = wire.Network(4, 10, 1, 2, 4, 7, gb_per_s=100, network_gb_per_s=10)
-    assert network.all_gather_us(4, 100_000) == 10 + 3 * 1 + 3
-    assert network.all_gather_us(8, 10_000) == 10 + 6 * 2 + 4 + 7
-    assert network.all_reduce_us(4, 100_000) == 10 + 2 * 3 * 1 + 1.5
-    # up a tree of 3 steps in each node and 2 over the network, and down again
-    assert network.all_reduce_us(16, 10_000) == 10 + 2 * (3 + 2 * 7 + 1)
-    assert network.halo_us(4, 100_000) == 10 + 1 + 2
-    assert network.halo_us(8, 100_000) == 10 + 4 + 10
-    forward, backward = (
-        wire.collectives_us(network, 8, [10_000], direction, mesh=True)
-        for direction in ("forward", "backward")
-    )
-    # over the network first: what two nodes have gathered then goes around in each
-    assert forward == (10 + 4 + 1) + (10 + 3 + 0.6)
-    assert backward == pytest.approx((10 + 2 * 4 + 1) + (10 + 2 * 3 + 0.15))
-
-
-def test_wire_shards_what_is_largest() -> None:
-    for direction in DIRECTIONS:
-        whole = wire.kernels_us(SHARDED, direction)
-        few, many = (wire.cost(SHARDED, direction, n, wire.Network()) for n in (8, 64))
-        assert whole > few.kernels_us > many.kernels_us
-        assert few.collectives == many.collectives
-        part = replace(SHARDED, spatial=(128, 64))
-        assert many.kernels_us == wire.kernels_us(part, direction, ("split",))
-        assert few.added == few.collective_us / (few.kernels_us + few.halo_us)
-
-
-def test_wire_tables(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["wire"]) == 0
-    said = capsys.readouterr().out
-    assert said.count("predicted, not measured") == 2
-    for number, name in enumerate(wire.LAYERS, 1):
-        assert re.search(rf"^{number}: {re.escape(name[:32])}", said, re.M)
-        assert len(re.findall(rf"^ ?{number} +1 +[\d.]+ *$", said, re.M)) == 2
-    for gpus in (8, 64):
-        cells = r"[\d.]+ (bytes|kB) +[\d.]+ [kM]B( +[\d.]+){4} %"
-        assert len(re.findall(rf"^ +{gpus} +{cells}", said, re.M)) == 2 * len(wire.LAYERS)
-    assert main(["wire", "--mesh", "--gpus", "16", "--match", "C=320"]) == 2
-    assert main(["wire", "--mesh", "--gpus", "8", "--match", "stage C=320"]) == 0
-    assert re.match(r"Left out, .*: 1$", capsys.readouterr().out, re.M)
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--gpus", "8,many"], "such as 8,64; got '8,many'"),
-        (["--gpus", "1"], "at least 2"),
-        (["--match", "nothing"], "no layer has 'nothing' in its name"),
-        (["--gpus", "4096"], "fewer --gpus"),
-        (["--gb-per-s", "0"], "more than 0"),
-    ],
-)
-def test_wire_refuses(capsys: pytest.CaptureFixture[str], flags: list[str], message: str) -> None:
-    assert main(["wire", *flags]) == 2
-    assert message in capsys.readouterr().err
-
-
-def gpu_run(monkeypatch: pytest.MonkeyPatch, out: Path, codes: dict[str, str], *flags: str) -> int:
-    """``python -m perf gpu`` with steps of these names, each a line of Python."""
-    made = [gpu.Step(name, (sys.executable, "-c", code)) for name, code in codes.items()]
-    monkeypatch.setattr(gpu, "steps", lambda: iter(made))
-    monkeypatch.setattr(bench, "current_gpu", lambda remedy: CPU)
-    return main(["gpu", "--out", str(out), *flags])
-
-
-def test_gpu_repeats_only_what_has_not_passed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out, log = tmp_path / "out", tmp_path / "log"
-
-    def says(word: str) -> str:
-        return f"open({str(log)!r}, 'a').write({word!r} + ' ')"
-
-    codes = {"good": says("good"), "bad": f"{says('bad')}; raise SystemExit(3)"}
-    assert gpu_run(monkeypatch, out, codes) == 1
-    assert "failed (3)" in capsys.readouterr().out
-    codes["bad"] = says("mended")
-    assert gpu_run(monkeypatch, out, codes) == 0
-    assert gpu_run(monkeypatch, out, codes) == 0
-    assert log.read_text().split() == ["good", "bad", "mended"]
-    steps = json.loads((out / "steps.json").read_text())
-    assert [(one["name"], one["status"]) for one in steps] == [("good", 0), ("bad", 0)]
-    monkeypatch.setattr(bench, "_commit", lambda commit: "another")
-    assert gpu_run(monkeypatch, out, codes, "--match", "good") == 0
-    assert log.read_text().split()[3:] == ["good"]
-
-
-def test_gpu_stops_a_step_that_takes_too_long(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    codes = {"endless": "import time; time.sleep(60)", "next": "", "none": "raise SystemExit(5)"}
-    assert gpu_run(monkeypatch, tmp_path, codes, "--timeout", "1") == 1
-    said = capsys.readouterr().out
-    assert "timed out" in said
-    assert "passed" in said
-    assert "no tests" in said
-    del codes["endless"]
-    assert gpu_run(monkeypatch, tmp_path, codes) == 0
-
-
-def test_gpu_names_its_steps(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["gpu", "--list"]) == 0
-    names = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]
-    assert names[0] == "ceilings"
-    assert {"test test_gpu", "test test_group_norm", "test test_pipelined"} <= set(names)
-    assert names[-4:] == ["bench", "tune", "host", "plot"]
-    for command in (one.command for one in gpu.steps() if "pytest" in one.command):
-        assert Path(command[-1]).exists()

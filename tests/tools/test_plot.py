@@ -52,9 +52,9 @@ def eager(**changes: Any) -> Record:
     return record(provider="torch_eager", strategy=None, **changes)
 
 
-def candidate(ms: float | None, warps: int, *, chunks: int = 1, **changes: Any) -> Record:
+def candidate(ms: float | None, warps: int, *, splits: int = 1, **changes: Any) -> Record:
     """One of a sweep."""
-    config = {"rows": 4, "cols": 64, "num_warps": warps, "chunks": chunks}
+    config = {"rows": 4, "cols": 64, "num_warps": warps, "splits": splits}
     config |= {name: changes.pop(name) for name in ("rows", "rule") if name in changes}
     values = {
         "command": "sweep",
@@ -276,11 +276,11 @@ def test_saved_memory() -> None:
 def test_sweep_marks_the_best_the_rule_and_spills() -> None:
     records = [
         candidate(2.0, 4),
-        candidate(1.0, 4, chunks=2),
-        candidate(9.0, 4, chunks=3, spill_bytes=8),
+        candidate(1.0, 4, splits=2),
+        candidate(9.0, 4, splits=3, spill_bytes=8),
         candidate(1.5, 8, spill_bytes=8),
         candidate(3.0, 4, rows=8, rule=True),
-        candidate(2.5, 4, rows=8, chunks=2),
+        candidate(2.5, 4, rows=8, splits=2),
         candidate(None, 8, rows=8, skipped="does not fit"),
     ]
     figure = drawn("sweep-small-forward", records)
@@ -291,7 +291,7 @@ def test_sweep_marks_the_best_the_rule_and_spills() -> None:
     assert [one.get_xy() for one in hatched if isinstance(one, Rectangle)] == [(0.5, -0.5)]
     assert {"split, 256 elements", "split, 512 elements"} <= said.keys()
     (footer,) = (text for text in said if text.startswith("best: "))
-    assert "1000 us, split, rows 4, cols 64, num_warps 4, chunks 2" in footer
+    assert "1000 us, split, rows 4, cols 64, num_warps 4, splits 2" in footer
     assert "not drawn: triton_gn[split] 1" in footer.replace("\n", " ")
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from triton_gn.plan import Device, Problem, candidates, estimate, plan_by_rule, table
+from triton_gn.plan import Device, Problem, candidates, estimate, heuristic_plan, table
 from triton_gn.plan.table import Entry
 from triton_gn.tools import stopwatch, tune
 from triton_gn.tools.workloads import Workload
@@ -136,7 +136,7 @@ def test_workload_of_a_problem_poses_it(channels_last: bool, pixels: int, direct
 @pytest.mark.parametrize("most", [1, 2, 7, 1000])
 def test_shortlist_has_the_rule_first_and_all_strategies(most: int) -> None:
     found = tune.shortlist(PROBLEM, H100, most)
-    assert found[0] == plan_by_rule(PROBLEM, H100)
+    assert found[0] == heuristic_plan(PROBLEM, H100)
     assert len(found) == len(set(found)) <= most
     if most > 3:
         assert {config.strategy for config in found[:4]} == {"resident", "split", "pipelined"}
@@ -149,7 +149,7 @@ def test_shortlist_begins_with_the_rule_also_where_the_model_prefers_another(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     *_, slow = candidates(PROBLEM, H100)
-    monkeypatch.setattr(tune, "plan_by_rule", lambda *_: slow)
+    monkeypatch.setattr(tune, "heuristic_plan", lambda *_: slow)
     assert tune.shortlist(PROBLEM, H100, 3) == [slow, *tune.shortlist(PROBLEM, H100, 1000)[1:3]]
 
 

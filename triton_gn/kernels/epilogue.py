@@ -1,4 +1,4 @@
-"""From x to y, and from dy back to dx: what happens to the sub-tiles once statistics are known.
+"""From x to y, and from dy back to dx: what happens to the fragments once statistics are known.
 
 With n = x_hat * weight + bias the affine's output, z = n * (1 + scale) + shift + residual and
 y = activation(z); dz is the gradient at z, dx_hat that at x_hat. docs/math.md derives the backward,
@@ -14,10 +14,10 @@ from .activations import activate, activation_gradient
 from .moments import centre_of, centred
 from .tile import (
     add_to_channels,
-    beside_tiles,
+    as_tile_operand,
+    broadcast_channels,
     load_channels,
     load_tile,
-    over_pixels,
     per_channel,
     store_tile,
     unpacked,
@@ -43,108 +43,139 @@ class Slope(NamedTuple):
 
 
 @triton.jit
-def load_gain(coeffs, window, c: tl.constexpr, TILE: tl.constexpr, dtype: tl.constexpr):
+def load_gain(
+    affine_params, program_tile, c: tl.constexpr, TILE: tl.constexpr, dtype: tl.constexpr
+):
     """weight * (1 + scale) of channel tile ``c``; z = x_hat * gain + offset + residual."""
     gain = per_channel(1.0, TILE, dtype)
-    if coeffs.scale is not None:
-        gain += load_channels(coeffs.scale, window, c, TILE, dtype)
-    if coeffs.weight is not None:
-        gain *= load_channels(coeffs.weight, window, c, TILE, dtype)
+    if affine_params.scale is not None:
+        gain += load_channels(affine_params.scale, program_tile, c, TILE, dtype)
+    if affine_params.weight is not None:
+        gain *= load_channels(affine_params.weight, program_tile, c, TILE, dtype)
     return gain
 
 
 @triton.jit
-def load_offset(coeffs, window, c: tl.constexpr, TILE: tl.constexpr, dtype: tl.constexpr):
+def load_offset(
+    affine_params, program_tile, c: tl.constexpr, TILE: tl.constexpr, dtype: tl.constexpr
+):
     """bias * (1 + scale) + shift of channel tile ``c``."""
     offset = per_channel(0.0, TILE, dtype)
-    if coeffs.bias is not None:
-        offset += load_channels(coeffs.bias, window, c, TILE, dtype)
-        if coeffs.scale is not None:
-            offset += offset * load_channels(coeffs.scale, window, c, TILE, dtype)
-    if coeffs.shift is not None:
-        offset += load_channels(coeffs.shift, window, c, TILE, dtype)
+    if affine_params.bias is not None:
+        offset += load_channels(affine_params.bias, program_tile, c, TILE, dtype)
+        if affine_params.scale is not None:
+            offset += offset * load_channels(affine_params.scale, program_tile, c, TILE, dtype)
+    if affine_params.shift is not None:
+        offset += load_channels(affine_params.shift, program_tile, c, TILE, dtype)
     return offset
 
 
 @triton.jit
-def load_affine(coeffs, stats, window, c: tl.constexpr, TILE: tl.constexpr):
+def load_affine(affine_params, stats, program_tile, c: tl.constexpr, TILE: tl.constexpr):
     """From x to z, before the residual."""
     dtype: tl.constexpr = stats.mean.dtype
-    centre, rest = centre_of(coeffs.pre_add, stats.mean, stats.mean_lo, window, c, TILE, dtype)
-    gain = beside_tiles(load_gain(coeffs, window, c, TILE, dtype), TILE) * stats.rstd
-    offset = beside_tiles(load_offset(coeffs, window, c, TILE, dtype), TILE)
+    centre, rest = centre_of(
+        affine_params.pre_add, stats.mean, stats.mean_lo, program_tile, c, TILE, dtype
+    )
+    gain = (
+        as_tile_operand(load_gain(affine_params, program_tile, c, TILE, dtype), TILE) * stats.rstd
+    )
+    offset = as_tile_operand(load_offset(affine_params, program_tile, c, TILE, dtype), TILE)
     return Affine(centre, gain, offset - rest * gain)
 
 
 @triton.jit
 def load_affine_to_activation(
-    coeffs, stats, window, c: tl.constexpr, TILE: tl.constexpr, ACTIVATION: tl.constexpr
+    affine_params,
+    stats,
+    program_tile,
+    c: tl.constexpr,
+    TILE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
 ):
     """``load_affine`` for ``dz_of``, which has no use for it without an activation: then ()."""
     if ACTIVATION == "none":
         return ()
     else:
-        return load_affine(coeffs, stats, window, c, TILE)
+        return load_affine(affine_params, stats, program_tile, c, TILE)
 
 
 @triton.jit
 def load_slope(
-    coeffs, stats, dx_hat_mean, dx_hat_x_hat_mean, window, c: tl.constexpr, TILE: tl.constexpr
+    affine_params,
+    stats,
+    dx_hat_mean,
+    dx_hat_x_hat_mean,
+    program_tile,
+    c: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """From dz to dx. The two means over the group broadcast against a sub-tile."""
+    """From dz to dx. The two means over the group broadcast against a fragment."""
     dtype: tl.constexpr = stats.mean.dtype
-    centre, rest = centre_of(coeffs.pre_add, stats.mean, stats.mean_lo, window, c, TILE, dtype)
-    gain = beside_tiles(load_gain(coeffs, window, c, TILE, dtype), TILE) * stats.rstd
+    centre, rest = centre_of(
+        affine_params.pre_add, stats.mean, stats.mean_lo, program_tile, c, TILE, dtype
+    )
+    gain = (
+        as_tile_operand(load_gain(affine_params, program_tile, c, TILE, dtype), TILE) * stats.rstd
+    )
     slope = dx_hat_x_hat_mean * stats.rstd * stats.rstd
     return Slope(centre, gain, rest * slope - dx_hat_mean * stats.rstd, slope)
 
 
 @triton.jit
-def _z_of(x, affine, window, p: tl.constexpr, TILE: tl.constexpr):
-    """z of the sub-tile x, before the residual."""
-    z = centred(x, affine.centre, window, p, TILE)
-    return z * over_pixels(affine.gain, window, p, TILE) + over_pixels(
-        affine.offset, window, p, TILE
+def _z_of(x, affine, program_tile, p: tl.constexpr, TILE: tl.constexpr):
+    """z of the fragment x, before the residual."""
+    z = centred(x, affine.centre, program_tile, p, TILE)
+    return z * broadcast_channels(affine.gain, program_tile, p, TILE) + broadcast_channels(
+        affine.offset, program_tile, p, TILE
     )
 
 
 @triton.jit
 def _write_y_tile(
-    xs, residual_ptr, affine, y_ptr, window, c: tl.constexpr, p: tl.constexpr, TILE: tl.constexpr,
+    xs, residual_ptr, affine, y_ptr, program_tile, c: tl.constexpr, p: tl.constexpr, TILE: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):  # fmt: skip
-    z = _z_of(xs[c * TILE.pixel_tiles + p], affine, window, p, TILE)
+    z = _z_of(xs[c * TILE.pixel_tiles + p], affine, program_tile, p, TILE)
     if residual_ptr is not None:
-        z += load_tile(residual_ptr, window, c, p, TILE, "").to(z.dtype)
-    store_tile(y_ptr, activate(z, ACTIVATION, TILE.nvidia), window, c, p, TILE)
+        z += load_tile(residual_ptr, program_tile, c, p, TILE, "").to(z.dtype)
+    store_tile(y_ptr, activate(z, ACTIVATION, TILE.nvidia), program_tile, c, p, TILE)
 
 
 @triton.jit
 def write_y(
-    xs, residual_ptr, affine, y_ptr, window, c: tl.constexpr, TILE: tl.constexpr,
+    xs, residual_ptr, affine, y_ptr, program_tile, c: tl.constexpr, TILE: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """y of channel tile ``c``."""
     for k in tl.static_range(TILE.pixel_tiles):
         # backwards, for which ptxas needs fewer registers (docs/measured.md)
         _write_y_tile(
-            xs, residual_ptr, affine, y_ptr, window, c, TILE.pixel_tiles - 1 - k, TILE, ACTIVATION
+            xs,
+            residual_ptr,
+            affine,
+            y_ptr,
+            program_tile,
+            c,
+            TILE.pixel_tiles - 1 - k,
+            TILE,
+            ACTIVATION,
         )
 
 
 @triton.jit
 def dz_of(
-    dys, residuals, xs, affine, window, c: tl.constexpr, p: tl.constexpr, TILE: tl.constexpr,
+    dys, residuals, xs, affine, program_tile, c: tl.constexpr, p: tl.constexpr, TILE: tl.constexpr,
     ACTIVATION: tl.constexpr, dtype: tl.constexpr,
 ):  # fmt: skip
-    """dz of a sub-tile, from the ``load_tiles`` of dy (zeros if there are none), the residual and
+    """dz of a fragment, from the ``load_tiles`` of dy (zeros if there are none), the residual and
     x. ``affine`` as ``load_affine_to_activation`` has it."""
     if len(dys) == 0:
         dz = tl.zeros([TILE.rows, TILE.cols], dtype)
     else:
         dz = unpacked(dys[c * TILE.pixel_tiles + p], dtype, TILE)
     if ACTIVATION != "none":
-        z = _z_of(xs[c * TILE.pixel_tiles + p], affine, window, p, TILE)
+        z = _z_of(xs[c * TILE.pixel_tiles + p], affine, program_tile, p, TILE)
         if len(residuals) > 0:
             z += unpacked(residuals[c * TILE.pixel_tiles + p], dtype, TILE)
         dz = activation_gradient(dz, z, ACTIVATION, TILE.nvidia)
@@ -152,29 +183,29 @@ def dz_of(
 
 
 @triton.jit
-def add_dz_sums(sums, dz, x, centre, window, p: tl.constexpr, TILE: tl.constexpr):
-    """Add dz and dz * (x - centre) of a sub-tile to the pair of accumulators ``sums``."""
+def add_dz_sums(sums, dz, x, centre, program_tile, p: tl.constexpr, TILE: tl.constexpr):
+    """Add dz and dz * (x - centre) of a fragment to the pair of accumulators ``sums``."""
     dz_sums, dz_centred_sums = sums
-    dz_centred = dz * centred(x, centre, window, p, TILE)
+    dz_centred = dz * centred(x, centre, program_tile, p, TILE)
     return (
-        add_to_channels(dz_sums, dz, window, p, TILE),
-        add_to_channels(dz_centred_sums, dz_centred, window, p, TILE),
+        add_to_channels(dz_sums, dz, program_tile, p, TILE),
+        add_to_channels(dz_centred_sums, dz_centred, program_tile, p, TILE),
     )
 
 
 @triton.jit
 def write_dx(
-    dx_sums, dz, x, slope, dx_ptr, dpre_add_ptr, window, c: tl.constexpr, p: tl.constexpr,
+    dx_sums, dz, x, slope, dx_ptr, dpre_add_ptr, program_tile, c: tl.constexpr, p: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """dx of a sub-tile unless None; returned: the accumulator ``dx_sums`` with it added, if
+    """dx of a fragment unless None; returned: the accumulator ``dx_sums`` with it added, if
     dpre_add is asked for."""
-    dx = over_pixels(slope.offset, window, p, TILE)
-    dx -= centred(x, slope.centre, window, p, TILE) * slope.slope
-    dx += dz * over_pixels(slope.gain, window, p, TILE)
+    dx = broadcast_channels(slope.offset, program_tile, p, TILE)
+    dx -= centred(x, slope.centre, program_tile, p, TILE) * slope.slope
+    dx += dz * broadcast_channels(slope.gain, program_tile, p, TILE)
     if dx_ptr is not None:
-        store_tile(dx_ptr, dx, window, c, p, TILE)
+        store_tile(dx_ptr, dx, program_tile, c, p, TILE)
     if dpre_add_ptr is not None:
-        inside = zero_beyond_pixels(dx, window, p, TILE)
-        dx_sums = add_to_channels(dx_sums, inside, window, p, TILE)
+        inside = zero_beyond_pixels(dx, program_tile, p, TILE)
+        dx_sums = add_to_channels(dx_sums, inside, program_tile, p, TILE)
     return dx_sums

@@ -10,13 +10,13 @@ import triton
 import triton.language as tl
 
 from .tile import (
-    beside_tiles,
+    as_tile_operand,
+    broadcast_channels,
+    broadcast_groups,
     group_sums,
     groups_of,
     load_channels,
     load_groups,
-    over_groups,
-    over_pixels,
     unpacked,
     zero_beyond_channels,
     zero_beyond_pixels,
@@ -24,7 +24,7 @@ from .tile import (
 
 
 class Moments(NamedTuple):
-    """Of each group: ``[group_slots]``, or with one more axis for the parts of a group."""
+    """Of each group: ``[padded_groups]``, or with one more axis for the parts of a group."""
 
     count: tl.tensor
     mean: tl.tensor
@@ -33,7 +33,7 @@ class Moments(NamedTuple):
 
 
 class Stats(NamedTuple):
-    """What normalises an element, made to broadcast against a sub-tile."""
+    """What normalises an element, made to broadcast against a fragment."""
 
     mean: tl.tensor
     mean_lo: tl.tensor
@@ -63,13 +63,13 @@ def _inverse(n):
 
 
 @triton.jit
-def window_count(window, TILE: tl.constexpr, dtype: tl.constexpr):
-    """Elements of each group in the window."""
+def tile_count(program_tile, TILE: tl.constexpr, dtype: tl.constexpr):
+    """Elements of each group in the program_tile."""
     if TILE.groups == 1:
-        per_row = window.cols.to(dtype)
+        per_row = program_tile.cols.to(dtype)
     else:
         per_row = tl.full([], TILE.group_channels, dtype)
-    rows = 1 if TILE.stacked else window.rows
+    rows = 1 if TILE.batch_rows else program_tile.rows
     return rows * per_row
 
 
@@ -83,58 +83,62 @@ def _pair(reference, difference):
 
 @triton.jit
 def centre_of(
-    pre_add, mean, mean_lo, window, c: tl.constexpr, TILE: tl.constexpr, dtype: tl.constexpr
+    pre_add, mean, mean_lo, program_tile, c: tl.constexpr, TILE: tl.constexpr, dtype: tl.constexpr
 ):
     """The pair that x loses, ``mean + mean_lo - pre_add``; per channel, or per group without
     pre_add."""
     if pre_add is not None:
         # x + pre_add would not hold what mean_lo adds; the sum of these is again a pair
-        added = beside_tiles(load_channels(pre_add, window, c, TILE, dtype), TILE)
+        added = as_tile_operand(load_channels(pre_add, program_tile, c, TILE, dtype), TILE)
         mean, rest = _pair(mean, -added)
         mean_lo += rest
     # x is 0 where there is no channel: so is what it is from this
-    return zero_beyond_channels(mean, window, c, TILE), mean_lo
+    return zero_beyond_channels(mean, program_tile, c, TILE), mean_lo
 
 
 @triton.jit
-def centred(x, centre, window, p: tl.constexpr, TILE: tl.constexpr):
-    """The sub-tile x of pixel tile ``p`` without the high part of its centre: exact near it."""
-    return unpacked(x, centre.dtype, TILE) - over_pixels(centre, window, p, TILE)
+def centred(x, centre, program_tile, p: tl.constexpr, TILE: tl.constexpr):
+    """The fragment x of pixel tile ``p`` without the high part of its centre: exact near it."""
+    return unpacked(x, centre.dtype, TILE) - broadcast_channels(centre, program_tile, p, TILE)
 
 
 @triton.jit
-def rough_mean(xs, pre_add, window, TILE: tl.constexpr, dtype: tl.constexpr):
-    """Mean of each group of the window, which ``xs`` holds as sub-tiles, as it rounds."""
+def rough_mean(xs, pre_add, program_tile, TILE: tl.constexpr, dtype: tl.constexpr):
+    """Mean of each group of the program_tile, which ``xs`` holds as fragments, as it rounds."""
     total = tl.zeros([TILE.rows, TILE.cols], dtype)
     for c in tl.static_range(TILE.channel_tiles):
         if pre_add is not None:
-            added = beside_tiles(load_channels(pre_add, window, c, TILE, dtype), TILE)
+            added = as_tile_operand(load_channels(pre_add, program_tile, c, TILE, dtype), TILE)
         for p in tl.static_range(TILE.pixel_tiles):
             x = unpacked(xs[c * TILE.pixel_tiles + p], dtype, TILE)
             if pre_add is not None:
-                x = zero_beyond_pixels(x + over_pixels(added, window, p, TILE), window, p, TILE)
+                x = zero_beyond_pixels(
+                    x + broadcast_channels(added, program_tile, p, TILE), program_tile, p, TILE
+                )
             total += x
-    return rounded(group_sums(total, TILE) * _inverse(window_count(window, TILE, dtype)))
+    return rounded(group_sums(total, TILE) * _inverse(tile_count(program_tile, TILE, dtype)))
 
 
 @triton.jit
-def no_deviations(TILE: tl.constexpr, dtype: tl.constexpr):
+def zero_acc(TILE: tl.constexpr, dtype: tl.constexpr):
     return tl.zeros([TILE.rows, TILE.cols], dtype), tl.zeros([TILE.rows, TILE.cols], dtype)
 
 
 @triton.jit
-def add_deviations(deviations, xs, pre_add, reference, window, TILE: tl.constexpr):
-    """Add those from ``reference`` ``[group_slots]``, and their squares, to a pair of accumulators
-    of the shape of a sub-tile."""
+def add_deviations(deviations, xs, pre_add, reference, program_tile, TILE: tl.constexpr):
+    """Add those from ``reference`` ``[padded_groups]``, and their squares, to a pair of accumulators
+    of the shape of a fragment."""
     sums, squares = deviations
     dtype: tl.constexpr = reference.dtype
     for c in tl.static_range(TILE.channel_tiles):
-        centre, rest = centre_of(pre_add, over_groups(reference, TILE), 0.0, window, c, TILE, dtype)
+        centre, rest = centre_of(
+            pre_add, broadcast_groups(reference, TILE), 0.0, program_tile, c, TILE, dtype
+        )
         for p in tl.static_range(TILE.pixel_tiles):
-            deviation = centred(xs[c * TILE.pixel_tiles + p], centre, window, p, TILE)
+            deviation = centred(xs[c * TILE.pixel_tiles + p], centre, program_tile, p, TILE)
             if pre_add is not None:
-                deviation -= over_pixels(rest, window, p, TILE)
-            deviation = zero_beyond_pixels(deviation, window, p, TILE)
+                deviation -= broadcast_channels(rest, program_tile, p, TILE)
+            deviation = zero_beyond_pixels(deviation, program_tile, p, TILE)
             sums += deviation
             squares += deviation * deviation
     return sums, squares
@@ -146,16 +150,16 @@ def moments_of(deviations, reference, count, TILE: tl.constexpr):
     deviation = group_sums(deviations[0], TILE)
     mean_lo = deviation * _inverse(count)
     m2 = group_sums(deviations[1], TILE) - mean_lo * deviation
-    return Moments(count + tl.zeros([TILE.group_slots], m2.dtype), reference, mean_lo, m2)
+    return Moments(count + tl.zeros([TILE.padded_groups], m2.dtype), reference, mean_lo, m2)
 
 
 @triton.jit
-def window_moments(xs, pre_add, window, TILE: tl.constexpr, dtype: tl.constexpr):
-    """Moments of the window's elements, which ``xs`` holds as sub-tiles."""
-    reference = rough_mean(xs, pre_add, window, TILE, dtype)
-    deviations = no_deviations(TILE, dtype)
-    deviations = add_deviations(deviations, xs, pre_add, reference, window, TILE)
-    return moments_of(deviations, reference, window_count(window, TILE, dtype), TILE)
+def tile_moments(xs, pre_add, program_tile, TILE: tl.constexpr, dtype: tl.constexpr):
+    """Moments of the program_tile's elements, which ``xs`` holds as fragments."""
+    reference = rough_mean(xs, pre_add, program_tile, TILE, dtype)
+    deviations = zero_acc(TILE, dtype)
+    deviations = add_deviations(deviations, xs, pre_add, reference, program_tile, TILE)
+    return moments_of(deviations, reference, tile_count(program_tile, TILE, dtype), TILE)
 
 
 @triton.jit
@@ -174,7 +178,7 @@ def combine(a, b):
 
 @triton.jit
 def combine_all(parts):
-    """Moments of all parts of each group at once: ``[group_slots, parts]`` to ``[group_slots]``.
+    """Moments of all parts of each group at once: ``[padded_groups, parts]`` to ``[padded_groups]``.
 
     Flat and in a fixed order, relative to their mean as it rounds; those of count 0 do not matter.
     """
@@ -208,25 +212,27 @@ def rstd_of(moments, eps):
 @triton.jit
 def spread_stats(moments, rstd, TILE: tl.constexpr):
     return Stats(
-        over_groups(moments.mean, TILE),
-        over_groups(moments.mean_lo, TILE),
-        over_groups(rstd, TILE),
+        broadcast_groups(moments.mean, TILE),
+        broadcast_groups(moments.mean_lo, TILE),
+        broadcast_groups(rstd, TILE),
     )
 
 
 @triton.jit
-def store_stats(ptr, moments, rstd, window, groups, TILE: tl.constexpr):
+def store_stats(ptr, moments, rstd, program_tile, groups, TILE: tl.constexpr):
     """To ``ptr`` (N, G, 3): mean, mean_lo, rstd."""
-    index, mask = groups_of(window, groups, TILE)
+    index, mask = groups_of(program_tile, groups, TILE)
     tl.store(ptr + index * 3, moments.mean, mask=mask)
     tl.store(ptr + index * 3 + 1, moments.mean_lo, mask=mask)
     tl.store(ptr + index * 3 + 2, rstd, mask=mask)
 
 
 @triton.jit
-def load_stats(ptr, window, groups, TILE: tl.constexpr):
-    index, mask = groups_of(window, groups, TILE)
+def load_stats(ptr, program_tile, groups, TILE: tl.constexpr):
+    index, mask = groups_of(program_tile, groups, TILE)
     mean = load_groups(ptr + index * 3, mask, TILE)
     mean_lo = load_groups(ptr + index * 3 + 1, mask, TILE)
     rstd = load_groups(ptr + index * 3 + 2, mask, TILE)
-    return Stats(over_groups(mean, TILE), over_groups(mean_lo, TILE), over_groups(rstd, TILE))
+    return Stats(
+        broadcast_groups(mean, TILE), broadcast_groups(mean_lo, TILE), broadcast_groups(rstd, TILE)
+    )

@@ -10,11 +10,11 @@ import triton.language as tl
 
 from .epilogue import load_gain
 from .moments import centre_of
-from .tile import SIZES, beside_tiles, channel_sums, load_channels, store_channels
+from .tile import SIZES, as_tile_operand, channel_sums, load_channels, store_channels
 
 
 class Reduction(NamedTuple):
-    """Sum the rows of ``partial`` (rows, C) to ``total`` (total_rows, C), in equal stretches."""
+    """Sum the rows of ``partial`` (rows, C) to ``total`` (total_rows, C), in equal iterations."""
 
     partial_ptr: tl.tensor
     total_ptr: tl.tensor
@@ -23,44 +23,54 @@ class Reduction(NamedTuple):
 
 @triton.jit
 def store_param_grads(
-    sums, coeffs, stats, grads, window, c: tl.constexpr, groups, chunks, TILE: tl.constexpr
+    sums,
+    affine_params,
+    stats,
+    grads,
+    program_tile,
+    c: tl.constexpr,
+    groups,
+    splits,
+    TILE: tl.constexpr,
 ):
-    """Write what the window adds to each gradient but dpre_add, for channel tile ``c``.
+    """Write what the program_tile adds to each gradient but dpre_add, for channel tile ``c``.
 
-    ``sums``: the accumulators of ``add_dz_sums``. Each gradient is (N * chunks, C), or None.
+    ``sums``: the accumulators of ``add_dz_sums``. Each gradient is (N * splits, C), or None.
     Returned: sum(dx_hat) and sum(dx_hat * x_hat) per channel, whose ``group_sums`` are those of the
-    window's part of each group; in a stack of samples the terms of these sums.
+    program_tile's part of each group; in a stack of samples the terms of these sums.
     """
     dtype: tl.constexpr = stats.mean.dtype
-    _, rest = centre_of(coeffs.pre_add, stats.mean, stats.mean_lo, window, c, TILE, dtype)
+    _, rest = centre_of(
+        affine_params.pre_add, stats.mean, stats.mean_lo, program_tile, c, TILE, dtype
+    )
     dz_sum, dz_centred_sum = sums
-    if not TILE.stacked:  # there each row has its own statistics, and group sums
+    if not TILE.batch_rows:  # there each row has its own statistics, and group sums
         dz_sum, dz_centred_sum = channel_sums(dz_sum, TILE), channel_sums(dz_centred_sum, TILE)
     dz_x_hat_sum = (dz_centred_sum - dz_sum * rest) * stats.rstd
     of_groups, of_groups_x_hat = dz_sum, dz_x_hat_sum
-    if TILE.stacked:
+    if TILE.batch_rows:
         dz_sum, dz_x_hat_sum = channel_sums(dz_sum, TILE), channel_sums(dz_x_hat_sum, TILE)
     if grads.shift is not None:
-        store_channels(grads.shift, dz_sum, window, c, groups, chunks, TILE)
+        store_channels(grads.shift, dz_sum, program_tile, c, groups, splits, TILE)
     if grads.scale is not None:
         dscale = dz_x_hat_sum
-        if coeffs.weight is not None:
-            dscale *= load_channels(coeffs.weight, window, c, TILE, dtype)
-        if coeffs.bias is not None:
-            dscale += dz_sum * load_channels(coeffs.bias, window, c, TILE, dtype)
-        store_channels(grads.scale, dscale, window, c, groups, chunks, TILE)
+        if affine_params.weight is not None:
+            dscale *= load_channels(affine_params.weight, program_tile, c, TILE, dtype)
+        if affine_params.bias is not None:
+            dscale += dz_sum * load_channels(affine_params.bias, program_tile, c, TILE, dtype)
+        store_channels(grads.scale, dscale, program_tile, c, groups, splits, TILE)
     dweight, dbias = dz_x_hat_sum, dz_sum
-    if coeffs.scale is not None:
-        scale = load_channels(coeffs.scale, window, c, TILE, dtype)
+    if affine_params.scale is not None:
+        scale = load_channels(affine_params.scale, program_tile, c, TILE, dtype)
         dweight += dweight * scale
         dbias += dbias * scale
     if grads.weight is not None:
-        store_channels(grads.weight, dweight, window, c, groups, chunks, TILE)
+        store_channels(grads.weight, dweight, program_tile, c, groups, splits, TILE)
     if grads.bias is not None:
-        store_channels(grads.bias, dbias, window, c, groups, chunks, TILE)
-    gain = load_gain(coeffs, window, c, TILE, dtype)
-    if TILE.stacked:
-        gain = beside_tiles(gain, TILE)
+        store_channels(grads.bias, dbias, program_tile, c, groups, splits, TILE)
+    gain = load_gain(affine_params, program_tile, c, TILE, dtype)
+    if TILE.batch_rows:
+        gain = as_tile_operand(gain, TILE)
     return of_groups * gain, of_groups_x_hat * gain
 
 

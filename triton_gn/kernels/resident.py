@@ -19,74 +19,80 @@ from .moments import (
     rstd_of,
     spread_stats,
     store_stats,
-    window_moments,
+    tile_moments,
 )
 from .params import store_param_grads
 from .tile import (
     SIZES,
+    broadcast_groups,
     channel_sums,
     group_count,
     group_sums,
     load_tiles,
-    no_channel_sums,
-    over_groups,
     store_channels,
     store_tile,
-    whole_window,
+    whole_groups_tile,
+    zero_channel_acc,
 )
 
 
 @triton.jit(do_not_specialize=SIZES)
 def group_norm_forward_resident_kernel(
-    x_ptr, residual_ptr, coeffs, y_ptr, stats_ptr, groups, pixels, row_vecs, eps: tl.float64,
+    x_ptr, residual_ptr, affine_params, y_ptr, stats_ptr, groups, pixels, row_vecs, eps: tl.float64,
     TILE: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """One program per ``TILE.groups`` groups of a sample, or per group of a stack of ``pixels``.
 
-    Reads x once, residual once unless None, and ``coeffs``; writes y once, and stats (N, G, 3)
+    Reads x once, residual once unless None, and ``affine_params``; writes y once, and stats (N, G, 3)
     unless None.
     """
     dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    window = whole_window(tl.program_id(0), groups, pixels, row_vecs, TILE)
-    xs = load_tiles(x_ptr, window, TILE, "")
-    moments = window_moments(xs, coeffs.pre_add, window, TILE, dtype)
+    program_tile = whole_groups_tile(tl.program_id(0), groups, pixels, row_vecs, TILE)
+    xs = load_tiles(x_ptr, program_tile, TILE, "")
+    moments = tile_moments(xs, affine_params.pre_add, program_tile, TILE, dtype)
     rstd = rstd_of(moments, eps)
     if stats_ptr is not None:
-        store_stats(stats_ptr, moments, rstd, window, groups, TILE)
+        store_stats(stats_ptr, moments, rstd, program_tile, groups, TILE)
     stats = spread_stats(moments, rstd, TILE)
     for c in tl.static_range(TILE.channel_tiles):
-        affine = load_affine(coeffs, stats, window, c, TILE)
-        write_y(xs, residual_ptr, affine, y_ptr, window, c, TILE, ACTIVATION)
+        affine = load_affine(affine_params, stats, program_tile, c, TILE)
+        write_y(xs, residual_ptr, affine, y_ptr, program_tile, c, TILE, ACTIVATION)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def group_norm_backward_resident_kernel(
-    dy_ptr, x_ptr, residual_ptr, coeffs, stats_ptr, dx_ptr, dresidual_ptr, grads, groups, pixels,
+    dy_ptr, x_ptr, residual_ptr, affine_params, stats_ptr, dx_ptr, dresidual_ptr, grads, groups, pixels,
     row_vecs, TILE: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
     """One program per ``TILE.groups`` groups of a sample, or per group of a stack of ``pixels``.
 
-    Reads dy, x and, unless None, residual once, ``coeffs``, stats (N, G, 3). Writes dx and
+    Reads dy, x and, unless None, residual once, ``affine_params``, stats (N, G, 3). Writes dx and
     dresidual once, and its sample's or stack's row of each of ``grads``; each unless None.
     """
     dtype: tl.constexpr = tl.float64 if x_ptr.dtype.element_ty == tl.float64 else tl.float32
-    window = whole_window(tl.program_id(0), groups, pixels, row_vecs, TILE)
-    xs = load_tiles(x_ptr, window, TILE, "")
-    dys = load_tiles(dy_ptr, window, TILE, "")
-    residuals = load_tiles(residual_ptr, window, TILE, "")
-    stats = load_stats(stats_ptr, window, groups, TILE)
+    program_tile = whole_groups_tile(tl.program_id(0), groups, pixels, row_vecs, TILE)
+    xs = load_tiles(x_ptr, program_tile, TILE, "")
+    dys = load_tiles(dy_ptr, program_tile, TILE, "")
+    residuals = load_tiles(residual_ptr, program_tile, TILE, "")
+    stats = load_stats(stats_ptr, program_tile, groups, TILE)
     dzs = ()
     for c in tl.static_range(TILE.channel_tiles):
-        affine = load_affine_to_activation(coeffs, stats, window, c, TILE, ACTIVATION)
-        centre, _ = centre_of(coeffs.pre_add, stats.mean, stats.mean_lo, window, c, TILE, dtype)
-        sums = no_channel_sums(TILE, dtype), no_channel_sums(TILE, dtype)
+        affine = load_affine_to_activation(affine_params, stats, program_tile, c, TILE, ACTIVATION)
+        centre, _ = centre_of(
+            affine_params.pre_add, stats.mean, stats.mean_lo, program_tile, c, TILE, dtype
+        )
+        sums = zero_channel_acc(TILE, dtype), zero_channel_acc(TILE, dtype)
         for p in tl.static_range(TILE.pixel_tiles):
-            dz = dz_of(dys, residuals, xs, affine, window, c, p, TILE, ACTIVATION, dtype)
+            dz = dz_of(dys, residuals, xs, affine, program_tile, c, p, TILE, ACTIVATION, dtype)
             if dresidual_ptr is not None:
-                store_tile(dresidual_ptr, dz, window, c, p, TILE)
-            sums = add_dz_sums(sums, dz, xs[c * TILE.pixel_tiles + p], centre, window, p, TILE)
+                store_tile(dresidual_ptr, dz, program_tile, c, p, TILE)
+            sums = add_dz_sums(
+                sums, dz, xs[c * TILE.pixel_tiles + p], centre, program_tile, p, TILE
+            )
             dzs = dzs + (dz,)
-        first, second = store_param_grads(sums, coeffs, stats, grads, window, c, groups, 1, TILE)
+        first, second = store_param_grads(
+            sums, affine_params, stats, grads, program_tile, c, groups, 1, TILE
+        )
         if c == 0:
             dx_hat_sums, dx_hat_x_hat_sums = first, second
         else:
@@ -96,16 +102,18 @@ def group_norm_backward_resident_kernel(
         count = group_count(pixels, TILE, dtype)
         dx_hat_sum = group_sums(dx_hat_sums, TILE)
         dx_hat_x_hat_sum = group_sums(dx_hat_x_hat_sums, TILE)
-        dx_hat_mean = over_groups(divide(dx_hat_sum, count), TILE)
-        dx_hat_x_hat_mean = over_groups(divide(dx_hat_x_hat_sum, count), TILE)
+        dx_hat_mean = broadcast_groups(divide(dx_hat_sum, count), TILE)
+        dx_hat_x_hat_mean = broadcast_groups(divide(dx_hat_x_hat_sum, count), TILE)
         for c in tl.static_range(TILE.channel_tiles):
-            slope = load_slope(coeffs, stats, dx_hat_mean, dx_hat_x_hat_mean, window, c, TILE)
-            dx_sums = no_channel_sums(TILE, dtype)
+            slope = load_slope(
+                affine_params, stats, dx_hat_mean, dx_hat_x_hat_mean, program_tile, c, TILE
+            )
+            dx_sums = zero_channel_acc(TILE, dtype)
             for p in tl.static_range(TILE.pixel_tiles):
                 dx_sums = write_dx(
                     dx_sums, dzs[c * TILE.pixel_tiles + p], xs[c * TILE.pixel_tiles + p], slope,
-                    dx_ptr, grads.pre_add, window, c, p, TILE,
+                    dx_ptr, grads.pre_add, program_tile, c, p, TILE,
                 )  # fmt: skip
             if grads.pre_add is not None:
                 dpre_add = channel_sums(dx_sums, TILE)
-                store_channels(grads.pre_add, dpre_add, window, c, groups, 1, TILE)
+                store_channels(grads.pre_add, dpre_add, program_tile, c, groups, 1, TILE)

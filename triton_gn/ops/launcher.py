@@ -297,13 +297,13 @@ def first_half(
 ) -> Tensor:
     """As ``backward`` at given statistics, under settings of split.
 
-    Returned: parts (N, G, 2, slots) of sum(dx_hat) and sum(dx_hat * x_hat).
+    Returned: parts (N, G, 2, num_partials) of sum(dx_hat) and sum(dx_hat * x_hat).
     """
     prepared = prepare_backward(
         dy.device, tuple(map(_traits, operands)), _traits(dy), _dtypes(grads), "first", groups,
         activation, settings.batch_invariant, settings.plan_override, None,
     )  # fmt: skip
-    sums = launches.statistics(operands.x, dy.shape[0], groups, 2, prepared.config.slots)
+    sums = launches.statistics(operands.x, dy.shape[0], groups, 2, prepared.config.num_partials)
     prepared(*operands, dy, layout.packed(stats), *grads.values(), sums)
     return sums
 
@@ -351,8 +351,8 @@ def prepare_backward(
     config = _config(problem, device, *plan_settings)
     sums = None
     if half is not None:
-        slots = config.slots if half == "first" else 1
-        sums = launches.statistics(operands.x, problem.n, groups, 2, slots)
+        num_partials = config.num_partials if half == "first" else 1
+        sums = launches.statistics(operands.x, problem.n, groups, 2, num_partials)
     kernels = launches.backward_launches(problem, config, dy, operands, stats, grads, sums, half)
     templates = (*operands, dy, stats, *grads.values(), sums)
     return Prepared(problem, config, kernels, templates, device)

@@ -14,7 +14,7 @@ from triton_gn.plan import (
     Config,
     Problem,
     Tile,
-    slots_at_a_time,
+    partials_at_a_time,
 )
 from triton_gn.reference import Operands, compute_dtype
 
@@ -107,34 +107,34 @@ def _workspace(x: Tensor, *shape: int) -> Tensor:
 def _sizes(problem: Problem, config: Config) -> dict[str, Any]:
     sizes: dict[str, Any] = {
         "groups": problem.groups,
-        "pixels": problem.n if config.tile.stacked else problem.pixels,
+        "pixels": problem.n if config.tile.batch_rows else problem.pixels,
         "row_vecs": problem.row_vecs,
         "TILE": _device_tile(config.tile, 32 * config.num_warps),
     }
     if config.strategy != "resident":
         sizes |= {
-            "chunks": config.chunks,
-            "chunk_vecs": config.chunk_vecs,
-            "slots": config.slots,
+            "splits": config.splits,
+            "split_vecs": config.split_vecs,
+            "num_partials": config.num_partials,
         }
     return sizes
 
 
-def _slots(config: Config, slots: int) -> dict[str, Any]:
+def _slots(config: Config, num_partials: int) -> dict[str, Any]:
     """How many partials there are of each group, for a launch that merges them."""
-    return {"slots": slots, "SLOTS": slots_at_a_time(config.tile.group_slots)}
+    return {"num_partials": num_partials, "PARTIALS": partials_at_a_time(config.tile.padded_groups)}
 
 
 def _pipeline(problem: Problem, config: Config, x: Tensor) -> dict[str, Any]:
     """Counters, zeros before each call, and what goes through a pipeline in which order."""
     in_sample = config.units_in_sample(problem)
     units = problem.n * in_sample
-    return _slots(config, config.slots) | {
+    return _slots(config, config.num_partials) | {
         "counters_ptr": torch.zeros(1 + units, dtype=torch.int32, device=x.device).as_subclass(
             Workspace
         ),
         "order": _kernels().pipelined.Units(
-            units, in_sample, config.blocks * config.slots, config.lag(problem)
+            units, in_sample, config.blocks * config.num_partials, config.prefetch_distance(problem)
         ),
     }
 
@@ -173,7 +173,7 @@ def forward_launches(
     """
     programs = config.programs(problem)
     sizes = _sizes(problem, config)
-    x = {"x_ptr": operands.x, "coeffs": _params(operands)}
+    x = {"x_ptr": operands.x, "affine_params": _params(operands)}
     apply = {
         "residual_ptr": operands.residual, "y_ptr": y, "stats_ptr": stats, "eps": float(eps),
         "ACTIVATION": problem.activation,
@@ -182,11 +182,11 @@ def forward_launches(
         kernel = _kernels().resident.group_norm_forward_resident_kernel
         return [Launch(kernel, programs, x | apply | sizes, config.num_warps)]
     groups = problem.n * problem.groups
-    partials = {"partials_ptr": _workspace(operands.x, groups * config.slots, 4)}
+    partials = {"partials_ptr": _workspace(operands.x, groups * config.num_partials, 4)}
     if config.strategy == "pipelined":
         kernel = _kernels().pipelined.group_norm_forward_pipelined_kernel
         arguments = x | apply | partials | sizes | _pipeline(problem, config, operands.x)
-        return [Launch(kernel, config.workers, arguments, config.num_warps)]
+        return [Launch(kernel, config.persistent_programs, arguments, config.num_warps)]
     first = Launch(
         _kernels().split.group_norm_forward_split_moments_kernel,
         programs,
@@ -194,31 +194,36 @@ def forward_launches(
         config.num_warps,
     )
     if y is None:
-        merge = _merge_launch(groups, config.slots, partials | {"merged_ptr": moments})
+        merge = _merge_launch(groups, config.num_partials, partials | {"merged_ptr": moments})
         return [first, merge]
-    slots = config.slots
+    num_partials = config.num_partials
     if moments is not None:
-        partials, slots = {"partials_ptr": moments}, moments.shape[3]
+        partials, num_partials = {"partials_ptr": moments}, moments.shape[3]
     second = Launch(
         _kernels().split.group_norm_forward_split_apply_kernel,
         programs,
-        x | apply | partials | sizes | _slots(config, slots),
+        x | apply | partials | sizes | _slots(config, num_partials),
         config.num_warps,
     )
     return [first, second] if moments is None else [second]
 
 
-def _merge_launch(groups: int, slots: int, tensors: dict[str, Any]) -> Launch:
-    at_a_time = slots_at_a_time(1)
+def _merge_launch(groups: int, num_partials: int, tensors: dict[str, Any]) -> Launch:
+    at_a_time = partials_at_a_time(1)
     per_program = max(1, 32 * _MERGE_WARPS // at_a_time)
-    sizes = {"groups": groups, "slots": slots, "SLOTS": at_a_time, "GROUPS": per_program}
+    sizes = {
+        "groups": groups,
+        "num_partials": num_partials,
+        "PARTIALS": at_a_time,
+        "GROUPS": per_program,
+    }
     kernel = _kernels().split.group_norm_merge_moments_kernel
     return Launch(kernel, -(-groups // per_program), tensors | sizes, _MERGE_WARPS)
 
 
 def _parts(problem: Problem, config: Config) -> int:
     """Rows of the partial gradients per channel."""
-    return config.parts(problem) * config.chunks
+    return config.parts(problem) * config.splits
 
 
 def _param_parts(
@@ -226,7 +231,7 @@ def _param_parts(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Where each program writes its part of the gradients per channel, and how the parts add up.
 
-    A part that is all there is, of one sample in one chunk, is written where the sum belongs.
+    A part that is all there is, of one sample in one split, is written where the sum belongs.
     """
     rows = _parts(problem, config)
     parts, reductions = {}, {}
@@ -281,14 +286,15 @@ def backward_launches(
     """Launches that fill ``grads``, named as the operands; residual's only with an activation.
 
     ``sums``, of a half: sum(dx_hat), sum(dx_hat * x_hat) of each group. The first half leaves them
-    in parts (N, G, 2, slots), and its ``grads`` are those at given statistics; the second takes
-    them, (N, G, 2, 1), for the gradients of x and pre_add, to which dy need not add anything.
+    in parts (N, G, 2, num_partials), and its ``grads`` are those at precomputed statistics; the
+    second takes them, (N, G, 2, 1), for the gradients of x and pre_add, to which dy need not add
+    anything.
     """
     programs = config.programs(problem)
     parts, reductions = _param_parts(problem, config, operands.x, grads)
     inputs = {
         "dy_ptr": dy, "x_ptr": operands.x, "residual_ptr": operands.residual,
-        "coeffs": _params(operands), "stats_ptr": stats,
+        "affine_params": _params(operands), "stats_ptr": stats,
         "ACTIVATION": problem.activation,
     } | _sizes(problem, config)  # fmt: skip
     outputs = {"dresidual_ptr": grads.get("residual"), "grads": _all_params(parts)}
@@ -300,7 +306,7 @@ def backward_launches(
 
     inputs["partials_ptr"] = sums
     if sums is None:
-        partials = _workspace(operands.x, problem.n * problem.groups * config.slots, 2)
+        partials = _workspace(operands.x, problem.n * problem.groups * config.num_partials, 2)
         inputs["partials_ptr"] = partials
     first = Launch(
         _kernels().split.group_norm_backward_split_sums_kernel,
@@ -313,9 +319,9 @@ def backward_launches(
     if config.strategy == "pipelined":
         kernel = _kernels().pipelined.group_norm_backward_pipelined_kernel
         outputs |= {"dx_ptr": grads.get("x")} | _pipeline(problem, config, operands.x)
-        launch = Launch(kernel, config.workers, inputs | outputs, config.num_warps)
+        launch = Launch(kernel, config.persistent_programs, inputs | outputs, config.num_warps)
         return [launch, *_param_launches(problem, config, reductions)]
-    slots = _slots(config, 1 if half == "second" else config.slots)
+    num_partials = _slots(config, 1 if half == "second" else config.num_partials)
     at_given_statistics = {"partials_ptr": None} if half == "first" else {}
     # the apply launch writes the parts of dpre_add, and sums up what the launch before has left
     dpre_add = reductions.pop("pre_add", None)
@@ -330,7 +336,7 @@ def backward_launches(
             "dx_ptr": grads.get("x"), "dpre_add_ptr": parts.get("pre_add"), "samples": problem.n,
             "apply_programs": programs,
         }
-        | slots
+        | num_partials
         | at_given_statistics,
         config.num_warps,
     )  # fmt: skip

@@ -137,11 +137,11 @@ def plan_override(**fields: Any) -> Setting:
     """Fix parts of the plan for this thread's calls, for tests and the curious.
 
     Fields: ``strategy`` ("resident", "split" or "pipelined"), ``groups`` (whole groups per program,
-    channels-last), ``rows`` and ``cols`` (a sub-tile), ``num_warps``; not resident,
-    ``pixel_tiles`` (sub-tiles held at a time) and ``chunks``; pipelined only, ``blocks`` (of groups
-    that go through the pipeline together) and ``workers`` (programs). What is not given follows the
-    rule; no fields take the override back. A plan that cannot run raises ValueError at the call. As
-    a context manager, the old override returns on exit.
+    channels-last), ``rows`` and ``cols`` (a fragment), ``num_warps``; not resident,
+    ``pixel_tiles`` (fragments held at a time) and ``splits``; pipelined only, ``blocks`` (of groups
+    that go through the pipeline together) and ``persistent_programs``. Unspecified fields keep the
+    planner's choice; call without fields to clear the override. A plan that cannot run raises
+    ValueError at the call. As a context manager, the old override returns on exit.
 
     Raises:
         TypeError: an unknown field.

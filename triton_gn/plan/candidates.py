@@ -1,4 +1,4 @@
-"""Candidate plans: which sub-tiles cover a problem, and with how little waste."""
+"""Candidate plans: which fragments cover a problem, and with how little waste."""
 
 import math
 from collections.abc import Iterator
@@ -9,18 +9,18 @@ from .config import Config, Tile
 from .problem import Problem
 
 # what a plan is told apart by; all else in it follows from these and the problem
-_CUT = ("pixel_tiles", "chunks")
+_CUT = ("pixel_tiles", "splits")
 # those that not every strategy has
-OWN_FIELDS = {"resident": (), "split": _CUT, "pipelined": (*_CUT, "blocks", "workers")}
+OWN_FIELDS = {"resident": (), "split": _CUT, "pipelined": (*_CUT, "blocks", "persistent_programs")}
 FIELDS = ("strategy", "groups", "rows", "cols", "num_warps", *OWN_FIELDS["pipelined"])
-MAX_SUB_TILES = 16  # unrolled in the kernel: more is slow to compile
-MAX_SLOTS = 1024  # partials, of all groups of a program, that split merges
-_SLOTS_AT_A_TIME = 32  # whatever there are of a group: sizes share kernels
+MAX_FRAGMENTS = 16  # unrolled in the kernel: more is slow to compile
+MAX_PARTIALS = 1024  # partials, of all groups of a program, that split merges
+_PARTIALS_AT_A_TIME = 32  # whatever there are of a group: sizes share kernels
 MAX_BLOCK_CHANNELS = 256  # of several groups side by side: they are summed up by selection
-_SECTOR_BYTES = 32  # a sub-tile that is narrower reads what it does not use
-_PER_THREAD = (4, 8, 16, 32)  # elements of a sub-tile
-_STRETCH_BYTES = {"forward": 32768, "backward": 16384}  # that a program of split holds in float32
-_MAX_STRETCHES = 16  # per chunk: shorter chunks even out when programs end
+_SECTOR_BYTES = 32  # a fragment that is narrower reads what it does not use
+_PER_THREAD = (4, 8, 16, 32)  # elements of a fragment
+_ITERATION_BYTES = {"forward": 32768, "backward": 16384}  # that a program of split holds in float32
+_MAX_ITERATIONS = 16  # per split: shorter splits even out when programs end
 
 
 def next_power_of_2(n: int) -> int:
@@ -34,21 +34,21 @@ def make_tile(
     cols: int,
     channel_tiles: int,
     pixel_tiles: int,
-    stacked: bool = False,
+    batch_rows: bool = False,
 ) -> Tile:
-    """A tile with its derived fields; ``pixel_tiles`` sub-tiles are what one step covers."""
-    vec, span = problem.vec, problem.span
+    """A tile with its derived fields; ``pixel_tiles`` fragments are what one step covers."""
+    vec, channels_per_row = problem.vec, problem.channels_per_row
     if problem.channels_last:
         block = groups * problem.group_channels
-        mask_rows = (problem.n if stacked else problem.pixels) % (rows * pixel_tiles) != 0
+        mask_rows = (problem.n if batch_rows else problem.pixels) % (rows * pixel_tiles) != 0
         mask_cols = block % (cols * channel_tiles) != 0 or problem.channels % block != 0
     else:
-        mask_rows = problem.group_channels // span % (rows * channel_tiles) != 0
+        mask_rows = problem.group_channels // channels_per_row % (rows * channel_tiles) != 0
         mask_cols = problem.row_vecs * vec % (cols * pixel_tiles) != 0
     return Tile(
-        problem.channels_last, vec, span, problem.group_channels, groups,
-        rows if stacked else next_power_of_2(groups), rows, cols, channel_tiles, pixel_tiles,
-        mask_rows, mask_cols, stacked,
+        problem.channels_last, vec, channels_per_row, problem.group_channels, groups,
+        rows if batch_rows else next_power_of_2(groups), rows, cols, channel_tiles, pixel_tiles,
+        mask_rows, mask_cols, batch_rows,
     )  # fmt: skip
 
 
@@ -58,17 +58,17 @@ def can_stack(problem: Problem, groups: int) -> bool:
     return one_pixel and groups == 1 and not problem.per_sample
 
 
-def block_extent(problem: Problem, groups: int, stacked: bool = False) -> tuple[int, int]:
-    """Memory rows and columns of a block of whole groups of one sample, or of all if stacked."""
+def block_extent(problem: Problem, groups: int, batch_rows: bool = False) -> tuple[int, int]:
+    """Memory rows and columns of a block of whole groups of one sample, or of all if batch_rows."""
     if problem.channels_last:
-        return problem.n if stacked else problem.pixels, groups * problem.group_channels
-    return problem.group_channels // problem.span, problem.row_vecs * problem.vec
+        return problem.n if batch_rows else problem.pixels, groups * problem.group_channels
+    return problem.group_channels // problem.channels_per_row, problem.row_vecs * problem.vec
 
 
 def group_counts(problem: Problem) -> list[int]:
     """How many whole groups may lie side by side in a block.
 
-    Contiguous groups are stretches of memory of their own: one. Channels-last, for each padded
+    Contiguous groups are iterations of memory of their own: one. Channels-last, for each padded
     width the most that fill it and start on a vector, so that accesses stay wide; narrow enough to
     be summed up by selection. One group alone may be of any width.
     """
@@ -86,19 +86,19 @@ def group_counts(problem: Problem) -> list[int]:
     return sorted(counts)
 
 
-def sub_tiles(
-    problem: Problem, groups: int, threads: int, stacked: bool = False
+def fragments(
+    problem: Problem, groups: int, threads: int, batch_rows: bool = False
 ) -> Iterator[tuple[int, int]]:
-    """Shapes [rows, cols] of sub-tiles that read whole sectors, and whole vectors a thread.
+    """Shapes [rows, cols] of fragments that read whole sectors, and whole vectors a thread.
 
     A small block is padded up to one vector a thread: idle lanes cost less than narrow accesses.
     """
-    block_rows, block_cols = block_extent(problem, groups, stacked)
+    block_rows, block_cols = block_extent(problem, groups, batch_rows)
     widest = next_power_of_2(block_cols)
     narrowest = min(widest, _SECTOR_BYTES // problem.itemsize)
     if groups > 1:
-        narrowest = widest  # one sub-tile must see all channels to sum groups up
-    elif stacked:
+        narrowest = widest  # one fragment must see all channels to sum groups up
+    elif batch_rows:
         narrowest = min(widest, threads * problem.vec)  # rows lie far apart
     for per_thread in _PER_THREAD:
         if per_thread < problem.vec:
@@ -115,8 +115,8 @@ def resident_configs(
 ) -> Iterator[Config]:
     """Every way to hold a block of whole groups in ``num_warps`` warps."""
     for groups in group_counts:
-        stacked = can_stack(problem, groups)
-        for rows, cols in sub_tiles(problem, groups, num_warps * warp_size, stacked):
+        batch_rows = can_stack(problem, groups)
+        for rows, cols in fragments(problem, groups, num_warps * warp_size, batch_rows):
             yield config_of(
                 problem, strategy="resident", groups=groups, rows=rows, cols=cols,
                 num_warps=num_warps,
@@ -128,40 +128,42 @@ def split_configs(
 ) -> Iterator[Config]:
     """Ways to share each group among programs, about ``programs`` in all.
 
-    A program takes one sub-tile's worth of channels and walks along the pixels in stretches of
-    ``pixel_tiles`` sub-tiles, which it holds on chip.
+    A program takes one fragment's worth of channels and walks along the pixels in iterations of
+    ``pixel_tiles`` fragments, which it holds on chip.
     """
-    held = _STRETCH_BYTES[problem.direction] // max(problem.itemsize, 4) // problem.span
+    held = (
+        _ITERATION_BYTES[problem.direction] // max(problem.itemsize, 4) // problem.channels_per_row
+    )
     for groups in group_counts:
         block_rows, block_cols = block_extent(problem, groups)
         one_by_one = problem.access_bytes(groups) == problem.itemsize
-        stretch = held // 2 if one_by_one else held
+        iteration = held // 2 if one_by_one else held
         if problem.itemsize == 8 and problem.activation != "none":
-            stretch //= 4  # the functions of float64 need registers of their own
-        for rows, cols in sub_tiles(problem, groups, num_warps * warp_size):
+            iteration //= 4  # the functions of float64 need registers of their own
+        for rows, cols in fragments(problem, groups, num_warps * warp_size):
             channels, per_part, pixels, per_tile = (
                 (block_cols, cols, block_rows, rows)
                 if problem.channels_last
                 else (block_rows, rows, block_cols, cols)
             )
             parts = math.ceil(channels / per_part)
-            pixel_tiles = max(1, stretch // (rows * cols))
+            pixel_tiles = max(1, iteration // (rows * cols))
             pixel_tiles = min(pixel_tiles, math.ceil(pixels / per_tile))
             tile = make_tile(problem, groups, rows, cols, 1, pixel_tiles)
-            stretches = math.ceil(pixels / (per_tile * pixel_tiles))
+            iterations = math.ceil(pixels / (per_tile * pixel_tiles))
             blocks = problem.n * math.ceil(problem.groups / groups) * parts
-            most = max(1, MAX_SLOTS // tile.group_slots // parts)
-            chunks = max(math.ceil(programs / blocks), math.ceil(stretches / _MAX_STRETCHES))
-            yield make_split(problem, tile, num_warps, min(chunks, stretches, most))
+            most = max(1, MAX_PARTIALS // tile.padded_groups // parts)
+            splits = max(math.ceil(programs / blocks), math.ceil(iterations / _MAX_ITERATIONS))
+            yield make_split(problem, tile, num_warps, min(splits, iterations, most))
 
 
-def slots_at_a_time(groups: int) -> int:
+def partials_at_a_time(groups: int) -> int:
     """How many partials of each of its ``groups`` a program merges at a time."""
-    return min(_SLOTS_AT_A_TIME, MAX_SLOTS // groups)
+    return min(_PARTIALS_AT_A_TIME, MAX_PARTIALS // groups)
 
 
-def _stretch(problem: Problem, tile: Tile) -> tuple[int, int]:
-    """How long the pixels of a group are, and one stretch of them: vectors, or pixels
+def _iteration(problem: Problem, tile: Tile) -> tuple[int, int]:
+    """How long the pixels of a group are, and one iteration of them: vectors, or pixels
     channels-last."""
     if problem.channels_last:
         return problem.pixels, tile.rows * tile.pixel_tiles
@@ -169,17 +171,17 @@ def _stretch(problem: Problem, tile: Tile) -> tuple[int, int]:
     return problem.row_vecs, max(1, tile.cols * tile.pixel_tiles // tile.vec)
 
 
-def stretches(problem: Problem, tile: Tile) -> int:
-    """How many stretches of ``pixel_tiles`` sub-tiles the pixels of a group take."""
-    length, step = _stretch(problem, tile)
+def iterations(problem: Problem, tile: Tile) -> int:
+    """How many iterations of ``pixel_tiles`` fragments the pixels of a group take."""
+    length, step = _iteration(problem, tile)
     return math.ceil(length / step)
 
 
-def make_split(problem: Problem, tile: Tile, num_warps: int, chunks: int) -> Config:
-    """A split plan of at most ``chunks`` chunks of whole stretches, none of them empty."""
-    length, step = _stretch(problem, tile)
-    chunk_vecs = math.ceil(math.ceil(length / step) / chunks) * step
-    return Config("split", tile, num_warps, math.ceil(length / chunk_vecs), chunk_vecs)
+def make_split(problem: Problem, tile: Tile, num_warps: int, splits: int) -> Config:
+    """A split plan of at most ``splits`` splits of whole iterations, none of them empty."""
+    length, step = _iteration(problem, tile)
+    split_vecs = math.ceil(math.ceil(length / step) / splits) * step
+    return Config("split", tile, num_warps, math.ceil(length / split_vecs), split_vecs)
 
 
 def fields_of(config: Config) -> dict[str, Any]:
@@ -194,9 +196,9 @@ def fields_of(config: Config) -> dict[str, Any]:
     }
     cut = {
         "pixel_tiles": tile.pixel_tiles,
-        "chunks": config.chunks,
+        "splits": config.splits,
         "blocks": config.blocks,
-        "workers": config.workers,
+        "persistent_programs": config.persistent_programs,
     }
     return fields | {name: cut[name] for name in OWN_FIELDS[config.strategy]}
 
@@ -210,21 +212,21 @@ def config_of(
     cols: int,
     num_warps: int,
     pixel_tiles: int = 1,
-    chunks: int = 1,
+    splits: int = 1,
     blocks: int = 1,
-    workers: int = 1,
+    persistent_programs: int = 1,
 ) -> Config:
     """The plan of these fields for a problem, as near as its size allows; ``fits`` judges it."""
-    stacked = strategy == "resident" and can_stack(problem, groups)
+    batch_rows = strategy == "resident" and can_stack(problem, groups)
     block_rows, block_cols = block_extent(problem, groups)
     row_tiles, col_tiles = math.ceil(block_rows / rows), math.ceil(block_cols / cols)
     tiles = (col_tiles, row_tiles) if problem.channels_last else (row_tiles, col_tiles)
     if strategy != "resident":
         tile = make_tile(problem, groups, rows, cols, 1, min(pixel_tiles, tiles[1]))
-        split = replace(make_split(problem, tile, num_warps, chunks), strategy=strategy)
+        split = replace(make_split(problem, tile, num_warps, splits), strategy=strategy)
         if strategy == "pipelined":
-            return replace(split, blocks=blocks, workers=workers)
+            return replace(split, blocks=blocks, persistent_programs=persistent_programs)
         return split
-    tile = make_tile(problem, groups, rows, cols, *tiles, stacked)
+    tile = make_tile(problem, groups, rows, cols, *tiles, batch_rows)
     extent = problem.pixels if problem.channels_last else problem.row_vecs
     return Config(strategy, tile, num_warps, 1, extent)

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from .candidates import stretches
+from .candidates import iterations
 from .config import Config
 from .devices import Device
 from .limits import registers
@@ -156,7 +156,12 @@ def _served(problem: Problem, config: Config, device: Device, again: int) -> int
     """Bytes of the second pass that L2 still holds."""
     held = int(_L2_SHARE * device.l2_bytes)
     if config.strategy == "pipelined":
-        between = config.lag(problem) * config.blocks * config.tile.groups * group_bytes(problem)
+        between = (
+            config.prefetch_distance(problem)
+            * config.blocks
+            * config.tile.groups
+            * group_bytes(problem)
+        )
         return again if between <= held else again * held // between
     return min(again, held)
 
@@ -172,8 +177,8 @@ def _sector_waste(problem: Problem, config: Config) -> float:
 
 
 def padding(problem: Problem, config: Config) -> float:
-    """Elements of all sub-tiles that a plan goes over, over those of the tensor."""
-    covered = config.programs(problem) // config.chunks * config.tile.elements
+    """Elements of all fragments that a plan goes over, over those of the tensor."""
+    covered = config.programs(problem) // config.splits * config.tile.elements
     if config.strategy != "resident":
-        covered *= stretches(problem, config.tile)
+        covered *= iterations(problem, config.tile)
     return covered / (problem.n * problem.channels * problem.pixels)

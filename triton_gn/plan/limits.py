@@ -1,12 +1,12 @@
 """What can run at all: the bounds that every plan is checked against, from whatever source."""
 
-from .candidates import MAX_BLOCK_CHANNELS, MAX_SUB_TILES, OWN_FIELDS, block_extent
+from .candidates import MAX_BLOCK_CHANNELS, MAX_FRAGMENTS, OWN_FIELDS, block_extent
 from .config import Config
 from .devices import Device
 from .problem import Problem
 
 ALWAYS_RESIDENT = 8192  # elements of a group: a second launch costs more than idle multiprocessors
-# registers a thread that sub-tiles and accumulators may take, by direction and channels-last: with
+# registers a thread that fragments and accumulators may take, by direction and channels-last: with
 # more, some kernel spills on sm_80, sm_90 or sm_100 (docs/measured.md)
 _REGISTERS = {
     ("forward", False): 208,
@@ -20,16 +20,16 @@ _FEWER_REGISTERS = 112  # where each element has an address, or each of a row's 
 _SPANNED_REGISTERS = 64  # the latter where few channel tiles have long rows
 _FEW_CHANNEL_TILES = 2
 _FLOAT64_REGISTERS = {False: 96, True: 48}  # with an activation: its functions are calls
-_MAX_ELEMENTS_PER_WARP = 2048  # of a sub-tile, even where spills are borne
-_MAX_WORKERS = 2**16
+_MAX_ELEMENTS_PER_WARP = 2048  # of a fragment, even where spills are borne
+_MAX_PERSISTENT = 2**16
 _CROWDED = 0.75  # of the limit, where there is one more value per channel or per element
 
 
 def registers(problem: Problem, config: Config, device: Device) -> int:
-    """What the sub-tiles and accumulators of a program take of each thread's 255 registers."""
+    """What the fragments and accumulators of a program take of each thread's 255 registers."""
     tensors = 1 if problem.direction == "forward" else 2  # x; dz, or dy
-    sub_tile = config.tile.rows * config.tile.cols
-    words = max(problem.itemsize, 4) // 4 * (tensors * config.tile.elements + 2 * sub_tile)
+    fragment = config.tile.rows * config.tile.cols
+    words = max(problem.itemsize, 4) // 4 * (tensors * config.tile.elements + 2 * fragment)
     return words // (device.warp_size * config.num_warps)
 
 
@@ -41,7 +41,7 @@ def excess_registers(problem: Problem, config: Config, device: Device) -> int:
 def register_limit(problem: Problem, config: Config) -> int:
     """The most that ``registers`` may be."""
     limit = _register_limit(problem, config.tile.groups)
-    if problem.span > 1 and config.tile.channel_tiles <= _FEW_CHANNEL_TILES:
+    if problem.channels_per_row > 1 and config.tile.channel_tiles <= _FEW_CHANNEL_TILES:
         limit = min(limit, _SPANNED_REGISTERS)
     return limit * min(8, config.num_warps) // config.num_warps  # more than 8 warps share 64 Ki
 
@@ -50,7 +50,7 @@ def _register_limit(problem: Problem, groups: int) -> int:
     if problem.itemsize == 8:
         return _FLOAT64_REGISTERS[problem.activation != "none"]
     limit = _REGISTERS[problem.direction, problem.channels_last]
-    if _is_one_by_one(problem, groups) or problem.span > 1:
+    if _is_one_by_one(problem, groups) or problem.channels_per_row > 1:
         limit = _FEWER_REGISTERS
     if _is_crowded(problem):
         return int(limit * _CROWDED)
@@ -77,9 +77,12 @@ def _stalls(problem: Problem, config: Config) -> str | None:
     blocks = -(-problem.groups // config.tile.groups)
     if config.blocks < 1 or blocks % config.blocks:
         return f"blocks must divide the {blocks} of a sample; got {config.blocks}"
-    if not 1 <= config.workers <= _MAX_WORKERS:
-        return f"workers must be between 1 and {_MAX_WORKERS}; got {config.workers}"
-    if 2 * config.programs(problem) + config.workers >= 2**31:
+    if not 1 <= config.persistent_programs <= _MAX_PERSISTENT:
+        return (
+            f"persistent_programs must be between 1 and {_MAX_PERSISTENT}; "
+            f"got {config.persistent_programs}"
+        )
+    if 2 * config.programs(problem) + config.persistent_programs >= 2**31:
         return f"tickets must be less than 2**31; {config.programs(problem)} pieces take more"
     return None
 
@@ -99,7 +102,7 @@ def fits(problem: Problem, config: Config, device: Device) -> str | None:
         return f"groups must be between 1 and {problem.groups}; got {tile.groups}"
     if tile.groups > 1 and not problem.channels_last:
         return f"a contiguous program owns one group; got groups={tile.groups}"
-    rows, cols = block_extent(problem, tile.groups, tile.stacked)
+    rows, cols = block_extent(problem, tile.groups, tile.batch_rows)
     if tile.groups > 1 and tile.cols < cols:
         return f"cols must hold the {cols} channels of {tile.groups} groups; got {tile.cols}"
     if tile.groups > 1 and cols > MAX_BLOCK_CHANNELS:
@@ -107,17 +110,17 @@ def fits(problem: Problem, config: Config, device: Device) -> str | None:
             f"groups side by side may have {MAX_BLOCK_CHANNELS} channels in all; "
             f"{tile.groups} have {cols}"
         )
-    stretch = tile.cols * tile.pixel_tiles
-    if config.strategy != "resident" and not problem.channels_last and stretch % tile.vec:
-        return f"cols * pixel_tiles must be a multiple of the vector, {tile.vec}; got {stretch}"
+    iteration = tile.cols * tile.pixel_tiles
+    if config.strategy != "resident" and not problem.channels_last and iteration % tile.vec:
+        return f"cols * pixel_tiles must be a multiple of the vector, {tile.vec}; got {iteration}"
     if tile.rows * tile.cols > _MAX_ELEMENTS_PER_WARP * config.num_warps:
         return (
-            f"a sub-tile may have {_MAX_ELEMENTS_PER_WARP} elements a warp; {tile.rows} rows of "
+            f"a fragment may have {_MAX_ELEMENTS_PER_WARP} elements a warp; {tile.rows} rows of "
             f"{tile.cols} in {config.num_warps} warps have more"
         )
-    if tile.channel_tiles * tile.pixel_tiles > MAX_SUB_TILES:
+    if tile.channel_tiles * tile.pixel_tiles > MAX_FRAGMENTS:
         return (
-            f"a program holds at most {MAX_SUB_TILES} sub-tiles; "
+            f"a program holds at most {MAX_FRAGMENTS} fragments; "
             f"got {tile.channel_tiles * tile.pixel_tiles}"
         )
     if config.strategy == "pipelined" and (reason := _stalls(problem, config)):
@@ -130,5 +133,5 @@ def fits(problem: Problem, config: Config, device: Device) -> str | None:
             f"{register_limit(problem, config)} are free"
         )
     if min(tile.rows, rows) * problem.row_vecs * tile.vec >= 2**31 and tile.rows > 1:
-        return f"a sub-tile must lie within 2**31 elements; {tile.rows} rows do not"
+        return f"a fragment must lie within 2**31 elements; {tile.rows} rows do not"
     return None

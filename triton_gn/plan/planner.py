@@ -26,11 +26,11 @@ STRATEGIES = ("resident", "split")
 UNVERIFIED = ("pipelined",)
 _ELEMENTS_PER_THREAD = 32
 _FLOAT64_PER_THREAD = 8
-_FEW_SUB_TILES = 8  # up to here small ones are better: their accumulators take fewer registers
+_FEW_FRAGMENTS = 8  # up to here small ones are better: their accumulators take fewer registers
 _MAX_WARPS = 8  # 16 halve the registers of a thread: large tiles spill
 _SPLIT_WARPS = 4
 _SPLITS = (4, 8)  # programs per multiprocessor
-_SPLIT_COLS = 128  # of a sub-tile: whole lines of memory, few partials
+_SPLIT_COLS = 128  # of a fragment: whole lines of memory, few partials
 _PIPELINED_WARPS = 4
 _MANY = 2**31  # programs
 _EQUAL = 1.05  # times that the model does not tell apart
@@ -66,7 +66,7 @@ def plan(
     for name, value in fixed.items():
         if type(value) is not int or value < 1:
             raise ValueError(f"plan_override: {name} must be an int of at least 1; got {value!r}.")
-    config = plan_by_rule(problem, device, strategies, fixed.pop("groups", None))
+    config = heuristic_plan(problem, device, strategies, fixed.pop("groups", None))
     return _overridden(problem, config, device, fixed) if fixed else config
 
 
@@ -76,7 +76,7 @@ def forget_plans() -> None:
     plan.cache_clear()
 
 
-def plan_by_rule(
+def heuristic_plan(
     problem: Problem,
     device: Device,
     strategies: tuple[str, ...] = STRATEGIES,
@@ -105,7 +105,7 @@ def plan_by_rule(
 
 def plan_unverified(problem: Problem, device: Device) -> Config:
     """The fastest plan by the model, were every kind of plan seen right on a GPU."""
-    return plan_by_rule(problem, device, STRATEGIES + UNVERIFIED)
+    return heuristic_plan(problem, device, STRATEGIES + UNVERIFIED)
 
 
 def is_verified(config: Config) -> bool:
@@ -118,7 +118,7 @@ def _is_wide(problem: Problem, config: Config) -> bool:
     return problem.access_bytes(config.tile.groups) == problem.vec * problem.itemsize
 
 
-def rivals(problem: Problem, device: Device) -> dict[str, float]:
+def best_per_strategy(problem: Problem, device: Device) -> dict[str, float]:
     """The model's time for the best plan of each strategy that can run, in microseconds."""
     best = {strategy: _best(strategy, problem, device) for strategy in STRATEGIES}
     return {
@@ -130,7 +130,7 @@ def rivals(problem: Problem, device: Device) -> dict[str, float]:
 
 def candidates(problem: Problem, device: Device) -> list[Config]:
     """All plans that a search may try, the rule's own too, the fastest by the model first."""
-    found = {plan_by_rule(problem, device): None}
+    found = {heuristic_plan(problem, device): None}
     counts = group_counts(problem)
     for num_warps in _SEARCHED_WARPS:
         found |= dict.fromkeys(resident_configs(problem, counts, num_warps, device.warp_size))
@@ -175,15 +175,15 @@ def _resident_plainness(problem: Problem, config: Config) -> tuple[int, ...]:
     """What to have little of: parts, each of which reads weight and bias and leaves parts of
     gradients; reductions, one for each channel tile; code."""
     tile = config.tile
-    sub_tiles = max(_FEW_SUB_TILES, tile.channel_tiles * tile.pixel_tiles)
+    fragments = max(_FEW_FRAGMENTS, tile.channel_tiles * tile.pixel_tiles)
     return (
-        config.parts(problem), tile.channel_tiles, sub_tiles, tile.elements, tile.rows * tile.cols,
+        config.parts(problem), tile.channel_tiles, fragments, tile.elements, tile.rows * tile.cols,
         config.num_warps,
     )  # fmt: skip
 
 
 def _split_plainness(problem: Problem, config: Config) -> tuple[float, ...]:
-    """One tile for all sizes of an image, so that they share kernels: sub-tiles as wide as
+    """One tile for all sizes of an image, so that they share kernels: fragments as wide as
     ``_SPLIT_COLS``, unless these stick out of the group."""
     tile = config.tile
     off = abs(math.log2(tile.cols / _SPLIT_COLS)) + 2 * math.log2(padding(problem, config))
@@ -220,7 +220,7 @@ def _resident_configs(problem: Problem, counts: list[int], device: Device) -> It
 def _pipelined_configs(
     problem: Problem, counts: list[int], num_warps: int, device: Device
 ) -> Iterator[Config]:
-    """The ways of ``split_configs``, one stretch for each piece of work, as pipelines of all
+    """The ways of ``split_configs``, one iteration for each piece of work, as pipelines of all
     programs that run at a time."""
     for split in split_configs(problem, counts, num_warps, device.warp_size, _MANY):
         blocks = 1
@@ -229,9 +229,11 @@ def _pipelined_configs(
             held = int(_UNIT_SHARE * device.l2_bytes)
             most = min(count, held // (split.tile.groups * group_bytes(problem)))
             blocks = next((b for b in range(most, 1, -1) if count % b == 0), 1)
-        workers = guessed_at_a_time(problem, split, device) * device.multiprocessors
-        workers = min(workers, split.programs(problem))
-        yield replace(split, strategy="pipelined", blocks=blocks, workers=workers)
+        persistent_programs = guessed_at_a_time(problem, split, device) * device.multiprocessors
+        persistent_programs = min(persistent_programs, split.programs(problem))
+        yield replace(
+            split, strategy="pipelined", blocks=blocks, persistent_programs=persistent_programs
+        )
 
 
 def _resident_warps(problem: Problem, elements: int, warp_size: int) -> int:

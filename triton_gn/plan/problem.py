@@ -55,7 +55,8 @@ class Problem:
         elif self.itemsize < 8 and self.pixels * ACCESS_BYTES < 2**32:
             unit = self.group_elements
         else:
-            # no span: float64 leaves it no registers, kernels count its elements in 32 bits
+            # one channel per row: float64 leaves no registers for more, and kernels count the
+            # elements of a row in 32 bits
             unit = self.pixels
         return math.gcd(unit, ACCESS_BYTES // self.itemsize)
 
@@ -67,12 +68,12 @@ class Problem:
         return elements * self.itemsize
 
     @property
-    def span(self) -> int:
+    def channels_per_row(self) -> int:
         """Contiguous: how many channels it takes to fill whole vectors (1 channels-last)."""
         return 1 if self.channels_last else self.vec // math.gcd(self.pixels, self.vec)
 
     @property
     def row_vecs(self) -> int:
         """Length of a memory row (kernels/tile.py) in vectors."""
-        row = self.channels if self.channels_last else self.pixels * self.span
+        row = self.channels if self.channels_last else self.pixels * self.channels_per_row
         return row // self.vec

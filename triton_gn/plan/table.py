@@ -159,7 +159,7 @@ def _distance(a: Problem, b: Problem) -> float:
 
 def _access(problem: Problem, config: Config) -> tuple[int, int]:
     """How a plan reads a problem's memory; where that differs, times do not carry over."""
-    return problem.access_bytes(config.tile.groups), problem.span
+    return problem.access_bytes(config.tile.groups), problem.channels_per_row
 
 
 @functools.cache

@@ -21,7 +21,7 @@ _POINTERS = {
     torch.int32: "*i32",
 }
 # of the arguments that are tuples: what their fields' pointers are called
-_PREFIXES = {"coeffs": "", "grads": "d", "reductions": "d"}
+_PREFIXES = {"affine_params": "", "grads": "d", "reductions": "d"}
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Kernel:
     """One compiled launch.
 
     ``access_bytes``: by pointer, the narrowest of the accesses to global memory through it.
-    ``converted_tiles``: how many instructions of Triton's change the layout of a whole sub-tile,
+    ``converted_tiles``: how many instructions of Triton's change the layout of a whole fragment,
     through shared memory. ``instructions``: how many a thread executes for each element of its
     tile, as ``sass`` counts them; None where it cannot.
     """
@@ -230,10 +230,10 @@ def _instructions(one: Launch, cubin: bytes) -> float | None:
         return None  # no tensors; or pipelined, of which each program does another share
     tile = {name: field.value for name, field in vars(one.arguments["TILE"]).items()}
     steps = 1
-    if "chunk_vecs" in one.arguments:
+    if "split_vecs" in one.arguments:
         along, vec = ("rows", 1) if tile["channels_last"] else ("cols", tile["vec"])
-        stretch = tile[along] * tile["pixel_tiles"] // vec
-        steps = math.ceil(one.arguments["chunk_vecs"] / stretch)
+        iteration = tile[along] * tile["pixel_tiles"] // vec
+        steps = math.ceil(one.arguments["split_vecs"] / iteration)
     rounds = steps
     if one.kernel.__name__.endswith("moments_kernel"):
         from triton_gn.kernels.split import STEPS_AT_ONCE

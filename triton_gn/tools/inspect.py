@@ -27,7 +27,7 @@ from triton_gn.plan import (
     ctas_at_a_time,
     estimate,
     fields_of,
-    plan_by_rule,
+    heuristic_plan,
     plan_unverified,
 )
 from triton_gn.reference import Operands
@@ -96,7 +96,7 @@ class Inspection:
     def fits_one_program(self) -> bool:
         """Whether a resident plan exists, chosen or not, that reads as widely as any."""
         try:
-            config = plan_by_rule(self.problem, self.device, ("resident",))
+            config = heuristic_plan(self.problem, self.device, ("resident",))
         except ValueError:
             return False
         return self.problem.access_bytes(config.tile.groups) == self.widest_access_bytes
@@ -140,7 +140,7 @@ def inspect(
     if target not in TARGETS:
         raise ValueError(f"the target must be one of {', '.join(TARGETS)}; got {target!r}.")
     device, problem = TARGETS[target], workload.problem(direction)
-    config = config or plan_by_rule(problem, device)
+    config = config or heuristic_plan(problem, device)
     one, described = _planned(workload, target, problem, config)
     kernels = tuple(compile_launch(each, target) for each in described)
     # the launches that walk over the tensors, not the sums at the end
@@ -197,7 +197,7 @@ def _at_a_time(kernel: Kernel, device: Device) -> int:
 
 def _bytes_moved(one: Launch, problem: Problem, config: Config) -> int:
     """What a launch asks memory for. What a program asks for again in a loop, L1 serves."""
-    rows = config.parts(problem) * config.chunks  # that have programs of their own
+    rows = config.parts(problem) * config.splits  # that have programs of their own
     by_all = {"stats_ptr"} if problem.direction == "backward" else set()
     in_both_passes = set()
     if "apply" in one.kernel.__name__:
@@ -212,9 +212,9 @@ def _bytes_moved(one: Launch, problem: Problem, config: Config) -> int:
         if name.removesuffix("_ptr") in _PER_CHANNEL:
             times *= rows * problem.channels // tensor.numel()
         elif name in by_all:  # the programs of a group
-            times *= config.slots
+            times *= config.num_partials
         elif name == "partials_ptr" and in_both_passes:  # written, then read by all of them
-            times += config.slots
+            times += config.num_partials
         total += times * tensor.nbytes
     return total
 
@@ -235,7 +235,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Inspect what the flags ask for; 1 where a plan does not compile or a kernel spills."""
-    choose = plan_unverified if options.allow_unverified else plan_by_rule
+    choose = plan_unverified if options.allow_unverified else heuristic_plan
     cases = [
         (workload, direction, options.target, choose)
         for workload in workloads.from_arguments(options)
@@ -431,7 +431,7 @@ class Totals:
         return (
             f"{self.plans} plans: {self.failures} do not compile, {self.spills} spill, "
             f"{self.narrow} have accesses narrower than their shape allows, "
-            f"{self.converted} convert sub-tiles to another layout\n"
+            f"{self.converted} convert fragments to another layout\n"
             f"{self.one_tile} whose tile fits one program: {_ratios(self.bytes_of_one_tile)}\n"
             f"all: {_ratios(self.bytes_of_all)}"
         )

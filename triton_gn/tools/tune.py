@@ -37,7 +37,7 @@ from triton_gn.plan import (
     candidates,
     estimate,
     fields_of,
-    plan_by_rule,
+    heuristic_plan,
     table,
 )
 from triton_gn.plan.planner import forget_plans
@@ -252,7 +252,7 @@ def shortlist(problem: Problem, gpu: Device, most: int) -> list[Config]:
     for config in near:
         by_strategy.setdefault(config.strategy, []).append(config)
     in_turn = itertools.chain.from_iterable(itertools.zip_longest(*by_strategy.values()))
-    plans = (plan_by_rule(problem, gpu), *filter(None, in_turn))
+    plans = (heuristic_plan(problem, gpu), *filter(None, in_turn))
     return list(dict.fromkeys(plans))[:most]
 
 
