@@ -25,6 +25,7 @@ import triton_gn
 from perf import standin
 from perf.providers import floor
 from triton_gn.ops import autograd, launcher, launches, layout
+from triton_gn.ops.call import Call as Constants
 from triton_gn.ops.launches import Launch
 from triton_gn.ops.settings import Settings
 from triton_gn.tools.stopwatch import Call
@@ -97,20 +98,22 @@ def _timed(call: Call, number: int) -> float:
 
 def launching(workload: Workload, direction: str, device: torch.device) -> Calls:
     """A repeated call and its parts; and Triton's own way to launch, of the same and of less."""
-    operands, settings = workload.operands(device), Settings()
-    x, groups, activation = operands.x, workload.groups, workload.activation
+    operands = workload.operands(device)
+    x, groups = operands.x, workload.groups
+    constants = Constants(groups, EPS, workload.activation, x.dtype, Settings())
     stats = launches.statistics(x, workload.n, groups, 3).zero_()
     y = dy = layout.empty_like(x).zero_()
     grads = autograd.empty_gradients(operands, [t is not None for t in operands])
     describe: Callable[..., list[Launch]]
+    ready: Call
     given: dict[str, Any]
     tensors: tuple[Tensor | None, ...]
     if direction == "forward":
-        ready = partial(launcher.forward, operands, y, None, groups, EPS, activation, settings)
+        ready = partial(launcher.forward, operands, constants, y, None)
         tensors = (*operands, y, None, None)
         describe, given = launches.forward_launches, {"y": y, "stats": None, "eps": EPS}
     else:
-        ready = partial(launcher.backward, dy, stats, operands, grads, groups, activation, settings)
+        ready = partial(launcher.backward, operands, constants, dy, stats, grads)
         tensors = (*operands, dy, stats, *grads.values(), None)
         describe, given = launches.backward_launches, {"dy": dy, "stats": stats, "grads": grads}
     look_up = f"prepare_{direction}"
@@ -122,7 +125,7 @@ def launching(workload: Workload, direction: str, device: torch.device) -> Calls
     own = describe(call.problem, call.config, operands=operands, **given)
     return {
         LOOK_UP: partial(find, *asked.call_args.args),
-        "its binding and launches": partial(call, *tensors),
+        "its binding and launches": partial(call, tensors),
         READY: ready,
         OWN: by_triton(own, device),
         COPY: floor("forward", x.nbytes, device),

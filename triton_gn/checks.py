@@ -12,6 +12,7 @@ from triton_gn.ops import context
 from triton_gn.reference import ACTIVATIONS, Operands
 
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+_NAMES = ("input", *Operands._fields[1:])
 PER_SAMPLE = ("scale", "shift", "pre_add")  # may differ from sample to sample
 
 
@@ -31,7 +32,7 @@ def checked_groups(num_groups: Any) -> int:
 
 
 def checked_eps(eps: Any) -> float:
-    """eps as a float, of whatever PyTorch takes for one: a tensor is read now."""
+    """Return eps as a float. PyTorch decides what is one; a tensor is read now."""
     if type(eps) is float:
         return eps
     try:
@@ -43,16 +44,24 @@ def checked_eps(eps: Any) -> float:
     return float(eps)
 
 
-@context.untraced
 def check(
     operands: Operands, num_groups: int, activation: str | None, is_part: bool = False
 ) -> None:
-    """Raise what ``group_norm`` promises to raise.
+    """Raise the errors that ``group_norm`` documents.
 
-    ``is_part``: a group may have one value, since there is more of it elsewhere.
+    With ``is_part`` a group may have one element: the input may hold only a part of it.
     """
+    if context.is_tracing():
+        return context.untraced(check)(operands, num_groups, activation, is_part)
+    for name, tensor in zip(_NAMES, operands, strict=True):
+        if tensor is not None and not (
+            isinstance(tensor, Tensor)
+            and tensor.dtype in _FLOATS
+            and not tensor.is_nested
+            and tensor.layout is torch.strided
+        ):
+            raise TypeError(_no_dense_float(name, tensor))
     input = operands.x
-    _check_tensor("input", input)
     if input.ndim < 2:
         raise ValueError(
             "group_norm: input must have at least 2 dimensions, (N, C, *); "
@@ -72,8 +81,19 @@ def check(
         )
     check_activation(activation)
     for name, operand in zip(operands._fields[1:], operands[1:], strict=True):
-        if operand is not None:
-            _check_operand(name, operand, input)
+        if operand is None:
+            continue
+        shape = operand.shape
+        per_channel = len(shape) == 1 and name != "residual"
+        if not (shape[0] == channels if per_channel else _fits(name, shape, input.shape)):
+            # the text only here: under torch.compile, text of a size would fix the size
+            rule = _rule(name, input.shape)
+            raise ValueError(f"group_norm: {name} must have {rule}; got {tuple(operand.shape)}.")
+        if operand.device != input.device:
+            raise ValueError(
+                f"group_norm: {name} must be on input's device {input.device}; "
+                f"got {operand.device}. Move it with {name}.to({str(input.device)!r})."
+            )
     if not is_part and input.numel() == num_groups:
         raise ValueError(
             "group_norm: each group must have more than 1 value, else every output is 0; "
@@ -95,38 +115,24 @@ def check_activation(activation: str | None) -> None:
     )
 
 
-def _check_tensor(name: str, tensor: Tensor) -> None:
+def _no_dense_float(name: str, tensor: Any) -> str:
     if not isinstance(tensor, Tensor):
-        raise TypeError(f"group_norm: {name} must be a Tensor; got {type(tensor).__name__}.")
+        return f"group_norm: {name} must be a Tensor; got {type(tensor).__name__}."
     if tensor.dtype not in _FLOATS:
-        raise TypeError(
+        return (
             f"group_norm: {name} must be float16, bfloat16, float32 or float64; "
             f"got {tensor.dtype}. Convert it first, e.g. with "
             f"{name}.{'dequantize' if tensor.is_quantized else 'float'}()."
         )
     if tensor.is_nested:
-        raise TypeError(
+        return (
             f"group_norm: {name} must be dense; got a nested tensor. "
             f"Convert it first with torch.nested.to_padded_tensor, or normalise its parts."
         )
-    if tensor.layout is not torch.strided:
-        raise TypeError(
-            f"group_norm: {name} must be dense; got layout {tensor.layout}. "
-            f"Convert it first with {name}.to_dense()."
-        )
-
-
-def _check_operand(name: str, operand: Tensor, input: Tensor) -> None:
-    _check_tensor(name, operand)
-    if not _fits(name, operand.shape, input.shape):
-        # said only here: under torch.compile, text of a size would fix the size
-        rule = _rule(name, input.shape)
-        raise ValueError(f"group_norm: {name} must have {rule}; got {tuple(operand.shape)}.")
-    if operand.device != input.device:
-        raise ValueError(
-            f"group_norm: {name} must be on input's device {input.device}; "
-            f"got {operand.device}. Move it with {name}.to({str(input.device)!r})."
-        )
+    return (
+        f"group_norm: {name} must be dense; got layout {tensor.layout}. "
+        f"Convert it first with {name}.to_dense()."
+    )
 
 
 def _fits(name: str, shape: Sequence[int], input_shape: Sequence[int]) -> bool:
@@ -135,8 +141,6 @@ def _fits(name: str, shape: Sequence[int], input_shape: Sequence[int]) -> bool:
     if name == "residual":
         same = (a == b for a, b in zip(shape, input_shape, strict=False))
         return len(shape) == len(input_shape) and all(same)
-    if len(shape) == 1:
-        return shape[0] == channels
     if name not in PER_SAMPLE or not 2 <= len(shape) <= len(input_shape):
         return False
     rows = shape[0] == 1 or shape[0] == n

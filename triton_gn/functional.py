@@ -1,6 +1,6 @@
 """The public functions: group_norm, and its statistics apart from the normalisation."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from triton_gn.checks import (
     checked_eps,
     checked_groups,
 )
-from triton_gn.ops import context, dispatch, fallback
+from triton_gn.ops import context, dispatch
 from triton_gn.reference import Moments, Operands
 
 
@@ -66,31 +66,31 @@ def group_norm(
             activation is none of those above.
     """
     tensors = input, weight, bias, scale, shift, pre_add, residual
-    if is_overridden(tensors):
-        fused: Any = dict(zip(Operands._fields[3:], tensors[3:], strict=True))
-        if any(map(context.is_expanded_weight, tensors)):  # it knows PyTorch's function only
-            x = reference.prologue(input, pre_add)
-            n = F.group_norm(x, num_groups, weight, bias, eps)
-            n = reference.epilogue(n, Operands(input, **fused), activation or "none")
-            return n.to(input.dtype)
-        arguments = (input, num_groups, weight, bias, eps)
-        y = handle_torch_function(group_norm, tensors, *arguments, activation=activation, **fused)
-        return y  # of whatever class
+    if has_torch_function(tensors) and not torch.compiler.is_compiling():
+        y: Tensor = _overridden(tensors, num_groups, eps, activation)
+        return y
     if type(num_groups) is not int:
         num_groups = checked_groups(num_groups)
     if type(eps) is not float:
         eps = checked_eps(eps)
-    if scale is None and shift is None and residual is None and pre_add is None:
-        try:
-            plain = fallback.plain(input, num_groups, weight, bias, eps, activation)
-        except Exception:  # whatever PyTorch says of bad operands, check says it better
-            check(Operands(input, weight, bias), num_groups, activation)
-            raise
-        if plain is not None:
-            return plain
     operands = Operands(*tensors)
     check(operands, num_groups, activation)
-    return dispatch.group_norm(in_rows(operands), num_groups, eps, activation or "none")
+    if scale is not None or shift is not None or pre_add is not None:
+        operands = in_rows(operands)
+    return dispatch.group_norm(operands, num_groups, eps, activation or "none")
+
+
+def _overridden(tensors: Sequence[Any], num_groups: Any, eps: Any, activation: Any) -> Any:
+    """Call group_norm as a mode or the class of an operand asks for."""
+    input, weight, bias, *rest = tensors
+    fused: Any = dict(zip(Operands._fields[3:], rest, strict=True))
+    if any(map(context.is_expanded_weight, tensors)):  # it knows PyTorch's function only
+        x = reference.prologue(input, fused["pre_add"])
+        n = F.group_norm(x, num_groups, weight, bias, eps)
+        n = reference.epilogue(n, Operands(input, **fused), activation or "none")
+        return n.to(input.dtype)
+    arguments = (input, num_groups, weight, bias, eps)
+    return handle_torch_function(group_norm, tensors, *arguments, activation=activation, **fused)
 
 
 class GroupNormStats(NamedTuple):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from perf import standin
 from triton_gn.ops import launcher, launches, layout
+from triton_gn.ops.call import Call
 from triton_gn.ops.device import gpu_of
 from triton_gn.ops.settings import Settings
 from triton_gn.plan import TARGETS
@@ -39,14 +40,15 @@ def run(
     settings = Settings(plan_override=(*fields.items(), ("strategy", strategy)))
     x = operands.x
     stats = launches.statistics(x, workload.n, workload.groups, 3)
+    call = Call(workload.groups, 1e-5, workload.activation, x.dtype, settings)
     given = [t for t in operands if t is not None]
     if direction == "forward":
         y = torch.empty_like(x)
-        launcher.forward(operands, y, stats, workload.groups, 1e-5, workload.activation, settings)
+        launcher.forward(operands, call, y, stats)
         return [*given, y, stats]
     grads = {name: torch.empty_like(t) for name, t in operands._asdict().items() if t is not None}
     dy = layout.empty_like(x)
-    launcher.backward(dy, stats, operands, grads, workload.groups, workload.activation, settings)
+    launcher.backward(operands, call, dy, stats, grads)
     return [*given, dy, stats, *grads.values()]
 
 
@@ -171,9 +173,8 @@ def test_another_signature_is_compiled_anew(launched: Launches, change: Any) -> 
 
     def call(x: Tensor) -> launcher.Prepared:
         with launcher.recording() as calls:
-            launcher.forward(
-                operands._replace(x=x), layout.empty_like(x), None, 3, 1e-5, "none", Settings()
-            )
+            constants = Call(3, 1e-5, "none", x.dtype, Settings())
+            launcher.forward(operands._replace(x=x), constants, layout.empty_like(x), None)
         return calls[0]
 
     one = call(operands.x)

@@ -9,6 +9,7 @@ import triton_gn
 from tests.support.memory import GuardedMemory
 from tests.support.oracle import check, make_case
 from triton_gn.ops import autograd, launcher, settings
+from triton_gn.ops.call import Call
 from triton_gn.reference import ACTIVATIONS
 
 
@@ -95,7 +96,7 @@ def test_y_in_float32_from_a_16_bit_input(
     case = make_case(memory, device, (2, 6, 5, 3), 3, dtype=torch.bfloat16)
     options = settings.Settings(plan_override=(("strategy", strategy),))
     x = case.x.requires_grad_()
-    call = autograd.Call(3, 1e-5, "none", torch.float32, options)
+    call = Call(3, 1e-5, "none", torch.float32, options)
     y = autograd.GroupNormFunction.apply(*case.operands, call)
     (dx,) = torch.autograd.grad(y, x, case.dy.float())
     assert y.dtype is torch.float32

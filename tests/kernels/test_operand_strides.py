@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import triton_gn
 from tests.support import strides
 from tests.support.memory import GuardedMemory
-from triton_gn.ops import launcher, launches, layout
+from triton_gn.ops import autograd, launcher, launches
 from triton_gn.reference import Operands
 
 
@@ -105,7 +105,7 @@ def test_launches_take_only_dense_operands_and_declared_workspaces(
     launcher.forget()
     x, weight = torch.randn(2, 6, 3, 4), torch.randn(6, 2)[:, 0]
     with monkeypatch.context() as patch, triton_gn.backend("triton"):
-        patch.setattr(layout, "rows", lambda values: values)
+        patch.setattr(autograd, "native", lambda operands: operands)
         with pytest.raises(RuntimeError, match="adjacent in memory"):
             triton_gn.group_norm(x, 2, weight)
     problem = launches.problem_of("forward", Operands(x), 2, "none")

@@ -17,6 +17,7 @@ from tests.support.oracle import check, make_case
 from triton_gn.kernels.pipelined import Units, _phase, _program
 from triton_gn.kernels.tile import Tile
 from triton_gn.ops import launcher, layout
+from triton_gn.ops.call import Call
 from triton_gn.ops.settings import Settings
 
 FORMATS = pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "innermost"])
@@ -115,10 +116,11 @@ def test_counters_start_at_zero_in_each_call(memory: GuardedMemory, device: str)
     case = make_case(memory, device, (2, 8, 6, 6), 2)
     options = Settings(plan_override=(("strategy", "pipelined"), ("persistent_programs", 2)))
     expected = case.expected()["y"]
+    call = Call(2, 1e-5, "none", case.x.dtype, options)
     with launcher.recording() as calls:
         for _ in range(3):
             y = layout.empty_like(case.x).fill_(float("nan"))
-            launcher.forward(case.operands, y, None, 2, 1e-5, "none", options)
+            launcher.forward(case.operands, call, y, None)
             check({"y": y}, {"y": expected})
     assert calls[0] is calls[1] is calls[2]
 

@@ -10,6 +10,7 @@ from tests.support.interpreter import Traffic
 from tests.support.memory import GuardedMemory
 from tests.support.oracle import make_case
 from triton_gn.ops import autograd, launcher, launches, layout
+from triton_gn.ops.call import Call
 from triton_gn.ops.settings import Settings
 from triton_gn.plan import Device, plan
 from triton_gn.tools import inspect
@@ -167,14 +168,15 @@ def test_inspect_states_the_bytes_that_are_moved(
     config = plan(problem, Device(), override=(("strategy", strategy),))
     operands = workload.given(workload.operands("cpu"), direction)
     stats = launches.statistics(operands.x, 2, 3, 3).zero_()
+    call = Call(3, 1e-5, activation, operands.x.dtype, Settings())
     with Traffic() as counted:
         if direction == "forward":
             y = layout.empty_like(operands.x)
-            launcher.forward(operands, y, stats, 3, 1e-5, activation, Settings(), config)
+            launcher.forward(operands, call, y, stats, config=config)
         else:
             grads = autograd.empty_gradients(operands, [t is not None for t in operands])
             dy = layout.empty_like(operands.x).zero_()
-            launcher.backward(dy, stats, operands, grads, 3, activation, Settings(), config)
+            launcher.backward(operands, call, dy, stats, grads, config=config)
     moved = counted.loaded["other"] + counted.stored["other"]
     _, described = inspect._launches(workload, problem, config)
     stated = sum(inspect._bytes_moved(one, problem, config) for one in described)

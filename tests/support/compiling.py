@@ -90,12 +90,12 @@ def statistics_launches(
     problem, config = planned("backward", applied, activation)
     parts = launches.statistics(x, n, num_groups, config.num_partials, 2)
     found += launches.backward_launches(
-        problem, config, dy, applied, stats, grads, parts, half="first"
+        problem, config, dy, applied, stats, grads, parts, half="reduce"
     )
     wanted = {name: grads[name] for name in ("x", "pre_add")}
     for given, operands, act in ((dy, applied, activation), (None, taken, "none")):
         backward = planned("backward", operands, act)
         found += launches.backward_launches(
-            *backward, given, operands, stats, wanted, sums, half="second"
+            *backward, given, operands, stats, wanted, sums, half="apply"
         )
     return found

@@ -1,27 +1,25 @@
 """The kernels as differentiable functions of their operands, to any order and under vmap."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from triton_gn import reference
-from triton_gn.ops import launcher, launches, layout
-from triton_gn.ops.settings import Settings
+from triton_gn.ops import context, launcher, launches, layout
+from triton_gn.ops.call import Call
 from triton_gn.reference import Operands
 
 _TENSORS = len(Operands._fields)
 
 
-class Call(NamedTuple):
-    """What a call is made of besides its tensors."""
-
-    groups: int
-    eps: float
-    activation: str
-    y_dtype: torch.dtype
-    settings: Settings  # of the forward: a backward runs in a thread of its own
+def group_norm(operands: Operands, call: Call) -> Tensor:
+    """Return y of an eager call by the kernels."""
+    if context.records(operands):
+        y_recorded: Tensor = GroupNormFunction.apply(*operands, call)
+        return y_recorded
+    return forward(operands, call, with_stats=False)[0]
 
 
 def forward(
@@ -33,9 +31,7 @@ def forward(
     x = operands.x
     y = layout.empty_like(x, call.y_dtype)
     stats = launches.statistics(x, x.shape[0], call.groups, 3) if with_stats else None
-    launcher.forward(
-        operands, y, stats, call.groups, call.eps, call.activation, call.settings, moments=moments
-    )
+    launcher.forward(operands, call, y, stats, moments)
     return y, stats
 
 
@@ -46,36 +42,56 @@ def backward(
     operands = native(operands)
     grads = empty_gradients(operands, needs)
     dy = beside(dy, operands.x)
-    launcher.backward(dy, stats, operands, grads, call.groups, call.activation, call.settings)
+    launcher.backward(operands, call, dy, stats, grads)
     return list(grads.values())
 
 
 def empty_gradients(
     operands: Operands, needs: Sequence[bool], dtype: torch.dtype | None = None
 ) -> dict[str, Tensor]:
-    """Uninitialised gradients of the operands asked for, by name: x's and the residual's with the
-    strides of x, the others dense; each of its operand's dtype, but those others of ``dtype`` if it
-    is given."""
-    return {
-        name: layout.empty_like(operands.x, operand.dtype)
-        if name in ("x", "residual")
-        else torch.empty(operand.shape, dtype=dtype or operand.dtype, device=operand.device)
-        for (name, operand), needed in zip(operands._asdict().items(), needs, strict=True)
-        if needed
-    }
+    """Return an uninitialised gradient for each operand that ``needs`` names, by name.
+
+    Those of x and the residual have the strides of x and their operand's dtype; the others are
+    dense, of ``dtype`` or their operand's.
+    """
+    grads = {}
+    for name, operand, needed in zip(Operands._fields, operands, needs, strict=True):
+        if not needed or operand is None:
+            continue
+        if name in ("x", "residual"):
+            grads[name] = layout.empty_like(operands.x, operand.dtype)
+        else:
+            grads[name] = torch.empty(
+                operand.shape, dtype=dtype or operand.dtype, device=operand.device
+            )
+    return grads
 
 
 def native(operands: Operands) -> Operands:
-    """The operands as the kernels read them, in memory that holds their values densely."""
-    x, *per_channel, residual = operands
-    x = layout.real(layout.native(x)[0])
-    dense = [None if values is None else layout.rows(values) for values in per_channel]
-    return Operands._make([x, *dense, None if residual is None else beside(residual, x)])
+    """Return the operands as the kernels read them: dense, in memory that holds their values.
+
+    A lazily negated tensor's memory does not, and zeros may have none.
+    """
+    x = layout.native(operands.x)[0]
+    if x.is_neg() or x._is_zerotensor():
+        x = x.clone()
+    is_native = x is operands.x
+    tensors: list[Any] = [x]
+    for values in operands[1:-1]:
+        if values is not None and (
+            values.stride(-1) != 1 or values.is_neg() or values._is_zerotensor()
+        ):
+            is_native, values = False, values.clone(memory_format=torch.contiguous_format)
+        tensors.append(values)
+    residual = operands.residual
+    tensors.append(None if residual is None else beside(residual, x))
+    is_native = is_native and tensors[-1] is residual
+    return operands if is_native else Operands(*tensors)
 
 
 def beside(t: Tensor, x: Tensor) -> Tensor:
-    """dy or the residual as the kernels read it beside a native x."""
-    return layout.real(layout.like(t, x))
+    """Return dy or the residual as the kernels read it beside a native x."""
+    return layout.like(t.clone() if t.is_neg() or t._is_zerotensor() else t, x)
 
 
 def keep(ctx: Any, operands: Operands, stats: Tensor, call: Call, *more: Tensor) -> None:

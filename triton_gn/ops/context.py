@@ -1,4 +1,4 @@
-"""Who else is at work on a call: compilers, transforms, modes. Each asks for a way of its own."""
+"""Detect torch.compile, functorch, dispatch modes and tensor subclasses around a call."""
 
 import functools
 import sys
@@ -72,18 +72,35 @@ def is_expanded_weight(t: object) -> bool:
 
 
 def is_eager(tensors: Iterable[Tensor | None]) -> bool:
-    """Whether nobody compiles, traces or transforms the call, or has tensors of another class.
+    """Return True if the call has plain tensors, whose operators run as they are called."""
+    return not is_transformed(tensors) and torch._C._len_torch_dispatch_stack() == 0
 
-    Spelt out: after a large tensor has gone through the caches each function costs microseconds.
+
+def is_transformed(tensors: Iterable[Tensor | None]) -> bool:
+    """Return True if a compiler, a tracer, a transform or a tensor subclass takes part in the call.
+
+    All questions in one function, since every call asks them.
     """
-    return not (
+    if (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
-        or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-        or has_subclass(tensors)
-    )
+    ):
+        return True
+    for t in tensors:
+        if t is not None and type(t) is not Tensor and type(t) is not Parameter:
+            return True
+    return False
+
+
+def records(tensors: Iterable[Tensor | None]) -> bool:
+    """Return True if autograd records operations on these tensors."""
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 def is_dtensor(x: Tensor) -> bool:

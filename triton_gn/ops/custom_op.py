@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from triton_gn.ops import autograd, launches, layout, settings
-from triton_gn.ops.autograd import Call
+from triton_gn.ops.call import Call
 from triton_gn.reference import Operands
 
 _TENSORS = len(Operands._fields)

@@ -1,4 +1,4 @@
-"""Which path a call takes: the kernels or PyTorch."""
+"""Choose the path of a call: kernels, PyTorch operator, formulas or PyTorch's own group_norm."""
 
 import functools
 import importlib.util
@@ -19,6 +19,7 @@ from triton_gn.ops import (
     sharded,
     stats,
 )
+from triton_gn.ops.call import Call
 from triton_gn.ops.settings import Settings
 from triton_gn.ops.sharded import Shards
 from triton_gn.reference import Moments, Operands
@@ -104,7 +105,20 @@ def _y_dtype(x: Tensor, autocast_policy: str) -> torch.dtype:
 
 
 def group_norm(operands: Operands, num_groups: int, eps: float, activation: str) -> Tensor:
-    """y of x's shape, for operands that ``functional`` has checked."""
+    """Return y of x's shape, for operands that ``functional`` has checked."""
+    if not context.is_eager(operands):
+        return _group_norm_in_context(operands, num_groups, eps, activation)
+    x, current = operands.x, settings.current()
+    call = Call(num_groups, eps, activation, _y_dtype(x, current.autocast_policy), current)
+    if x.numel() == 0 or not uses_kernels(x, current.backend):
+        return fallback.group_norm(operands, call)
+    return autograd.group_norm(operands, call)
+
+
+def _group_norm_in_context(
+    operands: Operands, num_groups: int, eps: float, activation: str
+) -> Tensor:
+    """group_norm under a compiler, tracer, transform or mode, or of a tensor subclass."""
     x, compiling = operands.x, context.is_compiling()
     if context.is_dtensor(x):
         from triton_gn.ops import dtensor
@@ -112,12 +126,13 @@ def group_norm(operands: Operands, num_groups: int, eps: float, activation: str)
         return dtensor.group_norm(operands, num_groups, eps, activation)
     if compiling:
         backend, autocast_policy, settings_text = settings.when_compiled()
+        current = Settings()
     else:
         current = settings.current()
         backend, autocast_policy = current.backend, current.autocast_policy
-    y_dtype = _y_dtype(x, autocast_policy)
+    call = Call(num_groups, eps, activation, _y_dtype(x, autocast_policy), current)
     if context.wants_pytorch() or x.numel() == 0 or not uses_kernels(x, backend):
-        return fallback.group_norm(operands, num_groups, eps, activation, y_dtype)
+        return fallback.group_norm(operands, call, context.is_transformed(operands))
     as_operator = compiling or context.has_mode() or context.has_subclass(operands)
     # torch.func cannot differentiate a PyTorch operator that is written in Python
     if context.in_forward_mode() or (as_operator and context.in_functorch()):
@@ -127,22 +142,15 @@ def group_norm(operands: Operands, num_groups: int, eps: float, activation: str)
                 "slower: the kernels have none."
             )
         y = reference.group_norm(operands, num_groups, eps, activation)
-        return layout.like(y.to(y_dtype), layout.native(x)[0])
+        return layout.like(y.to(call.y_dtype), layout.native(x)[0])
     if as_operator:
         if not compiling:
             settings_text = settings.to_text(current)
-        constants = (num_groups, eps, activation, y_dtype, settings_text)
+        constants = (num_groups, eps, activation, call.y_dtype, settings_text)
         y_of_operator: Tensor = custom_op.group_norm(*operands, *constants)[0]
         return y_of_operator
-    call = autograd.Call(num_groups, eps, activation, y_dtype, current)
-    if context.in_functorch():
-        y_transformed: Tensor = autograd.TransformedGroupNormFunction.apply(*operands, call)[0]
-        return y_transformed
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
-        y_recorded: Tensor = autograd.GroupNormFunction.apply(*operands, call)
-        return y_recorded
-    y, _ = autograd.forward(operands, call, with_stats=False)
-    return y
+    y_transformed: Tensor = autograd.TransformedGroupNormFunction.apply(*operands, call)[0]
+    return y_transformed
 
 
 def _for_kernels(x: Tensor, tensors: Iterable[Tensor | None]) -> Settings | None:
@@ -178,7 +186,7 @@ def group_norm_apply(operands: Operands, given: Moments, eps: float, activation:
         if context.is_compiling() or context.is_tracing():
             return y
         return layout.like(y, layout.native(x)[0])
-    call = autograd.Call(given.mean.shape[1], eps, activation, y_dtype, current)
+    call = Call(given.mean.shape[1], eps, activation, y_dtype, current)
     return stats.apply(operands, given, call)
 
 
@@ -204,5 +212,5 @@ def _sharded_group_norm(
     way = sharded.ByKernels() if by_kernels else sharded.ByFormulas()
     y_dtype = _y_dtype(x, current.autocast_policy)
     split = stats.split_settings(current)
-    call = autograd.Call(num_groups, eps, activation, y_dtype, split)
+    call = Call(num_groups, eps, activation, y_dtype, split)
     return sharded.group_norm(operands, call, way, shards)

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from triton_gn import reference
-from triton_gn.ops import context, layout, settings
+from triton_gn.ops import context, layout
+from triton_gn.ops.call import Call
 from triton_gn.reference import ACTIVATIONS, Operands
 
 # largest |mean| / std of a group that PyTorch's channels-last kernel is trusted with: its variance,
@@ -22,77 +23,45 @@ _FAR_FROM_ZERO = 16.0
 # variance of a group, over eps, below which PyTorch's contiguous kernel is not trusted: of a
 # constant x it leaves what x / sqrt(eps) rounds by
 _NEARLY_CONSTANT = 0.01
+_IMAGE_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
-def group_norm(
-    operands: Operands, num_groups: int, eps: float, activation: str, y_dtype: torch.dtype
-) -> Tensor:
-    """y of x's shape and strides: PyTorch's group_norm, then elementwise operations."""
+def group_norm(operands: Operands, call: Call, is_transformed: bool = False) -> Tensor:
+    """Return y of x's shape and strides: PyTorch's group_norm, then elementwise operations."""
     x, weight, bias, scale, shift, pre_add, residual = operands
+    run = _on_cpu if x.is_cpu and not is_transformed and x.numel() > 0 else _in_context
     if scale is None and shift is None and pre_add is None and residual is None:
-        y = ACTIVATIONS[activation](_affine(x, num_groups, weight, bias, eps))
-        return y if y.dtype is y_dtype else y.to(y_dtype)
+        y = run(x, call, weight, bias)
+        y = y if call.activation == "none" else ACTIVATIONS[call.activation](y)
+        return y if y.dtype is call.y_dtype else y.to(call.y_dtype)
     prepared = reference.prologue(x, pre_add).to(reference.compute_dtype(x))
-    n = _affine(prepared, num_groups, weight, bias, eps)
-    y = reference.epilogue(n, operands, activation).to(y_dtype)
+    n = run(prepared, call, weight, bias)
+    y = reference.epilogue(n, operands, call.activation).to(call.y_dtype)
     return y if context.is_tracing() else layout.like(y, layout.native(x)[0])
 
 
-def plain(
-    x: Tensor,
-    num_groups: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    activation: str | None,
-) -> Tensor | None:
-    """y of a call that PyTorch's group_norm is right for, or raises at; None of any other.
+def _in_context(x: Tensor, call: Call, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """torch.nn.functional.group_norm for compilers, tracers, transforms and other devices.
 
-    Few questions, for the sake of small layers on the CPU: most calls there are plain.
+    y may have a wider dtype than x.
     """
-    is_plain = (
-        x.is_cpu
-        and not settings.INTERPRETED
-        and settings.current().backend != "triton"
-        and context.is_eager((x, weight, bias))
-        and ((x.is_contiguous() and x.stride(1) != 1) or _is_image(x))
-        and x.numel() not in (0, num_groups)
-        and (weight is None) is (bias is None)
-        and (weight is None or bias is None or weight.dtype is x.dtype is bias.dtype)
-    )
-    if not is_plain:
-        return None
-    y = _checked(x, num_groups, weight, bias, eps)
-    return y if activation is None else ACTIVATIONS[activation](y)
-
-
-def _affine(
-    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
-    """As torch.nn.functional.group_norm, without its checks; perhaps in a wider dtype than x."""
     # a trace would record the answer to this question for all sizes
     if not context.is_tracing() and x.numel() == 0:
         return _empty(x, weight, bias)
-    if bias is not None and weight is None:
-        weight = torch.ones_like(bias)  # PyTorch's backward raises without one
-    compute_dtype = _parameter_dtype(x, weight, bias)
-    if compute_dtype is not None:
-        weight = None if weight is None else weight.to(compute_dtype)
-        bias = None if bias is None else bias.to(compute_dtype)
-        if x.device.type != "cpu":  # only the CPU mixes dtypes
-            x = x.to(compute_dtype)
+    x, weight, bias = _parameters(x, weight, bias)
     if context.is_tracing():
-        return F.group_norm(x, num_groups, weight, bias, eps)
-    if (
-        not x.is_cpu
-        or context.is_compiling()
-        or context.in_functorch()
-        or context.in_forward_mode()
-        or context.has_subclass((x, weight, bias))
-    ):
-        # as PyTorch's compiler and transforms know it; they know channels-last in part
-        y = F.group_norm(x.contiguous(), num_groups, weight, bias, eps)
-        return y if x.is_contiguous() else layout.like(y, layout.native(x)[0])
+        return F.group_norm(x, call.groups, weight, bias, call.eps)
+    # contiguous, as PyTorch's compiler and transforms know it: they know channels-last in part
+    y = F.group_norm(x.contiguous(), call.groups, weight, bias, call.eps)
+    return y if x.is_contiguous() else layout.like(y, layout.native(x)[0])
+
+
+def _on_cpu(x: Tensor, call: Call, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """group_norm on the CPU, in x's memory format, nobody but dispatch modes looking on."""
+    if weight is None or bias is None or not weight.dtype is x.dtype is bias.dtype:
+        x, weight, bias = _parameters(x, weight, bias)
+    if (x.is_contiguous() and x.stride(1) != 1) or _is_image(x):
+        return _repaired(x, call, weight, bias)
     if not x.is_contiguous():
         x, _ = layout.native(x)
     image = x
@@ -102,13 +71,13 @@ def _affine(
         image = x.flatten(2).unsqueeze(2)  # of one row, which PyTorch knows to be channels-last
         if image.stride(0) * image.shape[0] != image.numel():
             image = x.contiguous()
-    y = _checked(image, num_groups, weight, bias, eps)
+    y = _repaired(image, call, weight, bias)
     return layout.like(y.reshape(x.shape), x)
 
 
 def _is_image(x: Tensor) -> bool:
-    """Whether x is channels-last as PyTorch knows it, whatever it makes of sizes of 1."""
-    memory_format = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
+    """Return True if PyTorch knows x to be channels-last, whatever it makes of sizes of 1."""
+    memory_format = _IMAGE_FORMATS.get(x.ndim)
     return (
         memory_format is not None
         and x.is_contiguous(memory_format=memory_format)
@@ -117,22 +86,20 @@ def _is_image(x: Tensor) -> bool:
     )
 
 
-def _checked(
-    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
+def _repaired(x: Tensor, call: Call, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     """PyTorch's group_norm on the CPU, or the formulas where it is not to be trusted."""
     n, channels = x.shape[:2]
     weight = None if weight is None else weight.contiguous()
     bias = None if bias is None else bias.contiguous()
-    arguments = x, weight, bias, n, channels, x.numel() // (n * channels), num_groups, eps
+    arguments = x, weight, bias, n, channels, x.numel() // (n * channels), call.groups, call.eps
     # a NaN compares false: it says nothing of the other groups; a mode may have no values at all
     if x.is_contiguous():
-        y, mean, rstd = torch.native_group_norm(*arguments)
-        is_right = context.has_mode() or rstd.amax().item() ** 2 * eps * (1 + _NEARLY_CONSTANT) < 1
-    else:
-        records = torch.is_grad_enabled() and any(
-            t is not None and t.requires_grad for t in (x, weight, bias)
+        y, _, rstd = torch.native_group_norm(*arguments)
+        is_right = (
+            context.has_mode() or rstd.amax().item() ** 2 * call.eps * (1 + _NEARLY_CONSTANT) < 1
         )
+    else:
+        records = context.records((x, weight, bias))
         run = _ChannelsLast.apply if records else torch.native_group_norm
         y, mean, rstd = run(*arguments)
         farthest = mean * rstd
@@ -142,7 +109,7 @@ def _checked(
         )
     if is_right:
         return y
-    exact = reference.group_norm(Operands(x, weight, bias), num_groups, eps, "none")
+    exact = reference.group_norm(Operands(x, weight, bias), call.groups, call.eps, "none")
     return layout.like(exact.to(x.dtype), x)
 
 
@@ -169,8 +136,7 @@ class _ChannelsLast(torch.autograd.Function):
             found = [next(grads) if needed else None for needed in needs]
             return *found, *[None] * 5
         # hooks on saved tensors may have given them any strides
-        image_format = torch.channels_last if x.ndim == 4 else torch.channels_last_3d
-        x, dy = (t.contiguous(memory_format=image_format) for t in (x, dy))
+        x, dy = (t.contiguous(memory_format=_IMAGE_FORMATS[x.ndim]) for t in (x, dy))
         weight, mean, rstd = (t if t is None else t.contiguous() for t in (weight, mean, rstd))
         dx, dweight, dbias = torch.ops.aten.native_group_norm_backward(
             dy, x, mean, rstd, weight, *ctx.sizes, [True, *[weight is not None] * 2]
@@ -181,15 +147,20 @@ class _ChannelsLast(torch.autograd.Function):
         return *found, *[None] * 5
 
 
-def _parameter_dtype(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> torch.dtype | None:
-    """What the parameters must be cast to; None if PyTorch takes them as they are."""
-    if all(parameter is None or parameter.dtype is x.dtype for parameter in (weight, bias)):
-        return None
+def _parameters(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return x, weight and bias as PyTorch takes them together."""
+    if bias is not None and weight is None:
+        weight = torch.ones_like(bias)  # PyTorch's backward raises without one
     dtypes = {parameter.dtype for parameter in (weight, bias) if parameter is not None}
     compute_dtype = reference.compute_dtype(x)
-    if x.device.type == "cpu" and dtypes == {compute_dtype}:
-        return None
-    return compute_dtype
+    on_cpu = x.device.type == "cpu"  # which mixes 16-bit x with float32 parameters
+    if dtypes <= {x.dtype} or (on_cpu and dtypes == {compute_dtype}):
+        return x, weight, bias
+    weight = None if weight is None else weight.to(compute_dtype)
+    bias = None if bias is None else bias.to(compute_dtype)
+    return x if on_cpu else x.to(compute_dtype), weight, bias
 
 
 def _empty(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

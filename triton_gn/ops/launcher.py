@@ -1,23 +1,22 @@
-"""Calls that are made again and again: planned, described and compiled once, then bound to tensors.
+"""Launch cache. A repeated call costs one look-up and one call of Triton's launcher per kernel.
 
-A call is prepared for its *signature*, which is all that its launches depend on but the addresses:
-shapes, strides, dtypes and alignment of its tensors, its constants and settings. What a repeated
-call costs is this signature, one look-up and one call of Triton's launcher for each launch.
+A call is keyed by its *signature*, everything that its launches depend on except addresses: shapes,
+strides, dtypes and alignment of its tensors, its constants and its settings. The first call of a
+signature is planned, described and compiled; later ones are bound to their tensors.
 """
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from triton_gn.ops import launches, layout
+from triton_gn.ops.call import Call
 from triton_gn.ops.device import gpu_of
 from triton_gn.ops.launches import Half, Launch, Workspace
-from triton_gn.ops.settings import Settings
 from triton_gn.plan import Config, Problem, plan
 from triton_gn.reference import Operands
 
@@ -65,73 +64,78 @@ class Prepared:
                     )
                 places[id(tensor)] = len(templates) + len(self._workspaces)
                 self._workspaces.append((tensor.shape, tensor.stride(), tensor.dtype))
-        self._steps = [_Step(one, places, device) for one in launches]
+        self._kernels = [_BoundKernel(one, places, device) for one in launches]
 
-    def __call__(self, *tensors: Tensor | None) -> None:
+    def __call__(self, tensors: tuple[Tensor | None, ...]) -> None:
         """Launch on the current stream of the tensors' device, whichever device is current."""
         if _recorded is not None:
             _recorded.append(self)
-        if self._workspaces:
-            tensors += tuple(self._allocated())
-        if self._device.type != "cuda" or torch.cuda.current_device() == self._device.index:
-            for step in self._steps:
-                step(tensors)
-        else:
-            with torch.cuda.device(self._device):
-                for step in self._steps:
-                    step(tensors)
-
-    def _allocated(self) -> Iterator[Tensor]:
-        """The workspaces. torch.empty takes the host twice as long as empty_strided."""
         for shape, stride, dtype in self._workspaces:
+            # torch.empty takes the host twice as long
             workspace = torch.empty_strided(shape, stride, dtype=dtype, device=self._device)
             # counters, the only integers, start at zero
-            yield workspace if dtype.is_floating_point else workspace.zero_()
+            tensors += (workspace if dtype.is_floating_point else workspace.zero_(),)
+        is_observed = _is_observed()
+        if self._device.type != "cuda" or torch.cuda.current_device() == self._device.index:
+            for kernel in self._kernels:
+                kernel(tensors, is_observed)
+        else:
+            with torch.cuda.device(self._device):
+                for kernel in self._kernels:
+                    kernel(tensors, is_observed)
 
 
-class _Step:
-    """One launch, its arguments in the kernel's order with gaps for the tensors."""
+class _BoundKernel:
+    """One launch whose arguments are bound to the tensors of a call."""
 
     def __init__(self, one: Launch, places: Mapping[int, int], device: torch.device) -> None:
         nvidia = device.type == "cuda" and torch.version.hip is None
         arguments = one.arguments_on(nvidia)
         self._kernel, self._grid, self._options = one.kernel, one.grid, one.options(nvidia)
-        self._template = [arguments[name] for name in one.kernel.arg_names]
-        self._gaps = [
-            (position, binder)
-            for position, value in enumerate(self._template)
-            if (binder := _binder(value, places)) is not None
-        ]
-        for position, _ in self._gaps:
-            self._template[position] = None
+        self._bind = _binding([arguments[name] for name in one.kernel.arg_names], places)
         self._index = device.index
-        self._launch: Callable[..., None] | None = None
+        self._compiled: Any = None
+        self._stream_of: Any = None
 
-    def __call__(self, tensors: Tensors) -> None:
-        arguments = self._template.copy()
-        for position, binder in self._gaps:
-            arguments[position] = binder(tensors)
-        if self._launch is None or _is_observed():
-            compiled = self._kernel[(self._grid,)](*arguments, **self._options)
-            if compiled is not None:  # the interpreter compiles nothing
-                self._launch = _launcher(compiled, self._grid, self._index)
-        else:
-            self._launch(arguments)
+    def __call__(self, tensors: Tensors, is_observed: bool) -> None:
+        arguments, compiled = self._bind(tensors), self._compiled
+        if compiled is None or is_observed:
+            # None from the interpreter, which compiles nothing
+            self._compiled = self._kernel[(self._grid,)](*arguments, **self._options)
+            if self._compiled is not None:
+                from triton.runtime import driver
+
+                self._stream_of = driver.active.get_current_stream
+            return
+        # what Triton does with a compiled kernel, without asking each time which one it is
+        compiled.run(
+            self._grid, 1, 1, self._stream_of(self._index), compiled.function,
+            compiled.packed_metadata, None, None, None, *arguments,
+        )  # fmt: skip
 
 
-def _launcher(compiled: Any, grid: int, index: int) -> Callable[[list[Any]], None]:
-    """What Triton does with a compiled kernel, without asking each time which one it is."""
-    from triton.runtime import driver
+def _binding(arguments: Sequence[Any], places: Mapping[int, int]) -> Callable[[Tensors], list[Any]]:
+    """Return a function that makes a kernel's arguments out of a call's tensors.
 
-    run, metadata = compiled.run, compiled.packed_metadata
-    stream_of = driver.active.get_current_stream
+    It is one expression, evaluated from text, so that structs of structs cost no Python call each:
+    ``lambda tensors: [tensors[0], constants[0], make(constants[1], (tensors[3], constants[2]))]``.
+    """
+    constants: list[Any] = []
 
-    def start(arguments: list[Any]) -> None:
-        # from ``compiled``, to keep it: Triton unloads what nobody has any more
-        function = compiled.function
-        run(grid, 1, 1, stream_of(index), function, metadata, None, None, None, *arguments)
+    def text(value: Any) -> str:
+        if isinstance(value, Tensor):
+            return f"tensors[{places[id(value)]}]"
+        if isinstance(value, tuple) and any(True for _ in _tensors_in(value)):
+            fields = ", ".join(map(text, value))
+            constants.append(type(value))  # a NamedTuple
+            return f"make(constants[{len(constants) - 1}], ({fields},))"
+        constants.append(value)
+        return f"constants[{len(constants) - 1}]"
 
-    return start
+    source = f"lambda tensors: [{', '.join(map(text, arguments))}]"
+    bind: Callable[[Tensors], list[Any]]
+    bind = eval(source, {"constants": constants, "make": tuple.__new__})
+    return bind
 
 
 @functools.cache
@@ -159,199 +163,131 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
         yield from _tensors_in(list(value.values()))
 
 
-def _binder(value: Any, places: Mapping[int, int]) -> Callable[[Tensors], Any] | None:
-    """How to make an argument out of a call's tensors; None where it has none of them."""
-    if isinstance(value, Tensor):
-        return itemgetter(places[id(value)])
-    if not isinstance(value, tuple):
-        return None
-    binders = [_binder(one, places) for one in value]
-    if not any(binders):
-        return None
-    gaps = [(position, binder) for position, binder in enumerate(binders) if binder]
-    make = type(value)._make  # type: ignore[attr-defined]  # a NamedTuple
-
-    def bind(tensors: Tensors) -> Any:
-        fields = list(value)
-        for position, binder in gaps:
-            fields[position] = binder(tensors)
-        return make(fields)
-
-    return bind
+def _signature(tensors: Tensors) -> tuple[Any, ...]:
+    """Return each tensor's shape, strides, dtype and alignment, on which launches depend."""
+    signature: list[Any] = []
+    for t in tensors:
+        if t is None:
+            signature.append(None)
+        else:
+            aligned = t.data_ptr() % layout.ALIGNMENT == 0
+            signature.append((t.shape, t.stride(), t.dtype, aligned))
+    return tuple(signature)
 
 
-# what tells an operand of two calls apart, for the launches: shape, strides, dtype, is it aligned
-_Traits = tuple[torch.Size, tuple[int, ...], torch.dtype, bool] | None
-
-
-def _traits(tensor: Tensor | None) -> _Traits:
-    if tensor is None:
-        return None
-    aligned = not tensor.data_ptr() % layout.ALIGNMENT
-    return tensor.shape, tensor.stride(), tensor.dtype, aligned
-
-
-def _template(traits: _Traits) -> Any:
-    if traits is None:
-        return None
-    shape, stride, dtype, _ = traits
-    return torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+def _templates(signature: tuple[Any, ...]) -> Iterator[Any]:
+    """Yield tensors without memory that have this signature."""
+    for traits in signature:
+        if traits is None:
+            yield None
+        else:
+            shape, stride, dtype, _ = traits
+            yield torch.empty_strided(shape, stride, dtype=dtype, device="meta")
 
 
 def forward(
     operands: Operands,
-    y: Tensor,
+    call: Call,
+    y: Tensor | None,
     stats: Tensor | None,
-    groups: int,
-    eps: float,
-    activation: str,
-    settings: Settings,
-    config: Config | None = None,
     moments: Tensor | None = None,
+    config: Config | None = None,
 ) -> None:
-    """Fill y and, unless None, stats (N, G, 3), by ``config`` or the plan under the settings.
+    """Fill y and, unless None, stats (N, G, 3), by ``config`` or by the plan for the call.
 
-    x and the residual are as ``layout`` has made them native; y has the strides of x. ``moments``
-    (N, G, 4, parts), under settings of split: normalise by these.
+    Operands are as ``autograd.native`` makes them; y has the strides of x. ``moments`` belong to
+    plans of split only. With y, they are read and normalise x: (N, G, 4, parts). Without y, they
+    are filled from x + pre_add: (4, N, G), the count as it rounds.
     """
-    parts = None if moments is None else moments.shape[3]
+    device, settings = operands.x.device, call.settings
     prepared = prepare_forward(
-        y.device, tuple(map(_traits, operands)), y.dtype, stats is not None, parts,
-        groups, eps, activation, settings.batch_invariant, settings.plan_override, config,
+        device, _signature(operands), y is not None, stats is not None, moments is not None,
+        1 if moments is None else moments.shape[-1], call.groups, call.eps, call.activation,
+        call.y_dtype, settings.batch_invariant, settings.plan_override, config,
     )  # fmt: skip
-    prepared(*operands, y, stats, moments)
+    prepared((*operands, y, stats, moments))
 
 
 @functools.lru_cache(maxsize=4096)
 def prepare_forward(
     device: torch.device,
-    traits: tuple[_Traits, ...],
-    y_dtype: torch.dtype | None,
+    signature: tuple[Any, ...],
+    with_y: bool,
     with_stats: bool,
-    moments_parts: int | None,
+    with_moments: bool,
+    parts: int,
     groups: int,
     eps: float,
     activation: str,
+    y_dtype: torch.dtype,
     *plan_settings: Any,
 ) -> Prepared:
-    operands = Operands(*map(_template, traits))
+    operands = Operands(*_templates(signature))
     x, n = operands.x, operands.x.shape[0]
     problem = launches.problem_of("forward", operands, groups, activation)
     config = _config(problem, device, *plan_settings)
-    y = None if y_dtype is None else layout.empty_like(x, y_dtype)
+    y = layout.empty_like(x, y_dtype) if with_y else None
     stats = launches.statistics(x, n, groups, 3) if with_stats else None
     moments = None
-    if y is None:
-        moments = launches.statistics(x, 4, n, groups)
-    elif moments_parts is not None:
-        moments = launches.statistics(x, n, groups, 4, moments_parts)
+    if with_moments:
+        sizes = (n, groups, 4, parts) if with_y else (4, n, groups)
+        moments = launches.statistics(x, *sizes)
     kernels = launches.forward_launches(problem, config, operands, y, stats, eps, moments)
     return Prepared(problem, config, kernels, (*operands, y, stats, moments), device)
 
 
-def moments(operands: Operands, groups: int, settings: Settings) -> Tensor:
-    """(4, N, G): the moments of x + pre_add, under settings of split; the count as it rounds.
-
-    x is as ``layout`` has made it native.
-    """
-    x = operands.x
-    prepared = prepare_forward(
-        x.device, tuple(map(_traits, operands)), None, False, None, groups, 0.0, "none",
-        settings.batch_invariant, settings.plan_override, None,
-    )  # fmt: skip
-    found = launches.statistics(x, 4, x.shape[0], groups)
-    prepared(*operands, None, None, found)
-    return found
-
-
 def backward(
-    dy: Tensor,
-    stats: Tensor,
     operands: Operands,
-    grads: Mapping[str, Tensor],
-    groups: int,
-    activation: str,
-    settings: Settings,
-    config: Config | None = None,
-) -> None:
-    """Fill ``grads``, named as the operands, by ``config`` or the plan under the settings.
-
-    The residual's gradient may be asked for only with an activation; without one it is dy. x, the
-    residual and dy are as ``layout`` has made them native; so are their gradients.
-    """
-    prepared = prepare_backward(
-        dy.device, tuple(map(_traits, operands)), _traits(dy), _dtypes(grads), None, groups,
-        activation, settings.batch_invariant, settings.plan_override, config,
-    )  # fmt: skip
-    prepared(*operands, dy, layout.packed(stats), *grads.values(), None)
-
-
-def first_half(
-    dy: Tensor,
-    stats: Tensor,
-    operands: Operands,
-    grads: Mapping[str, Tensor],
-    groups: int,
-    activation: str,
-    settings: Settings,
-) -> Tensor:
-    """As ``backward`` at given statistics, under settings of split.
-
-    Returned: parts (N, G, 2, num_partials) of sum(dx_hat) and sum(dx_hat * x_hat).
-    """
-    prepared = prepare_backward(
-        dy.device, tuple(map(_traits, operands)), _traits(dy), _dtypes(grads), "first", groups,
-        activation, settings.batch_invariant, settings.plan_override, None,
-    )  # fmt: skip
-    sums = launches.statistics(operands.x, dy.shape[0], groups, 2, prepared.config.num_partials)
-    prepared(*operands, dy, layout.packed(stats), *grads.values(), sums)
-    return sums
-
-
-def second_half(
+    call: Call,
     dy: Tensor | None,
-    sums: Tensor,
     stats: Tensor,
-    operands: Operands,
     grads: Mapping[str, Tensor],
-    groups: int,
-    activation: str,
-    settings: Settings,
-) -> None:
-    """Fill the gradients of x and pre_add from both sums (N, G, 2), under settings of split.
+    half: Half = None,
+    sums: Tensor | None = None,
+    config: Config | None = None,
+) -> Tensor | None:
+    """Fill ``grads``, named as the operands, by ``config`` or by the plan for the call.
 
-    Without dy: what the sums alone give. They are divided by the elements of a group of x.
+    Operands and dy are as ``autograd.native`` makes them; so are the gradients of x and the
+    residual. The residual's may be asked for only with an activation: without one it is dy.
+
+    Under settings of split a backward has two halves. "reduce" returns the partials
+    (N, G, 2, num_partials) of sum(dx_hat) and sum(dx_hat * x_hat), and fills gradients at
+    precomputed statistics. "apply" takes their ``sums`` (N, G, 2), which it divides by the elements
+    of a group of x, and fills the gradients of x and pre_add; without dy, what the sums alone give.
     """
+    device, settings = operands.x.device, call.settings
+    wanted = tuple(zip(grads, [grad.dtype for grad in grads.values()], strict=True))
     prepared = prepare_backward(
-        sums.device, tuple(map(_traits, operands)), _traits(dy), _dtypes(grads), "second", groups,
-        activation, settings.batch_invariant, settings.plan_override, None,
+        device, _signature((*operands, dy)), wanted, half, call.groups, call.activation,
+        settings.batch_invariant, settings.plan_override, config,
     )  # fmt: skip
-    prepared(*operands, dy, layout.packed(stats), *grads.values(), sums)
-
-
-def _dtypes(grads: Mapping[str, Tensor]) -> tuple[tuple[str, torch.dtype], ...]:
-    return tuple((name, grad.dtype) for name, grad in grads.items())
+    if half == "reduce":
+        n, num_partials = operands.x.shape[0], prepared.config.num_partials
+        sums = launches.statistics(operands.x, n, call.groups, 2, num_partials)
+    prepared((*operands, dy, layout.packed(stats), *grads.values(), sums))
+    return sums
 
 
 @functools.lru_cache(maxsize=4096)
 def prepare_backward(
     device: torch.device,
-    traits: tuple[_Traits, ...],
-    dy_traits: _Traits,
+    signature: tuple[Any, ...],
     wanted: tuple[tuple[str, torch.dtype], ...],
     half: Half,
     groups: int,
     activation: str,
     *plan_settings: Any,
 ) -> Prepared:
-    operands, dy = Operands(*map(_template, traits)), _template(dy_traits)
+    *tensors, dy = _templates(signature)
+    operands = Operands(*tensors)
     stats = launches.statistics(operands.x, operands.x.shape[0], groups, 3)
     grads = {name: torch.empty_like(getattr(operands, name), dtype=dtype) for name, dtype in wanted}
     problem = launches.problem_of("backward", operands, groups, activation)
     config = _config(problem, device, *plan_settings)
     sums = None
     if half is not None:
-        num_partials = config.num_partials if half == "first" else 1
+        num_partials = config.num_partials if half == "reduce" else 1
         sums = launches.statistics(operands.x, problem.n, groups, 2, num_partials)
     kernels = launches.backward_launches(problem, config, dy, operands, stats, grads, sums, half)
     templates = (*operands, dy, stats, *grads.values(), sums)

@@ -24,7 +24,7 @@ _PARAM_WARPS = 4
 _MERGE_WARPS = 4
 
 # which part of a backward by split, cut where the sums over groups are known; None for the whole
-Half = Literal["first", "second"] | None
+Half = Literal["reduce", "apply"] | None
 
 
 class Workspace(Tensor):
@@ -149,7 +149,7 @@ def _params(operands: Operands) -> Any:
         if values.stride(-1) != 1 and values.shape[-1] > 1:
             raise RuntimeError(
                 "the kernels read operands whose channels are adjacent in memory; got strides "
-                f"{values.stride()}. Make them dense with ops.layout.rows."
+                f"{values.stride()}. Make them dense with autograd.native."
             )
         shared = values.ndim == 1 or values.shape[0] == 1
         return tile.PerChannel(values, 0 if shared else values.stride(0))
@@ -321,8 +321,8 @@ def backward_launches(
         outputs |= {"dx_ptr": grads.get("x")} | _pipeline(problem, config, operands.x)
         launch = Launch(kernel, config.persistent_programs, inputs | outputs, config.num_warps)
         return [launch, *_param_launches(problem, config, reductions)]
-    num_partials = _slots(config, 1 if half == "second" else config.num_partials)
-    at_given_statistics = {"partials_ptr": None} if half == "first" else {}
+    num_partials = _slots(config, 1 if half == "apply" else config.num_partials)
+    at_given_statistics = {"partials_ptr": None} if half == "reduce" else {}
     # the apply launch writes the parts of dpre_add, and sums up what the launch before has left
     dpre_add = reductions.pop("pre_add", None)
     last = {} if dpre_add is None else {"pre_add": dpre_add}
@@ -340,5 +340,5 @@ def backward_launches(
         | at_given_statistics,
         config.num_warps,
     )  # fmt: skip
-    before = [] if half == "second" else [first]
+    before = [] if half == "apply" else [first]
     return [*before, apply, *_param_launches(problem, config, last)]

@@ -1,4 +1,4 @@
-"""How a tensor lies in memory, read from its strides."""
+"""Memory formats: read from strides, kept in outputs, repaired by copies."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ ALIGNMENT = 16  # bytes that Triton compiles a pointer for
 
 
 def is_channels_last(x: Tensor) -> bool | None:
-    """Whether channels are innermost (True) or outside the pixels (False); None if neither.
+    """Return True if channels are innermost, False if they are outside the pixels, else None.
 
     GroupNorm does not care about the order of the pixels, so the spatial dimensions may lie in any
     order as long as the tensor is dense. One pixel counts as channels-last: its channels are
@@ -38,26 +38,13 @@ def is_channels_last(x: Tensor) -> bool | None:
     return None
 
 
-def real(x: Tensor) -> Tensor:
-    """x, or a copy where memory holds something else than its values: PyTorch's lazily negated
-    tensors and zeros without memory."""
-    return x.clone() if x.is_neg() or x._is_zerotensor() else x
-
-
-def rows(values: Tensor) -> Tensor:
-    """(C,) or (N, C), or a copy where the channels of a row are not adjacent in memory."""
-    values = real(values)
-    return values if values.stride(-1) == 1 or values.shape[-1] == 1 else values.contiguous()
-
-
 def packed(t: Tensor) -> Tensor:
-    """t as PyTorch allocates it, or a copy: hooks on saved tensors may have given it any strides
-    and address."""
+    """Return t, or a copy if hooks on saved tensors have changed its strides or its alignment."""
     return t if t.is_contiguous() and t.data_ptr() % ALIGNMENT == 0 else t.clone().contiguous()
 
 
 def native(x: Tensor) -> tuple[Tensor, bool]:
-    """x, or where the kernels cannot read it a dense copy, and whether it is channels-last."""
+    """Return x, or a dense copy if the kernels cannot read it, and whether it is channels-last."""
     channels_last = is_channels_last(x)
     if channels_last is not None:
         return x, channels_last
@@ -68,15 +55,15 @@ def native(x: Tensor) -> tuple[Tensor, bool]:
 
 
 def like(x: Tensor, other: Tensor) -> Tensor:
-    """x with the strides of ``other``, copied only where they differ."""
-    same = all(
-        size == 1 or a == b
-        for size, a, b in zip(other.shape, x.stride(), other.stride(), strict=True)
-    )
-    # of x's own kind: under vmap and fake tensors, torch.empty_strided is not
-    return x if same else x.new_empty_strided(other.shape, other.stride()).copy_(x)
+    """Return x with the strides of ``other``: itself, or a copy where they differ."""
+    strides = other.stride()
+    for size, a, b in zip(other.shape, x.stride(), strides, strict=True):
+        if a != b and size != 1:
+            # a new tensor of x's own kind: under vmap and fake tensors, torch.empty_strided is not
+            return x.new_empty_strided(other.shape, strides).copy_(x)
+    return x
 
 
 def empty_like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Uninitialised, with exactly the strides of the dense tensor x."""
+    """Return an uninitialised tensor with exactly the strides of the dense tensor x."""
     return torch.empty_strided(x.shape, x.stride(), dtype=dtype or x.dtype, device=x.device)

@@ -9,8 +9,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from triton_gn import reference
-from triton_gn.ops import autograd, launcher, layout
-from triton_gn.ops.autograd import Call
+from triton_gn.ops import autograd, context, launcher, layout
+from triton_gn.ops.call import Call
+from triton_gn.ops.launches import Half
+from triton_gn.ops.stats import own_moments
 from triton_gn.reference import Operands, compute_dtype
 
 Shards = Sequence[dist.ProcessGroup]
@@ -36,10 +38,12 @@ class Way(Protocol):
     def apply(self, step: Step, parts: Tensor, with_stats: bool) -> tuple[Tensor, Tensor | None]:
         """y and, if asked for, stats, from the parts' moments (N, G, 4, parts)."""
 
-    def first_half(self, step: Step, needs: Sequence[bool]) -> tuple[Tensor, dict[str, Tensor]]:
+    def backward_reduce(
+        self, step: Step, needs: Sequence[bool]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Both sums (N, G, 2), and gradients but those of the input, in the compute dtype."""
 
-    def second_half(self, step: Step, sums: Tensor, needs: Sequence[bool]) -> dict[str, Tensor]:
+    def backward_apply(self, step: Step, sums: Tensor, needs: Sequence[bool]) -> dict[str, Tensor]:
         """Gradients of the input, pre_add's in the compute dtype; the sums are divided by the
         elements that a group has here."""
 
@@ -48,28 +52,31 @@ class ByKernels:
     """Under settings of split."""
 
     def moments(self, step: Step) -> Tensor:
-        call = step.call
-        return launcher.moments(autograd.native(step.operands), call.groups, call.settings)
+        return own_moments(step.operands, step.call)
 
     def apply(self, step: Step, parts: Tensor, with_stats: bool) -> tuple[Tensor, Tensor | None]:
         return autograd.forward(step.operands, step.call, with_stats, parts)
 
-    def first_half(self, step: Step, needs: Sequence[bool]) -> tuple[Tensor, dict[str, Tensor]]:
-        dy, rest, grads = self._backward(step, needs)
-        return launcher.first_half(dy, *rest).sum(-1), grads
+    def backward_reduce(
+        self, step: Step, needs: Sequence[bool]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        sums, grads = self._backward(step, needs, "reduce")
+        assert sums is not None
+        return sums.sum(-1), grads
 
-    def second_half(self, step: Step, sums: Tensor, needs: Sequence[bool]) -> dict[str, Tensor]:
-        dy, rest, grads = self._backward(step, needs)
-        launcher.second_half(dy, sums, *rest)
-        return grads
+    def backward_apply(self, step: Step, sums: Tensor, needs: Sequence[bool]) -> dict[str, Tensor]:
+        return self._backward(step, needs, "apply", sums)[1]
 
-    def _backward(self, step: Step, needs: Sequence[bool]) -> tuple[Tensor, Any, dict[str, Tensor]]:
-        """dy, what else both halves take, and the gradients that they fill."""
-        call, operands = step.call, autograd.native(step.operands)
+    def _backward(
+        self, step: Step, needs: Sequence[bool], half: Half, sums: Tensor | None = None
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
+        operands = autograd.native(step.operands)
         grads = autograd.empty_gradients(operands, needs, compute_dtype(operands.x))
         assert step.dy is not None
-        rest = step.stats, operands, grads, call.groups, call.activation, call.settings
-        return autograd.beside(step.dy, operands.x), rest, grads
+        assert step.stats is not None
+        dy = autograd.beside(step.dy, operands.x)
+        sums = launcher.backward(operands, step.call, dy, step.stats, grads, half, sums)
+        return sums, grads
 
 
 class ByFormulas:
@@ -88,7 +95,9 @@ class ByFormulas:
         stats = torch.stack([found.mean, found.mean_lo, rstd], -1)
         return layout.like(y.to(call.y_dtype), layout.native(operands.x)[0]), stats
 
-    def first_half(self, step: Step, needs: Sequence[bool]) -> tuple[Tensor, dict[str, Tensor]]:
+    def backward_reduce(
+        self, step: Step, needs: Sequence[bool]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         x_hat = _x_hat(step)
         names = [name for name, needed in zip(Operands._fields, needs, strict=True) if needed]
         dx_hat, *found = _of_affine(step, x_hat, (True, *needs[1:]))
@@ -96,7 +105,7 @@ class ByFormulas:
         sums = products.reshape(2, x_hat.shape[0], step.call.groups, -1).sum(-1).movedim(0, -1)
         return sums, dict(zip(names, found, strict=True))
 
-    def second_half(self, step: Step, sums: Tensor, needs: Sequence[bool]) -> dict[str, Tensor]:
+    def backward_apply(self, step: Step, sums: Tensor, needs: Sequence[bool]) -> dict[str, Tensor]:
         x, pre_add, x_hat = step.operands.x, step.operands.pre_add, _x_hat(step)
         assert step.stats is not None
         (dx_hat,) = _of_affine(step, x_hat, (True, *[False] * (_TENSORS - 1)))
@@ -155,7 +164,7 @@ def summed(tensors: Sequence[Tensor], shards: Shards) -> list[Tensor]:
 
 def group_norm(operands: Operands, call: Call, way: Way, shards: Shards) -> Tensor:
     """y of this process's x, which may be empty; ``call`` with settings of split."""
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands):
+    if context.records(operands):
         y_recorded: Tensor = _ShardedFunction.apply(*operands, call, way, shards)
         return y_recorded
     step = Step(operands, call)
@@ -230,7 +239,7 @@ def _backward(
     if is_empty:
         sums, found = share.new_zeros(*share.shape[:2], 2), _zeros(operands, others)
     else:
-        sums, found = way.first_half(step, others)
+        sums, found = way.backward_reduce(step, others)
     shared = [name for name in found if name != "residual"]
     to_sum = [found[name] for name in shared]
     if any(of_input):
@@ -242,7 +251,7 @@ def _backward(
         found |= (
             _zeros(operands, of_input)
             if is_empty
-            else way.second_half(step, totals[-1] * share, of_input)
+            else way.backward_apply(step, totals[-1] * share, of_input)
         )
     if "pre_add" in found:
         (found["pre_add"],) = summed([found["pre_add"]], shards)

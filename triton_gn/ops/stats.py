@@ -1,5 +1,7 @@
-"""The kernels of statistics apart from apply: the two launches of split as differentiable functions
-of their own. What must be differentiable twice goes by the formulas in plain PyTorch.
+"""Statistics without normalisation, and normalisation by precomputed statistics.
+
+The two launches of split as differentiable functions of their own. A backward that must itself be
+differentiable runs the formulas in plain PyTorch.
 """
 
 import functools
@@ -11,8 +13,8 @@ import torch
 from torch import Tensor
 
 from triton_gn import reference
-from triton_gn.ops import autograd, launcher
-from triton_gn.ops.autograd import Call
+from triton_gn.ops import autograd, context, launcher, launches
+from triton_gn.ops.call import Call
 from triton_gn.ops.settings import Settings
 from triton_gn.reference import Moments, Operands
 
@@ -29,63 +31,66 @@ def split_settings(settings: Settings) -> Settings:
 
 
 def moments(x: Tensor, pre_add: Tensor | None, groups: int, settings: Settings) -> Moments:
-    """Of a non-empty x + pre_add, which ``functional`` has checked."""
-    given = x, pre_add, groups, split_settings(settings)
-    mean, mean_lo, m2 = _MomentsFunction.apply(*given)
+    """Return the moments of each group of a non-empty x + pre_add."""
+    call = Call(groups, 0.0, "none", x.dtype, split_settings(settings))
+    mean, mean_lo, m2 = _MomentsFunction.apply(x, pre_add, call)
     count = torch.full_like(mean, x[0].numel() // groups, dtype=torch.int64)
     return Moments(count, mean, mean_lo, m2)
 
 
+def own_moments(operands: Operands, call: Call) -> Tensor:
+    """Return count, mean, mean_lo and m2 of x + pre_add: (4, N, G)."""
+    operands = autograd.native(operands)
+    x = operands.x
+    found = launches.statistics(x, 4, x.shape[0], call.groups)
+    launcher.forward(operands, call, None, None, found)
+    return found
+
+
 class _MomentsFunction(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, pre_add: Tensor | None, groups: int, settings: Settings
-    ) -> tuple[Tensor, ...]:
-        found = launcher.moments(autograd.native(Operands(x, pre_add=pre_add)), groups, settings)
-        _, mean, mean_lo, m2 = found.unbind()
-        # the mean is one number, and all of its gradient comes by its high part
+    def forward(ctx: Any, x: Tensor, pre_add: Tensor | None, call: Call) -> tuple[Tensor, ...]:
+        _, mean, mean_lo, m2 = own_moments(Operands(x, pre_add=pre_add), call).unbind()
+        # the mean is one number: all of its gradient comes by its high part
         ctx.mark_non_differentiable(mean_lo)
         ctx.save_for_backward(x, pre_add, mean, mean_lo)
-        ctx.groups, ctx.settings = groups, settings
+        ctx.call = call
         return mean, mean_lo, m2
 
     @staticmethod
     def backward(ctx: Any, d_mean: Tensor, _: Tensor, d_m2: Tensor) -> tuple[Tensor | None, ...]:
         x, pre_add, mean, mean_lo = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:2]
+        needs, groups = ctx.needs_input_grad[:2], ctx.call.groups
         if torch.is_grad_enabled():
 
             def formulas(x: Tensor, pre_add: Tensor | None) -> tuple[Tensor, Tensor]:
-                found = reference.moments(x, ctx.groups, pre_add)
+                found = reference.moments(x, groups, pre_add)
                 return found.mean, found.m2
 
-            found = reference.pull_back(formulas, (x, pre_add), needs, (d_mean, d_m2))
+            grads = reference.pull_back(formulas, (x, pre_add), needs, (d_mean, d_m2))
         else:
             operands = autograd.native(Operands(x, pre_add=pre_add))
-            of_fields = [name in ("x", "pre_add") for name in Operands._fields]
-            asked = iter(needs)
-            grads = autograd.empty_gradients(operands, [f and next(asked) for f in of_fields])
-            stats = torch.stack([mean, mean_lo, torch.ones_like(mean)], -1)
-            sums = torch.stack([-d_mean, d_m2 * (-2 * (x[0].numel() // ctx.groups))], -1)
-            launcher.second_half(
-                None, sums, stats, operands, grads, ctx.groups, "none", ctx.settings
+            wanted = dict(zip(("x", "pre_add"), needs, strict=True))
+            named = autograd.empty_gradients(
+                operands, [wanted.get(name, False) for name in Operands._fields]
             )
-            found = list(grads.values())
-        return *_spread(found, needs), None, None
+            stats = torch.stack([mean, mean_lo, torch.ones_like(mean)], -1)
+            sums = torch.stack([-d_mean, d_m2 * (-2 * (x[0].numel() // groups))], -1)
+            launcher.backward(operands, ctx.call, None, stats, named, "apply", sums)
+            grads = list(named.values())
+        return *_spread(grads, needs), None
 
 
 def _spread(found: Iterable[Tensor], needs: Iterable[bool]) -> list[Tensor | None]:
-    """One for each of ``needs``, None where it says no."""
+    """Return one gradient for each of ``needs``, None where it says no."""
     rest = iter(found)
     return [next(rest) if needed else None for needed in needs]
 
 
 def apply(operands: Operands, given: Moments, call: Call) -> Tensor:
-    """y of a non-empty x, for operands and moments that were checked."""
+    """Return y of a non-empty x, normalised by precomputed moments."""
     call = call._replace(settings=split_settings(call.settings))
-    if torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (*operands, *given)
-    ):
+    if context.records((*operands, *given)):
         y_recorded: Tensor = _ApplyFunction.apply(*operands, *given, call)
         return y_recorded
     y, _ = autograd.forward(operands, call, with_stats=False, moments=_packed(given))
@@ -132,10 +137,9 @@ def _apply_backward(
     *of_operands, needs_mean, needs_m2 = needs
     operands = autograd.native(operands)
     grads = autograd.empty_gradients(operands, of_operands)
-    parts = launcher.first_half(
-        autograd.beside(dy, operands.x), stats, operands, grads, call.groups, call.activation,
-        call.settings,
-    )  # fmt: skip
+    dy = autograd.beside(dy, operands.x)
+    parts = launcher.backward(operands, call, dy, stats, grads, "reduce")
+    assert parts is not None
     dx_hat_sum, dx_hat_x_hat_sum = parts.sum(-1).unbind(-1)
     rstd = stats[..., 2]
     found = list(grads.values())

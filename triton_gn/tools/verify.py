@@ -12,6 +12,7 @@ from torch import Tensor
 
 from triton_gn import reference
 from triton_gn.ops import autograd, launcher, launches, layout, settings
+from triton_gn.ops.call import Call
 from triton_gn.plan import Config
 from triton_gn.reference import Operands, compute_dtype
 from triton_gn.tools.workloads import Workload
@@ -103,10 +104,8 @@ class Trial:
         if direction == "forward":
             self._forward(self._stats, config)
             return
-        launcher.backward(
-            self.dy, self._kept_stats, self._given(direction), self.outputs(direction),
-            self.workload.groups, self.workload.activation, settings.current(), config,
-        )  # fmt: skip
+        given, grads = self._given(direction), self.outputs(direction)
+        launcher.backward(given, self._call, self.dy, self._kept_stats, grads, config=config)
 
     def errors(self, direction: str, config: Config | None = None) -> dict[str, float]:
         """Of each output, as ``errors_of``; inf as well where an element is not written."""
@@ -148,10 +147,13 @@ class Trial:
         return self.workload.given(self.operands, direction)
 
     def _forward(self, stats: Tensor, config: Config | None) -> None:
-        launcher.forward(
-            self.operands, self.outputs("forward")["y"], stats, self.workload.groups, EPS,
-            self.workload.activation, settings.current(), config,
-        )  # fmt: skip
+        y = self.outputs("forward")["y"]
+        launcher.forward(self.operands, self._call, y, stats, config=config)
+
+    @property
+    def _call(self) -> Call:
+        workload, y_dtype = self.workload, self.operands.x.dtype
+        return Call(workload.groups, EPS, workload.activation, y_dtype, settings.current())
 
     @functools.cached_property
     def _kept_stats(self) -> Tensor:

@@ -1,0 +1,17 @@
+"""What a call is made of besides its tensors, which are ``reference.Operands``."""
+
+from typing import NamedTuple
+
+import torch
+
+from triton_gn.ops.settings import Settings
+
+
+class Call(NamedTuple):
+    """The constants of a call, handed whole from dispatch to the launch cache."""
+
+    groups: int
+    eps: float
+    activation: str
+    y_dtype: torch.dtype
+    settings: Settings  # of the forward: a backward runs in a thread of its own
