@@ -112,8 +112,8 @@ def _reason(problem: Problem, device: Device, config: Config, current: Settings)
     if fixed:
         return f"plan_override({', '.join(f'{name}={value!r}' for name, value in fixed.items())})"
     measured = replace(problem, n=1) if current.batch_invariant else problem
-    if (found := table.lookup(measured, device)) is not None and found.config is not None:
-        return f"measured {'' if found.exact else 'for a similar problem '}in {found.path}"
+    if (match := table.lookup(measured, device)) is not None and match.config is not None:
+        return f"measured {'' if match.exact else 'for a similar problem '}in {match.path}"
     size = f"groups of {problem.group_elements} elements"
     if config.strategy == "resident" and is_always_resident(problem):
         return f"{size} stay on chip"

@@ -169,7 +169,7 @@ def test_merge_makes_plans_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     tune.merge(path, H100, [])
     assert table.lookup(PROBLEM, H100) is None
     tune.merge(path, H100, [entry_of(PROBLEM)])
-    assert table.lookup(PROBLEM, H100) == table.Found(None, path, exact=True)
+    assert table.lookup(PROBLEM, H100) == table.Match(None, path, exact=True)
 
 
 @pytest.mark.parametrize("make", [lambda p: p.write_text("no table"), Path.mkdir])
@@ -184,9 +184,9 @@ def test_table_never_grows_beyond_what_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = table.path_of(tmp_path, H100)
-    monkeypatch.setattr(table, "MAX_ENTRIES", 2)
     tune.merge(path, H100, [entry_of(replace(PROBLEM, n=n)) for n in (1, 2)])
-    with pytest.raises(ValueError, match=f"2 entries .*got 3.*Move {path} away"):
+    monkeypatch.setattr(table, "MAX_BYTES", path.stat().st_size)
+    with pytest.raises(ValueError, match=f"bytes; got .* for 3 entries. Move {path} away"):
         tune.merge(path, H100, [entry_of(PROBLEM), entry_of(replace(PROBLEM, n=3))])
     assert len(table.read(path, H100)) == 2
 

@@ -58,9 +58,9 @@ def plan(
     if batch_invariant:
         problem = replace(problem, n=1)
     if not override:
-        found = table.lookup(problem, device)
-        if found is not None and found.config is not None:
-            return found.config
+        match = table.lookup(problem, device)
+        if match is not None and match.config is not None:
+            return match.config
     fixed = dict(override)
     strategies = (fixed.pop("strategy"),) if "strategy" in fixed else STRATEGIES
     for name, value in fixed.items():

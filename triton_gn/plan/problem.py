@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-_ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 ACCESS_BYTES = 16  # the widest load and store of one thread
 
 
@@ -37,7 +37,7 @@ class Problem:
 
     @property
     def itemsize(self) -> int:
-        return _ITEMSIZE[self.dtype]
+        return ITEMSIZE[self.dtype]
 
     @property
     def group_channels(self) -> int:

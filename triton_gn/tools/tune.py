@@ -81,7 +81,7 @@ class Result:
     @property
     def gain(self) -> str:
         """How many times as fast as the rule's it is."""
-        return f"{self.entry.rule_us / self.entry.best_us:.2f}x"
+        return f"{self.entry.default_us / self.entry.best_us:.2f}x"
 
     def __str__(self) -> str:
         entry = self.entry
@@ -93,8 +93,8 @@ class Result:
             if fault.startswith("wrong")
         )
         return (
-            f"{self.name}: rule {entry.rule_us:.1f} us, best {entry.best_us:.1f} us ({self.gain}), "
-            f"{self.plan} ({self.timed} timed{dropped})" + "".join(wrong)
+            f"{self.name}: default {entry.default_us:.1f} us, best {entry.best_us:.1f} us "
+            f"({self.gain}), {self.plan} ({self.timed} timed{dropped})" + "".join(wrong)
         )
 
 
@@ -186,7 +186,7 @@ def _table(results: Iterable[Result]) -> Table:
     table.add_column("plan")
     for one in results:
         entry = one.entry
-        rule = f"{entry.rule_us:.1f} ({entry.warm_rule_us:.1f})"
+        rule = f"{entry.default_us:.1f} ({entry.warm_default_us:.1f})"
         best = f"{entry.best_us:.1f} ({entry.warm_best_us:.1f})"
         table.add_row(one.name, rule, best, one.gain, one.plan)
     return table
@@ -282,11 +282,11 @@ def merge(path: Path, gpu: Device, entries: Iterable[Entry]) -> list[Entry]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f"{path.name}.lock")):
         merged = {entry.problem: entry for entry in (*_entries_in(path, gpu), *entries)}
-        text = table.text_of(gpu, merged.values(), {"written_by": "python -m triton_gn tune"})
-        if len(merged) > table.MAX_ENTRIES or len(text) > table.MAX_BYTES:
+        text = table.text_of(gpu, merged.values())
+        if len(text) > table.MAX_BYTES:
             raise ValueError(
-                f"a table holds {table.MAX_ENTRIES} entries in {table.MAX_BYTES} bytes at most; "
-                f"got {len(merged)} in {len(text)}. Move {path} away to begin another."
+                f"a table may have at most {table.MAX_BYTES} bytes; got {len(text)} for "
+                f"{len(merged)} entries. Move {path} away to begin another."
             )
         temporary = path.with_name(f"{path.name}.tmp")
         with temporary.open("w") as file:
