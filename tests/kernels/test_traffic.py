@@ -12,7 +12,7 @@ from tests.support.oracle import make_case
 from triton_gn.ops import autograd, launcher, launches, layout
 from triton_gn.ops.settings import Settings
 from triton_gn.plan import Device, plan
-from triton_gn.tools import inspect
+from triton_gn.tools import inspection
 from triton_gn.tools.workloads import DIRECTIONS, FUSED, LAYOUTS, Workload
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -165,7 +165,7 @@ def test_inspect_states_the_bytes_that_are_moved(
     )
     problem = workload.problem(direction)
     config = plan(problem, Device(), override=(("strategy", strategy),))
-    operands = workload.given(workload.operands("cpu"), direction)
+    operands = workload.kernel_operands(workload.operands("cpu"), direction)
     stats = launches.statistics(operands.x, 2, 3, 3).zero_()
     with Traffic() as counted:
         if direction == "forward":
@@ -176,6 +176,6 @@ def test_inspect_states_the_bytes_that_are_moved(
             dy = layout.empty_like(operands.x).zero_()
             launcher.backward(dy, stats, operands, grads, 3, activation, Settings(), config)
     moved = counted.loaded["other"] + counted.stored["other"]
-    _, described = inspect._launches(workload, problem, config)
-    stated = sum(inspect._bytes_moved(one, problem, config) for one in described)
+    _, described = inspection.launches_of(workload, problem, config)
+    stated = inspection.bytes_moved(described, problem, config)
     assert moved == pytest.approx(stated, rel=0.02)

@@ -66,7 +66,7 @@ def launches(problem: Problem, config: Config) -> int:
     return 3 if backward and problem.pre_add else 2
 
 
-def floor(moved: int, device: Device) -> tuple[float, str]:
+def speed_of_light(moved: int, device: Device) -> tuple[float, str]:
     """Microseconds of a launch that moves so many bytes and does nothing else, and the bound."""
     us = moved / (device.dram_gb_per_s * 1e3 * _DRAM_SHARE)
     return _LAUNCH_US + us, "dram" if us > _LAUNCH_US else "launch"
