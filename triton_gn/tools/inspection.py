@@ -21,7 +21,7 @@ from triton_gn.plan import (
     Device,
     Estimate,
     Problem,
-    ctas_at_a_time,
+    ctas_per_multiprocessor,
     estimate,
     fields_of,
     heuristic_plan,
@@ -53,16 +53,16 @@ class Case:
         """Compile the launches of the plan."""
         tensors, described = launches_of(self.workload, self.problem, self.config)
         kernels = tuple(compile_launch(launch, self.target) for launch in described)
-        # the launches that walk over the tensors, not the sums at the end
-        at_a_time = min(
-            _at_a_time(kernel, self.device)
+        # of the launches that walk over the tensors, not of the sums at the end
+        resident_ctas = min(
+            _resident_ctas(kernel, self.device)
             for kernel, launch in zip(kernels, described, strict=True)
             if "TILE" in launch.arguments
         )
         return Inspection(
             **vars(self),
             kernels=kernels,
-            estimate=estimate(self.problem, self.config, self.device, at_a_time),
+            estimate=estimate(self.problem, self.config, self.device, resident_ctas),
             bytes_minimum=sum(tensor.nbytes for tensor in tensors),
             bytes_moved=bytes_moved(described, self.problem, self.config),
         )
@@ -154,9 +154,9 @@ class Inspection(Case):
 
     def kernel_json(self, kernel: Kernel) -> dict[str, Any]:
         """Return a kernel as data, with its CTAs per multiprocessor and its waves."""
-        at_a_time = _at_a_time(kernel, self.device)
-        waves = kernel.grid / (self.device.multiprocessors * at_a_time)
-        return asdict(kernel) | {"ctas_per_multiprocessor": at_a_time, "waves": round(waves, 2)}
+        ctas = _resident_ctas(kernel, self.device)
+        waves = kernel.grid / (self.device.multiprocessors * ctas)
+        return asdict(kernel) | {"ctas_per_multiprocessor": ctas, "waves": round(waves, 2)}
 
 
 def inspect(
@@ -262,5 +262,5 @@ def _launch_bytes(launch: Launch, problem: Problem, config: Config) -> int:
     return total
 
 
-def _at_a_time(kernel: Kernel, device: Device) -> int:
-    return ctas_at_a_time(device, kernel.num_warps, kernel.registers, kernel.shared_bytes)
+def _resident_ctas(kernel: Kernel, device: Device) -> int:
+    return ctas_per_multiprocessor(device, kernel.num_warps, kernel.registers, kernel.shared_bytes)
