@@ -1,4 +1,4 @@
-"""``python -m perf``: time triton_gn and its peers, compare and draw the results."""
+"""Time triton_gn and its peers, compare and draw the results."""
 
 import argparse
 import sys
@@ -8,8 +8,10 @@ from triton_gn.__main__ import run_command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status: 0 well, 1 it found something wrong, 2 it could not
-    run, 130 after Ctrl-C."""
+    """Run a command and return its exit status.
+
+    0: well, 1: it found a fault, 2: it could not run, 130: after Ctrl-C.
+    """
     try:
         from perf import bench, ceilings, compare, cpu, demo, gpu, host, kernels, plot, sweep
     except ModuleNotFoundError as error:
@@ -20,14 +22,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return run_command(
         parser,
         arguments,
-        ("bench", bench, "time all providers of GroupNorm on this GPU"),
+        ("bench", bench, "time all implementations of GroupNorm on this GPU"),
         ("sweep", sweep, "time the plans of a problem, or compile them for other GPUs"),
         ("compare", compare, "compare two results, or two git revisions on this GPU"),
         ("plot", plot, "draw results as figures"),
-        ("demo", demo, "a small sweep and its pictures, with or without a GPU"),
-        ("ceilings", ceilings, "measure copies, additions and what L2 holds on this GPU"),
-        ("gpu", gpu, "tests, ceilings, core benchmark, short tune and figures on this GPU"),
-        ("host", host, "what a call costs the host, with or without a GPU"),
+        ("demo", demo, "draw a small sweep, with or without a GPU"),
+        ("ceilings", ceilings, "measure copies, additions and the effective L2 of this GPU"),
+        ("gpu", gpu, "run tests, ceilings, core benchmark, short tune and figures on this GPU"),
+        ("host", host, "measure the host cost of a call, with or without a GPU"),
         ("cpu", cpu, "time the CPU path over PyTorch's own operations, without a GPU"),
         ("kernels", kernels, "count the kernels that a training step of each model compiles"),
     )

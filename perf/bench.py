@@ -1,28 +1,29 @@
-"""Time GroupNorm by every provider, beside floors that move as many bytes and do nothing else.
+"""Time all implementations of GroupNorm, beside copies and additions of as many bytes.
 
-An answer is checked against float64 before it is timed, and each time is on disk before the next
-workload's is taken. Without a GPU, --predict writes what the model of triton_gn.plan expects.
+Answers are checked against float64 before they are timed. Each time is saved before the next
+workload starts, so that a run can be interrupted and resumed. Without a GPU, --predict writes the
+estimates of triton_gn.plan instead.
 """
 
 import argparse
-import platform
 import sys
-from collections.abc import Iterable, Iterator
-from datetime import UTC, datetime
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import geometric_mean
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import track
-from rich.table import Table
-from rich.text import Text
 
-from perf import records
-from perf.providers import PARTS, PROVIDERS, answers_of, bytes_minimum, checked, floor
-from perf.records import DIRECTIONS, FIGURES, OURS, PREDICTED, REFERENCES, RESULTS, Record, case
+from perf import common, records
+from perf.implementations import (
+    IMPLEMENTATIONS,
+    PARTS,
+    bytes_minimum,
+    checked,
+    speed_of_light,
+)
+from perf.records import DIRECTIONS, OURS, REFERENCES, Record, case
 from triton_gn.ops.device import gpu_of
 from triton_gn.plan import (
     STRATEGIES,
@@ -34,30 +35,28 @@ from triton_gn.plan import (
     fields_of,
     heuristic_plan,
 )
-from triton_gn.tools import stopwatch, tune, workloads
-from triton_gn.tools.stopwatch import Call, Times
-from triton_gn.tools.verify import Trial
+from triton_gn.tools import stopwatch, workloads
+from triton_gn.tools.inspection import tracked
+from triton_gn.tools.stopwatch import Call
+from triton_gn.tools.verify import Verifier
 from triton_gn.tools.workloads import Workload
 
-WORKLOADS = Path(__file__).with_name("workloads.csv")
-_ROOT = Path(__file__).parents[1]
 CACHES = ("cold", "warm")
-_T = TypeVar("_T")
+NAMES = [one.name for one in IMPLEMENTATIONS]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of the command."""
+    """Add the flags of the command."""
     file = "CSV with the columns of perf/workloads.csv (default: that file)"
-    parser.add_argument("--workloads", type=Path, default=WORKLOADS, metavar="FILE", help=file)
-    which = parser.add_mutually_exclusive_group()
-    which.add_argument("--core", action="store_true", help="rows for every regime (default)")
-    which.add_argument("--all", action="store_true", help="all rows: it takes hours")
-    parser.add_argument("--match", default="", metavar="TEXT", help="in a name or in a shape")
-    for flag, allowed in (
-        ("providers", [one.name for one in PROVIDERS]),
-        ("directions", DIRECTIONS),
-        ("cache", CACHES),
-    ):
+    parser.add_argument(
+        "--workloads", type=Path, default=common.WORKLOADS, metavar="FILE", help=file
+    )
+    rows = parser.add_mutually_exclusive_group()
+    rows.add_argument("--core", action="store_true", help="rows for every regime (default)")
+    rows.add_argument("--all", action="store_true", help="all rows: it takes hours")
+    parser.add_argument("--match", default="", metavar="TEXT", help="only names or shapes with it")
+    choices = {"implementations": NAMES, "directions": DIRECTIONS, "cache": CACHES}
+    for flag, allowed in choices.items():
         names = ",".join(allowed)
         parser.add_argument(f"--{flag}", default=names, metavar="A,B", help=f"default: {names}")
     parser.add_argument(
@@ -66,18 +65,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="skip what the day's file has of this commit (default)",
     )
-    parser.add_argument("--predict", choices=TARGETS, help="no times but the model's estimates")
-    add_out(parser)
-
-
-def add_out(parser: argparse.ArgumentParser) -> None:
-    """The flag for the folder of the results."""
-    text = f"default: {RESULTS}/<GPU>; of predictions {PREDICTED}/<GPU>"
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help=text)
+    parser.add_argument("--predict", choices=TARGETS, help="write estimates instead of times")
+    common.add_out(parser)
 
 
 def run(options: argparse.Namespace, device: torch.device | None = None) -> int:
-    """Bench as the flags say, on the current GPU unless given another device.
+    """Run the benchmark on a device, by default the current GPU.
 
     Returns:
         The exit status: 0 well, 1 if triton_gn itself was wrong or failed, 130 after Ctrl-C.
@@ -88,211 +81,137 @@ def run(options: argparse.Namespace, device: torch.device | None = None) -> int:
     chosen = _chosen(options)
     if options.predict:
         return _predict(options, chosen, TARGETS[options.predict])
-    device = device or current_gpu("python -m perf bench --predict sm_90")
+    device = device or common.current_gpu("python -m perf bench --predict sm_90")
     return Bench(options, device).run(chosen)
-
-
-def current_gpu(remedy: str) -> torch.device:
-    """The one to time on.
-
-    Raises:
-        ValueError: there is none, with a command that needs none.
-    """
-    if not torch.cuda.is_available():
-        raise ValueError(
-            "kernels are timed on a GPU, but torch.cuda.is_available() is False here. "
-            f"Without one, there is `{remedy}`."
-        )
-    return torch.device("cuda", torch.cuda.current_device())
 
 
 def _chosen(options: argparse.Namespace) -> list[Workload]:
     rows = workloads.read(options.workloads)
-    chosen = [w for w in rows if (w.core or options.all) and matches(w, options.match)]
+    chosen = [w for w in rows if (w.core or options.all) and common.matches(w, options.match)]
     if not chosen:
-        which = "row" if options.all else "core row"
+        row = "row" if options.all else "core row"
         raise ValueError(
-            f"{options.workloads} has no {which} with {options.match!r}. "
+            f"{options.workloads} has no {row} with {options.match!r}. "
             "Remedy: another --match, or --all."
         )
     return chosen
 
 
-def matches(workload: Workload, text: str) -> bool:
-    """Whether its name or its shape has a text."""
-    return text.lower() in f"{workload.name} {workload.shape_text}".lower()
-
-
-def listed(text: str, allowed: Iterable[str]) -> list[str]:
-    """The names of "a,b", in the order of those that there are."""
-    names, wanted = list(allowed), text.split(",")
-    if unknown := sorted(set(wanted) - set(names)):
-        raise ValueError(f"names must be of {', '.join(names)}; got {', '.join(unknown)}.")
-    return [name for name in names if name in wanted]
-
-
-def tracked(work: Iterable[_T], count: int, what: str) -> Iterable[_T]:
-    """The same, with a bar and the time left on a terminal."""
-    console = Console(stderr=True)
-    hidden = not console.is_terminal
-    return track(work, what, total=count, console=console, transient=True, disable=hidden)
-
-
 class Bench:
-    """A run on a device."""
+    """A run of the benchmark on a device."""
 
     def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
         gpu = gpu_of(device)
-        self.device, self.base = device, origin("bench", gpu, measured=True)
-        self.directions = listed(options.directions, DIRECTIONS)
-        self.caches = listed(options.cache, CACHES)
-        names = listed(options.providers, [one.name for one in PROVIDERS])
-        wanted = {one: one.absent(device) for one in PROVIDERS if one.name in names}
-        self.absent = {one.name: reason for one, reason in wanted.items() if reason}
-        self.providers = [one for one, reason in wanted.items() if not reason]
-        if not self.providers:
-            raise ValueError(f"there must be a provider that can run here; got {self.absent}.")
-        self.path = (options.out or records.folder_of(gpu.name, True)) / f"{now()[:10]}.jsonl"
-        before = records.read(self.path) if options.resume and self.path.exists() else ()
-        self.done = {_key(one) for one in before}
+        self.device, self.base = device, common.origin("bench", gpu, measured=True)
+        self.directions = common.listed(options.directions, DIRECTIONS)
+        self.caches = common.listed(options.cache, CACHES)
+        names = common.listed(options.implementations, NAMES)
+        reasons = {one: one.absent(device) for one in IMPLEMENTATIONS if one.name in names}
+        self.absent = {one.name: reason for one, reason in reasons.items() if reason}
+        self.implementations = [one for one, reason in reasons.items() if not reason]
+        if not self.implementations:
+            raise ValueError(
+                f"there must be an implementation that can run here; got {self.absent}."
+            )
+        folder = options.out or records.folder_of(gpu.name, True)
+        self.path = folder / f"{common.now()[:10]}.jsonl"
+        earlier = records.read(self.path) if options.resume and self.path.exists() else ()
+        self.done = {_key(record) for record in earlier}
 
     def run(self, chosen: list[Workload]) -> int:
         """Measure what is missing, print it, and return the exit status."""
         for name, reason in self.absent.items():
             print(f"without {name}: {reason}", file=sys.stderr)
         cases = [(workload, direction) for workload in chosen for direction in self.directions]
-        found: list[Record] = []
-        interrupted = False
+        new: list[Record] = []
+        status = 0
         try:
-            for one_case in tracked(cases, len(cases), "timing"):
-                for record in self.records_of(*one_case):
+            for workload, direction in tracked(cases, len(cases), "timing"):
+                for record in self.records_of(workload, direction):
                     records.save(self.path, [record])
-                    found.append(record)
+                    new.append(record)
+                    status |= record.skipped is not None and record.implementation == OURS
         except KeyboardInterrupt:
-            interrupted = True
-            print("Interrupted: the same command goes on from here.", file=sys.stderr)
-        report(found, self.path)
-        return 130 if interrupted else int(any(r.skipped and r.provider == OURS for r in found))
+            status = common.interrupted()
+        report(new, self.path)
+        return int(status)
 
     def records_of(self, workload: Workload, direction: str) -> Iterator[Record]:
-        """Of a workload, unless the file has all of them; those of one run can be compared."""
-        base = self.base | fields_of_workload(workload) | {"direction": direction}
+        """Yield the records of a workload, timed in one run; none if the file has them all."""
+        base = self.base | common.fields_of_workload(workload) | {"direction": direction}
         base |= {"bytes_minimum": bytes_minimum(workload, direction)}
-        each = [(one.name, cache) for one in self.providers for cache in self.caches]
-        if all(_key(Record(**base, provider=n, cache=c)) in self.done for n, c in each):
+        pairs = [(one.name, cache) for one in self.implementations for cache in self.caches]
+        if all(_key(Record(**base, implementation=n, cache=c)) in self.done for n, c in pairs):
             return
         try:
             yield from self._timed(base, workload, direction)
         except torch.OutOfMemoryError:
-            base |= {"skipped": "the GPU has no room for it beside its answer in float64"}
-            for name, cache in each:
-                yield Record(**base, provider=name, cache=cache, date=now())
+            base |= {"skipped": common.NO_ROOM}
+            for name, cache in pairs:
+                yield Record(**base, implementation=name, cache=cache, date=common.now())
 
     def _timed(self, base: dict[str, Any], workload: Workload, direction: str) -> Iterator[Record]:
-        trial = Trial(workload, self.device)
-        answers = answers_of(trial, direction)
-        said: dict[str, dict[str, Any]] = {}
+        verifier = Verifier(workload, self.device)
+        fields: dict[str, dict[str, Any]] = {}
         calls: dict[str, Call] = {}
-        for one in self.providers:
-            call, said[one.name] = checked(one, trial, direction, answers)
+        for one in self.implementations:
+            call, fields[one.name] = checked(one, verifier, direction)
             if call is not None:
                 calls[one.name] = call
-                said[one.name]["peak_bytes"] = stopwatch.peak_bytes(call, self.device)
-                if not one.is_fixed:  # to fix a part of the plan costs the host as well
-                    said[one.name]["host_us"] = stopwatch.host_us(call)
-        floors = {REFERENCES[part]: part for part in PARTS[direction]}
-        for name, part in floors.items():
-            said[name] = {"bytes_minimum": bytes_minimum(workload, part)}
-            calls[name] = floor(part, said[name]["bytes_minimum"], self.device)
+                fields[one.name]["peak_bytes"] = stopwatch.peak_bytes(call, self.device)
+                if not one.is_fixed:  # plan_override costs host time too
+                    fields[one.name]["host_us"] = stopwatch.host_us(call)
+        references = {REFERENCES[part]: part for part in PARTS[direction]}
+        for name, part in references.items():
+            count = bytes_minimum(workload, part)
+            fields[name], calls[name] = (
+                {"bytes_minimum": count},
+                speed_of_light(part, count, self.device),
+            )
         for cache in self.caches:
-            is_cold = cache == "cold"
-            times = stopwatch.measure(list(calls.values()), self.device, cold=is_cold)
-            of_each = dict(zip(calls, times, strict=True))
-            floor_ms = sum(of_each[name].p50 for name in floors)
-            for name, fields in said.items():
-                timed = fields_of_times(of_each[name], is_cold) if name in of_each else {}
-                if timed and name not in floors:
-                    timed["share_of_copy"] = floor_ms / of_each[name].p50
-                yield Record(**base | fields | timed, provider=name, cache=cache, date=now())
+            cold = cache == "cold"
+            times = stopwatch.measure(list(calls.values()), self.device, cold=cold)
+            time_of = dict(zip(calls, times, strict=True))
+            light_ms = sum(time_of[name].p50 for name in references)
+            for name, known in fields.items():
+                timed = common.fields_of_times(time_of[name], cold) if name in time_of else {}
+                if timed and name not in references:
+                    timed["share_of_copy"] = light_ms / time_of[name].p50
+                values = base | known | timed
+                yield Record(**values, implementation=name, cache=cache, date=common.now())
 
 
 def _key(record: Record) -> tuple[Any, ...]:
-    return case(record), record.provider, record.commit
-
-
-def fields_of_workload(workload: Workload) -> dict[str, Any]:
-    """As a record has them."""
-    names = "groups", "dtype", "param_dtype", "layout", "activation", "fused"
-    same = {name: getattr(workload, name) for name in names}
-    return {"workload": workload.name, "shape": workload.shape_text} | same
-
-
-def fields_of_times(times: Times, cold: bool) -> dict[str, Any]:
-    """As a record has them."""
-    protocol = stopwatch.protocol(cold)
-    if not times.graphed:
-        protocol += "; this call without a graph, so that the host's time may be in it"
-    return {"ms_p20": times.p20, "ms_p50": times.p50, "ms_p80": times.p80, "protocol": protocol}
-
-
-def origin(command: str, device: Device, measured: bool) -> dict[str, Any]:
-    """What all records of a run have in common."""
-    known = tune.provenance()
-    names = ("driver", "runtime", "torch", "triton", "triton_gn")
-    versions = {name: known[name] for name in names if known[name]}
-    return {
-        "command": command,
-        "measured": measured,
-        "device": device.name,
-        "versions": {"python": platform.python_version()} | versions,
-        "commit": _commit(known["commit"]),
-    }
-
-
-def now() -> str:
-    """Date and time, in UTC."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _commit(commit: str) -> str:
-    """With "-dirty" where files of its checkout have changed, other than results and figures."""
-    status = "git", "-C", str(_ROOT), "status", "--porcelain", "--untracked-files=no", "--"
-    changed = commit and tune.output_of(*status, ".", f":!{RESULTS}", f":!{FIGURES}")
-    return f"{commit}-dirty" if changed else commit
+    return case(record), record.implementation, record.commit
 
 
 def _predict(options: argparse.Namespace, chosen: list[Workload], gpu: Device) -> int:
-    base = origin("bench", gpu, measured=False)
-    found = [
+    base = common.origin("bench", gpu, measured=False)
+    predicted = [
         record
         for workload in chosen
-        for direction in listed(options.directions, DIRECTIONS)
+        for direction in common.listed(options.directions, DIRECTIONS)
         for record in predictions(base, workload, direction, gpu)
     ]
     path = (options.out or records.folder_of(gpu.name, False)) / "bench.jsonl"
-    records.save(path, found, anew=True)
-    report(found, path)
+    records.save(path, predicted, anew=True)
+    report(predicted, path)
     return 0
 
 
 def predictions(
     base: dict[str, Any], workload: Workload, direction: str, gpu: Device
 ) -> Iterator[Record]:
-    """What the model expects of triton_gn, of each strategy that can run, and of the floors."""
-    base = base | fields_of_workload(workload) | {"direction": direction, "date": now()}
-    base |= {"protocol": "predicted by triton_gn.plan"}
-    floor_us = 0.0
+    """Yield estimates for the speed of light, triton_gn, and each strategy that can run."""
+    base = base | common.fields_of_workload(workload) | {"direction": direction}
+    base |= {"date": common.now(), "protocol": "predicted by triton_gn.plan"}
+    light_us = 0.0
     for part in PARTS[direction]:
         count = bytes_minimum(workload, part)
-        us, bound = cost_model.floor(count, gpu)
-        floor_us += us
-        yield Record(
-            **base,
-            provider=REFERENCES[part],
-            ms_p50=us / 1e3,
-            bytes_minimum=count,
-            bound=bound,
-        )
+        us, bound = cost_model.speed_of_light(count, gpu)
+        light_us += us
+        fields = {"ms_p50": us / 1e3, "bytes_minimum": count, "bound": bound}
+        yield Record(**base | fields, implementation=REFERENCES[part])
     base |= {"bytes_minimum": bytes_minimum(workload, direction)}
     problems = [workload.problem(part) for part in PARTS[direction]]
     for strategies in (STRATEGIES, *((one,) for one in STRATEGIES + UNVERIFIED)):
@@ -300,60 +219,61 @@ def predictions(
             configs = [heuristic_plan(problem, gpu, strategies) for problem in problems]
         except ValueError:
             continue  # the strategy cannot run
-        times = [estimate(p, config, gpu) for p, config in zip(problems, configs, strict=True)]
-        us = sum(one.us for one in times)
+        estimates = [estimate(p, c, gpu) for p, c in zip(problems, configs, strict=True)]
+        us = sum(one.us for one in estimates)
         yield Record(
             **base,
-            provider=OURS if strategies == STRATEGIES else f"{OURS}[{strategies[0]}]",
+            implementation=OURS if strategies == STRATEGIES else f"{OURS}[{strategies[0]}]",
             strategy=" + ".join(dict.fromkeys(config.strategy for config in configs)),
             config=fields_of(configs[0]) if len(configs) == 1 else None,
             ms_p50=us / 1e3,
-            share_of_copy=floor_us / us,
-            bound=max(times, key=lambda one: one.us).bound,
+            share_of_copy=light_us / us,
+            bound=max(estimates, key=lambda one: one.us).bound,
         )
 
 
-def report(found: list[Record], path: Path) -> None:
-    """Print the times of the first provider, and those of the others over them."""
-    if not found:
+def report(new: list[Record], path: Path) -> None:
+    """Print the times of the first implementation and the ratios of the others to it."""
+    if not new:
         print(f"{path} has all of it already; --no-resume times it again.")
         return
-    there = [one for one in PROVIDERS if any(record.provider == one.name for record in found)]
-    peers = [one.name for one in there[1:] if not one.is_fixed]
-    first, others = there[0].name, peers or [one.name for one in there[1:]]
-    table = Table(
-        title=found[0].device + ", predicted, not measured" * (not found[0].measured),
-        caption=f"floor: of a copy (forward), an addition (backward) the time over {first}'s\n"
-        f"right of it: of the others the time over {first}'s",
-        box=SIMPLE_HEAD,
+    names = {record.implementation for record in new}
+    present = [one for one in IMPLEMENTATIONS if one.name in names]
+    peers = [one.name for one in present[1:] if not one.is_fixed]
+    first, others = present[0].name, peers or [one.name for one in present[1:]]
+    titles = [f"{first}\nus", "light", *(name.removeprefix(OURS) for name in others)]
+    table = common.table(
+        ["workload", "call, L2"],
+        [title.replace("torch_", "torch\n") for title in titles],
+        title=new[0].device + ", predicted, not measured" * (not new[0].measured),
+        caption=f"light: time of a copy (forward) or an addition (backward) over {first}'s\n"
+        f"right of it: time of the others over {first}'s",
+        show_edge=True,
         expand=True,
         pad_edge=False,
     )
-    table.add_column("workload", no_wrap=True, ratio=1)
-    table.add_column("call, L2")
-    for title in (f"{first}\nus", "floor", *(name.removeprefix(OURS) for name in others)):
-        table.add_column(Text(title.replace("torch_", "torch\n")), justify="right")
-    cases: dict[Any, dict[str, Record]] = {}
-    for one in found:
-        cases.setdefault(case(one), {})[one.provider] = one
-    columns: list[list[float]] = [[] for _ in ("floor", *others)]
-    for row in cases.values():
-        one = row[first]
-        ratios = [one.share_of_copy, *(_ratio(row.get(name), one) for name in others)]
+    table.columns[0].no_wrap, table.columns[0].ratio = True, 1
+    rows: dict[Any, dict[str, Record]] = {}
+    for record in new:
+        rows.setdefault(case(record), {})[record.implementation] = record
+    columns: list[list[float]] = [[] for _ in ("light", *others)]
+    for row in rows.values():
+        ours = row[first]
+        ratios = [ours.share_of_copy, *(_ratio(row.get(name), ours) for name in others)]
         for column, ratio in zip(columns, ratios, strict=True):
             column += [ratio] if ratio else []
         words = ["", *(_word(row.get(name)) for name in others)]
         table.add_row(
-            f"{one.shape} {one.workload}",
-            f"{one.direction}, {one.cache}",
-            f"{1e3 * one.ms_p50:.1f}" if one.ms_p50 else _word(one),
+            f"{ours.shape} {ours.workload}",
+            f"{ours.direction}, {ours.cache}",
+            f"{1e3 * ours.ms_p50:.1f}" if ours.ms_p50 else _word(ours),
             *(f"{r:.2f}" if r else word for r, word in zip(ratios, words, strict=True)),
         )
     table.add_section()
     means = (f"{geometric_mean(column):.2f}" if column else "" for column in columns)
     table.add_row("geometric mean", "", "", *means)
     Console().print(table)
-    print(f"{len(found)} records in {path}")
+    print(f"{len(new)} records in {path}")
 
 
 def _ratio(record: Record | None, first: Record) -> float | None:
@@ -363,6 +283,6 @@ def _ratio(record: Record | None, first: Record) -> float | None:
 
 
 def _word(record: Record | None) -> str:
-    """Why there is no time: it was wrong, it failed, or it cannot be tried."""
+    """Return why there is no time: wrong or failed; "-" if the implementation was not tried."""
     reason, colon, _ = (record.skipped or "" if record else "").partition(":")
     return reason if colon else "-"

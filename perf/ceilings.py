@@ -1,33 +1,30 @@
-"""Measure what the GPU can do at all: the speed of a copy and an addition by size, and how much L2
-holds of what was just touched."""
+"""Measure the speed of copies and additions by size, and how much of the last pass L2 holds."""
 
 import argparse
 from collections.abc import Sequence
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
-from perf import bench
-from perf.providers import floor
+from perf import common
+from perf.implementations import speed_of_light
 from perf.records import DIRECTIONS, REFERENCES, Record, folder_of, save
 from triton_gn.ops.device import gpu_of
 from triton_gn.tools import stopwatch
 
 _SMALLEST = 2**20  # bytes
-_IN_L2 = 1.25  # times as fast as the largest copy from DRAM: most of it came from L2
+_IN_L2 = 1.25  # speed over the largest copy from DRAM: above it, most bytes came from L2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of the command."""
+    """Add the flags of the command."""
     parser.add_argument("--largest", type=int, default=2**30, metavar="BYTES", help="(1 GiB)")
-    bench.add_out(parser)
+    common.add_out(parser)
 
 
 def run(options: argparse.Namespace, device: torch.device | None = None) -> int:
     """Measure, write the records anew and print them; return the exit status."""
-    device = device or bench.current_gpu("python -m perf bench --predict sm_90")
+    device = device or common.current_gpu("python -m perf bench --predict sm_90")
     gpu = gpu_of(device)
     sizes = _sizes(options.largest)
     found = [
@@ -44,7 +41,7 @@ def run(options: argparse.Namespace, device: torch.device | None = None) -> int:
 
 
 def _sizes(largest: int) -> list[int]:
-    """Bytes from 1 MiB on, two steps to a doubling: L2's end lies between powers of two."""
+    """Return bytes from 1 MiB on, two sizes to a doubling: L2's end lies between powers of two."""
     sizes = [_SMALLEST]
     while (size := sizes[-2] * 2 if len(sizes) > 1 else _SMALLEST * 3 // 2) <= largest:
         sizes.append(size)
@@ -54,13 +51,13 @@ def _sizes(largest: int) -> list[int]:
 def _records(
     direction: str, sizes: Sequence[int], device: torch.device, cold: bool
 ) -> list[Record]:
-    calls = [floor(direction, size, device) for size in sizes]
+    calls = [speed_of_light(direction, size, device) for size in sizes]
     times = stopwatch.measure(calls, device, cold=cold)
-    base = bench.origin("ceilings", gpu_of(device), measured=True)
+    base = common.origin("ceilings", gpu_of(device), measured=True)
     return [
         Record(
             **base,
-            **bench.fields_of_times(one, cold),
+            **common.fields_of_times(time, cold),
             workload="ceiling",
             shape=f"1x{size // 4}",
             groups=1,
@@ -69,18 +66,18 @@ def _records(
             layout="contiguous",
             activation="none",
             direction=direction,
-            provider=REFERENCES[direction],
+            implementation=REFERENCES[direction],
             cache="cold" if cold else "warm",
             bytes_minimum=size,
-            date=bench.now(),
+            date=common.now(),
         )
-        for size, one in zip(sizes, times, strict=True)
+        for size, time in zip(sizes, times, strict=True)
     ]
 
 
 def effective_l2(found: Sequence[Record]) -> int:
-    """The most bytes of a warm copy that still comes from L2 for the most part; 0 if none does."""
-    copies = [one for one in found if one.provider == REFERENCES["forward"]]
+    """Return the most bytes of a warm copy that still comes mostly from L2; 0 if none does."""
+    copies = [one for one in found if one.implementation == REFERENCES["forward"]]
     dram = max((one for one in copies if one.cache == "cold"), key=lambda one: one.bytes_minimum)
     fast = _IN_L2 * (dram.gb_per_s or 0)
     held = (one.bytes_minimum for one in copies if one.cache == "warm" and _speed(one) >= fast)
@@ -92,13 +89,11 @@ def _speed(record: Record) -> float:
 
 
 def report(found: Sequence[Record]) -> None:
-    """Print the speeds by size, and what L2 holds."""
-    kinds = list(dict.fromkeys((one.provider, one.cache) for one in found))
-    table = Table(title=f"{found[0].device}: GB/s", box=SIMPLE_HEAD, show_edge=False)
-    table.add_column("MiB moved", justify="right")
-    for provider, cache in kinds:
-        table.add_column(f"{provider}, {cache} L2", justify="right")
-    speeds = {(one.provider, one.cache, one.bytes_minimum): _speed(one) for one in found}
+    """Print the speeds by size, and how much L2 holds."""
+    kinds = list(dict.fromkeys((one.implementation, one.cache) for one in found))
+    titles = ["MiB moved", *(f"{name}, {cache} L2" for name, cache in kinds)]
+    table = common.table([], titles, title=f"{found[0].device}: GB/s")
+    speeds = {(one.implementation, one.cache, one.bytes_minimum): _speed(one) for one in found}
     for size in sorted({one.bytes_minimum for one in found}):
         row = (f"{speeds[*kind, size]:.0f}" for kind in kinds)
         table.add_row(f"{size / 2**20:g}", *row)

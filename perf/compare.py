@@ -1,6 +1,6 @@
 """Compare the times of two results files or folders, or of two git revisions on this GPU.
 
-A difference counts where the two ranges of the middle 60 % of the rounds do not overlap.
+A difference counts if the ranges of the middle 60 % of the rounds do not overlap.
 """
 
 import argparse
@@ -17,33 +17,30 @@ from pathlib import Path
 from statistics import geometric_mean, median
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
-from perf import records
-from perf.bench import current_gpu
+from perf import common, records
 from perf.records import Record, case
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of the command."""
+    """Add the flags of the command."""
     parser.add_argument("old", nargs="?", type=Path, metavar="OLD", help="results file or folder")
     parser.add_argument("new", nargs="?", type=Path, metavar="NEW", help="the other")
     parser.add_argument(
-        "--revisions", nargs=2, metavar=("OLD", "NEW"), help="of git, to be timed in turn"
+        "--revisions", nargs=2, metavar=("OLD", "NEW"), help="two git revisions to time in turn"
     )
     flags = "of `python -m perf bench`, for --revisions: --bench='--match LTX --cache cold'"
     parser.add_argument("--bench", default="", metavar="FLAGS", help=flags)
     parser.add_argument(
         "--fail-over", type=float, default=math.inf, metavar="RATIO",
-        help="exit with 1 if a slower call takes more than so many times as long",
+        help="exit with 1 if a slower call takes more than this many times as long",
     )  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> int:
-    """Compare as the flags say.
+    """Compare two results or two revisions.
 
     Returns:
         The exit status: 0 well, 1 if a call has become slower by more than --fail-over.
@@ -52,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
         ValueError: there is nothing to compare.
     """
     if options.revisions:
-        current_gpu("python -m perf compare OLD NEW")
+        common.current_gpu("python -m perf compare OLD NEW")
         with tempfile.TemporaryDirectory() as folder:
             flags = shlex.split(options.bench)
             pairs = paired(*time_revisions(options.revisions, flags, Path(folder)))
@@ -68,19 +65,19 @@ def run(options: argparse.Namespace) -> int:
 
 @dataclass(frozen=True)
 class Pair:
-    """The times of one call, old and new."""
+    """The old and the new time of a call."""
 
     old: Record
     new: Record
 
     @property
     def ratio(self) -> float:
-        """The new time over the old."""
+        """New time over old time."""
         return (self.new.ms_p50 or 0) / (self.old.ms_p50 or 0)
 
     @property
     def verdict(self) -> str:
-        """Whether it is faster or slower, by more than the noise."""
+        """ "faster" or "slower" if the difference exceeds the noise, else empty."""
         (old_low, old_high), (new_low, new_high) = spread(self.old), spread(self.new)
         if new_low > old_high:
             return "slower"
@@ -88,31 +85,28 @@ class Pair:
 
 
 def spread(record: Record) -> tuple[float, float]:
-    """Between which times the middle 60 % of the rounds lie; predictions have no spread."""
+    """Return the range of the middle 60 % of the rounds; predictions have no spread."""
     middle = record.ms_p50 or 0
     return record.ms_p20 or middle, record.ms_p80 or middle
 
 
 def paired(old: Iterable[Record], new: Iterable[Record]) -> list[Pair]:
-    """The calls that both have; of several times of a call the newest."""
-    before, after = newest(old), newest(new)
+    """Pair the newest times of the calls that both have."""
+    before, after = (
+        records.newest((one for one in run if one.command == "bench" and one.ms_p50), _key)
+        for run in (old, new)
+    )
     return [Pair(record, after[key]) for key, record in before.items() if key in after]
 
 
-def newest(found: Iterable[Record]) -> dict[Any, Record]:
-    """By call, the last of the times that a bench took or predicted."""
-    timed = [one for one in found if one.command == "bench" and one.ms_p50]
-    return {_key(one): one for one in sorted(timed, key=lambda one: one.date)}
-
-
 def _key(record: Record) -> tuple[Any, ...]:
-    return case(record), record.provider, record.measured
+    return case(record), record.implementation, record.measured
 
 
 def time_revisions(
     revisions: Sequence[str], flags: Sequence[str], folder: Path
 ) -> tuple[list[Record], list[Record]]:
-    """The records of benches of two git revisions, taking turns."""
+    """Run the benchmark of two git revisions in turns, and return the records of each."""
     rounds: dict[str, list[Record]] = {"old": [], "new": []}
     with worktree(revisions[0], folder / "old"), worktree(revisions[1], folder / "new"):
         for name in ("old", "new", "new", "old"):
@@ -125,7 +119,7 @@ def time_revisions(
 
 @contextmanager
 def worktree(revision: str, folder: Path) -> Iterator[None]:
-    """A checkout of a revision, while it is the active context."""
+    """Check a revision out for the duration of the context."""
     here = Path(__file__).parent
     _run(["git", "worktree", "add", "--quiet", "--detach", str(folder), revision], here)
     try:
@@ -136,12 +130,12 @@ def worktree(revision: str, folder: Path) -> Iterator[None]:
 
 def _run(command: Sequence[str], folder: Path) -> None:
     status = subprocess.run(command, cwd=folder).returncode
-    if status > 1:  # 1: triton_gn was wrong somewhere, which the records say
+    if status > 1:  # 1: triton_gn was wrong somewhere; its records are skipped
         raise ValueError(f"`{shlex.join(command)}` failed with exit status {status} in {folder}.")
 
 
 def merged(found: Iterable[Record]) -> list[Record]:
-    """One record for each call of several benches: the median of medians, the widest spread."""
+    """Merge the records of each call: the median of medians, the widest spread."""
     calls: dict[Any, list[Record]] = defaultdict(list)
     for one in found:
         if one.ms_p50:
@@ -158,30 +152,35 @@ def merged(found: Iterable[Record]) -> list[Record]:
 
 
 def report(pairs: Sequence[Pair]) -> None:
-    """Print each call, and the providers' geometric means."""
+    """Print the ratio of each call and the geometric mean of each implementation."""
     origins = (" ".join((r.device, r.commit[:12])) for r in (pairs[0].old, pairs[0].new))
-    table = Table(title=" → ".join(origins), box=SIMPLE_HEAD, expand=True, padding=0)
-    table.add_column("workload", no_wrap=True, ratio=1)
-    for title in ("call, L2", "provider"):
-        table.add_column(title)
-    for title in ("old ms", "new ms", "ratio"):
-        table.add_column(title, justify="right")
+    table = common.table(
+        ["workload", "call, L2", "implementation"],
+        ["old ms", "new ms", "ratio"],
+        title=" → ".join(origins),
+        show_edge=True,
+        expand=True,
+        padding=0,
+    )
+    table.columns[0].no_wrap, table.columns[0].ratio = True, 1
     table.add_column("")
     ratios = defaultdict(list)
-    for one in pairs:
-        old, new = one.old, one.new
-        ratios[old.provider, old.measured].append(one.ratio)
+    for pair in pairs:
+        old, new = pair.old, pair.new
+        ratios[old.implementation, old.measured].append(pair.ratio)
         table.add_row(
             f"{old.shape} {old.workload}",
             f"{old.direction}, {old.cache}",
-            Text(old.provider),
+            Text(old.implementation),
             f"{old.ms_p50:.4g}",
             f"{new.ms_p50:.4g}",
-            f"{one.ratio:.3f}",
-            one.verdict if old.measured else "predicted",
+            f"{pair.ratio:.3f}",
+            pair.verdict if old.measured else "predicted",
         )
     table.add_section()
-    for (provider, measured), of_one in ratios.items():
-        mean, word = f"{geometric_mean(of_one):.3f}", "" if measured else "predicted"
-        table.add_row("geometric mean", f"{len(of_one)} calls", Text(provider), "", "", mean, word)
+    for (implementation, measured), values in ratios.items():
+        mean, word = f"{geometric_mean(values):.3f}", "" if measured else "predicted"
+        table.add_row(
+            "geometric mean", f"{len(values)} calls", Text(implementation), "", "", mean, word
+        )
     Console().print(table)

@@ -1,8 +1,7 @@
 """Time the CPU path beside the operations of PyTorch that it replaces, as ratios within one run.
 
-Each call is GroupNorm and SiLU: ``triton_gn.group_norm(..., activation="silu")`` over
-``F.silu(F.group_norm(...))``. Both take turns and the fastest of all rounds counts, since other
-work on the machine only adds time.
+Each ratio is ``triton_gn.group_norm(..., activation="silu")`` over ``F.silu(F.group_norm(...))``.
+The calls take turns, and the fastest round counts: other work on the machine only adds time.
 """
 
 import argparse
@@ -12,18 +11,20 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
 
 import triton_gn
+from perf import common
+from triton_gn.tools.workloads import LAYOUTS
 
 
 class Layer(NamedTuple):
-    """A layer of a real model, of some milliseconds: small ones show what the checks of each call
-    cost (docs/measured.md)."""
+    """A layer of a real model that takes some milliseconds.
+
+    Small layers would show the cost of the checks of a call instead (docs/measured.md).
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -41,12 +42,11 @@ LAYERS = (
     Layer("audio 8192", (4, 256, 8192)),
 )
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-LAYOUTS = ("contiguous", "channels_last")
 GOAL = 1.1
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of the command."""
+    """Add the flags of the command."""
     parser.add_argument(
         "--seconds", type=float, default=0.4, metavar="S", help="for each pair of calls"
     )
@@ -59,10 +59,9 @@ def run(options: argparse.Namespace) -> int:
     ratios: list[float] = []
     for threads in sorted({1, all_threads}):
         torch.set_num_threads(threads)
-        table = Table("layer", "layout", box=SIMPLE_HEAD, show_edge=False)
-        table.title = f"forward / and backward, over PyTorch, {threads} thread{'s'[: threads > 1]}"
-        for dtype in DTYPES:
-            table.add_column(str(dtype).removeprefix("torch."), justify="right", no_wrap=True)
+        title = f"forward / and backward, over PyTorch, {threads} thread{'s'[: threads > 1]}"
+        dtypes = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+        table = common.table(["layer", "layout"], dtypes, title=title)
         for layer in LAYERS:
             for layout in LAYOUTS:
                 cells = []
@@ -80,15 +79,15 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _keep_memory() -> None:
-    """Let glibc keep what is freed: new pages take as long as a layer, and not each call gets
-    some."""
+    """Let glibc keep freed memory: new pages take as long as a layer, and not every call gets new
+    ones."""
     if hasattr(library := ctypes.CDLL(None), "mallopt"):
         library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
         library.mallopt(-4, 0)  # M_MMAP_MAX
 
 
 def ratio_of(layer: Layer, layout: str, dtype: torch.dtype, backward: int, seconds: float) -> float:
-    """The time of triton_gn's call over the time of PyTorch's two."""
+    """Return the time of triton_gn's call over that of PyTorch's two."""
     x, dy = (laid(torch.randn(layer.shape, dtype=dtype), layout) for _ in range(2))
     weight, bias = torch.randn(2, layer.shape[1], dtype=dtype)
     if backward:
@@ -104,19 +103,19 @@ def ratio_of(layer: Layer, layout: str, dtype: torch.dtype, backward: int, secon
         return lambda: torch.autograd.grad(forward(), (x, weight, bias), dy)
 
     calls = [and_backward(ours), and_backward(theirs)] if backward else [ours, theirs]
-    mine, pytorchs = fastest(calls, seconds)
-    if mine > GOAL * pytorchs:  # for longer, which takes noise out of both
-        mine, pytorchs = map(min, (mine, pytorchs), fastest(calls, 5 * seconds))
-    return mine / pytorchs
+    best = fastest(calls, seconds)
+    if best[0] > GOAL * best[1]:  # a longer run takes noise out of both
+        best = list(map(min, best, fastest(calls, 5 * seconds)))
+    return best[0] / best[1]
 
 
 def laid(x: Tensor, layout: str) -> Tensor:
-    """x, or a copy with channels innermost."""
+    """Return x, or a copy with channels innermost."""
     return x if layout == "contiguous" else x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def fastest(calls: Sequence[Callable[[], Any]], seconds: float) -> list[float]:
-    """Seconds of each call in its fastest round, of at least 20."""
+    """Return the seconds of each call in its fastest round, of at least 20."""
     best = [float("inf")] * len(calls)
     rounds, end = 0, time.perf_counter() + seconds
     while rounds < 20 or time.perf_counter() < end:

@@ -1,4 +1,4 @@
-"""A small sweep and its pictures: timed on this GPU or, without one, predicted for three others."""
+"""Draw a small sweep: timed on this GPU or, without one, predicted for three others."""
 
 import argparse
 from pathlib import Path
@@ -13,13 +13,13 @@ SWEEP = "--shape 2x320x64x64 --groups 32 --activation silu --direction forward -
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of the command."""
+    """Add the flags of the command."""
     parser.add_argument("--candidates", type=int, default=8, metavar="N", help="plans (8)")
     parser.add_argument("--out", type=Path, default=FOLDER, metavar="FOLDER", help=f"({FOLDER})")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Sweep, draw and say where the pictures are; return the exit status."""
+    """Sweep, draw and print the paths of the pictures; return the exit status."""
     out = options.out / ("measured" if torch.cuda.is_available() else "predicted")
     flags = [*SWEEP.split(), str(options.candidates), "--out", str(out)]
     if not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""The figures: each is drawn from records, or None where they have no data for it."""
+"""Draw each figure from records; None if they have no data for it."""
 
 import math
 import statistics
@@ -17,12 +17,12 @@ from perf.sheet import (
     PYTORCH,
     cold,
     directions,
+    implementations,
     labels,
     log_axes,
     look,
     name_rows,
     panels,
-    providers,
     reference,
     sheet,
     tensor_bytes,
@@ -30,15 +30,15 @@ from perf.sheet import (
 )
 
 LAYOUTS = {"contiguous": "o", "channels_last": "s"}
-# what is filled
+# filled part of a marker
 BOUNDS = {"dram": "full", "l2": "left", "issue": "right", "occupancy": "bottom", "launch": "none"}
-MAX_ROWS = 30  # workloads that can have a row each
-MAX_SLOWDOWN = 4  # where the colours of a sweep end
+MAX_ROWS = 30  # more workloads become a curve
+MAX_SLOWDOWN = 4  # end of the colour scale of a sweep
 
 
 def copy_share(records: list[Record]) -> Figure | None:
-    """Draw the share of copy speed: a row per workload or, of many, each provider's curve."""
-    scope = [one for one in cold(records) if one.provider not in REFERENCES.values()]
+    """Draw the share of copy speed: a row per workload or, of many, each implementation's curve."""
+    scope = [one for one in cold(records) if one.implementation not in REFERENCES.values()]
     drawn = [one for one in scope if one.share_of_copy]
     if not drawn:
         return None
@@ -48,7 +48,7 @@ def copy_share(records: list[Record]) -> Figure | None:
         "Share of the speed of a copy (forward) / an addition (backward)",
         scope,
         0.6 + 0.2 * len(names) if few else 3.5,
-        handles=[Line2D([], [], label=name, **look(name)) for name in providers(drawn)],
+        handles=[Line2D([], [], label=name, **look(name)) for name in implementations(drawn)],
         notes=["the smallest tensor on top"] * few,
     )
     for axes, here in panels(figure, drawn):
@@ -60,30 +60,32 @@ def copy_share(records: list[Record]) -> Figure | None:
 def draw_rows(axes: Axes, records: list[Record], names: dict[Any, str]) -> None:
     axes.axvline(1, **reference())
     rows = list(names)
-    for provider in reversed(providers(records)):  # ours on top
-        mine = [one for one in records if one.provider == provider]
+    for implementation in reversed(implementations(records)):  # ours on top
+        mine = [one for one in records if one.implementation == implementation]
         heights = [rows.index(workload(one)) for one in mine]
         shares = [one.share_of_copy or 0 for one in mine]
-        axes.plot(shares, heights, clip_on=False, **look(provider))
+        axes.plot(shares, heights, clip_on=False, **look(implementation))
     axes.set_xlabel(f"{REFERENCES[records[0].direction]} = 1")
     name_rows(axes, names.values())
 
 
 def draw_curves(axes: Axes, records: list[Record], names: dict[Any, str]) -> None:
     axes.axhline(1, **reference())
-    for provider in reversed(providers(records)):
-        shares = sorted(one.share_of_copy or 0 for one in records if one.provider == provider)
+    for implementation in reversed(implementations(records)):
+        shares = sorted(
+            one.share_of_copy or 0 for one in records if one.implementation == implementation
+        )
         steps = [100 * (step + 0.5) / len(shares) for step in range(len(shares))]
-        axes.plot(steps, shares, **look(provider) | {"linestyle": "-", "markevery": 0.1})
+        axes.plot(steps, shares, **look(implementation) | {"linestyle": "-", "markevery": 0.1})
     axes.set_xlabel(f"% of {len(names)} workloads, slowest first")
     axes.set_ylabel(f"{REFERENCES[records[0].direction]} = 1")
 
 
 def speedup(records: list[Record]) -> Figure | None:
     """Draw PyTorch's times over triton_gn's, with their geometric means."""
-    scope = [one for one in records if one.provider in (OURS, *PYTORCH)]
-    ours = {case(one): one for one in scope if one.provider == OURS}
-    drawn = [one for one in scope if one.provider != OURS and ratio(one, ours, "ms_p50")]
+    scope = [one for one in records if one.implementation in (OURS, *PYTORCH)]
+    ours = {case(one): one for one in scope if one.implementation == OURS}
+    drawn = [one for one in scope if one.implementation != OURS and ratio(one, ours, "ms_p50")]
     if not drawn:
         return None
     figure = sheet(
@@ -94,8 +96,8 @@ def speedup(records: list[Record]) -> Figure | None:
     )
     for axes, here in panels(figure, drawn, pad=32):
         axes.axhline(1, **reference())
-        for peer in providers(here):
-            mine = [one for one in here if one.provider == peer]
+        for peer in implementations(here):
+            mine = [one for one in here if one.implementation == peer]
             speedups = [ratio(one, ours, "ms_p50") for one in mine]
             label = f"{peer} {statistics.geometric_mean(speedups):.2f}×"
             axes.plot([one.bytes_minimum for one in mine], speedups, label=label, **look(peer))
@@ -112,8 +114,8 @@ def ratio(record: Record, ours: dict[Any, Record], field: str) -> float:
 
 def roofline(records: list[Record]) -> Figure | None:
     """Draw the speed of every workload below that of the copies or additions of its run."""
-    scope = [one for one in cold(records) if one.provider in (OURS, *REFERENCES.values())]
-    drawn = [one for one in scope if one.provider == OURS and one.gb_per_s]
+    scope = [one for one in cold(records) if one.implementation in (OURS, *REFERENCES.values())]
+    drawn = [one for one in scope if one.implementation == OURS and one.gb_per_s]
     if not drawn:
         return None
     title = "Throughput of triton_gn beside that of a copy or an addition"
@@ -121,7 +123,7 @@ def roofline(records: list[Record]) -> Figure | None:
     for axes, here in panels(figure, drawn):
         roof = defaultdict(list)
         for one in scope:
-            if one.provider == REFERENCES[here[0].direction] and one.gb_per_s:
+            if one.implementation == REFERENCES[here[0].direction] and one.gb_per_s:
                 roof[one.bytes_minimum].append(one.gb_per_s)
         sizes = sorted(roof)
         axes.plot(sizes, [statistics.median(roof[size]) for size in sizes], **reference())
@@ -132,7 +134,7 @@ def roofline(records: list[Record]) -> Figure | None:
 
 
 def point_look(record: Record) -> dict[str, Any]:
-    """Return the roofline's looks: colours say the strategy, shapes the layout, fill the bound."""
+    """Return a marker of the roofline: colour is strategy, shape is layout, fill is bound."""
     fill = BOUNDS[record.bound or "dram"]
     shape = {"marker": LAYOUTS[record.layout], "fillstyle": fill, "markersize": 6}
     return look(f"{OURS}[{record.strategy}]") | shape
@@ -157,9 +159,9 @@ def roofline_key(records: list[Record]) -> list[Line2D]:
 
 def memory(records: list[Record]) -> Figure | None:
     """Draw the peak memory of PyTorch's forward and backward over that of triton_gn's."""
-    scope = [one for one in cold(records, "both") if one.provider in (OURS, "torch_eager")]
-    ours = {case(one): one for one in scope if one.provider == OURS}
-    drawn = [one for one in scope if one.provider != OURS and ratio(one, ours, "peak_bytes")]
+    scope = [one for one in cold(records, "both") if one.implementation in (OURS, "torch_eager")]
+    ours = {case(one): one for one in scope if one.implementation == OURS}
+    drawn = [one for one in scope if one.implementation != OURS and ratio(one, ours, "peak_bytes")]
     if not drawn:
         return None
     names = labels(drawn)
@@ -193,7 +195,7 @@ def sweep(records: list[Record], name: str) -> Figure | None:
     blocks, warps = (sorted(set(values)) for values in zip(*cells, strict=True))
     best = timed[0]
     settings = (best.config or {}).items()
-    config = ", ".join(f"{k} {v}" for k, v in settings if k not in ("rule", "strategy"))
+    config = ", ".join(f"{k} {v}" for k, v in settings if k not in ("default", "strategy"))
     figure = sheet(
         f"Sweep of {name}, {best.direction}: time over the best",
         records,
@@ -202,7 +204,7 @@ def sweep(records: list[Record], name: str) -> Figure | None:
         notes=[
             f"best: {1e3 * milliseconds(best):.4g} us, {best.strategy}, {config}",
             "each cell: its fastest plan",
-            "rule: what triton_gn chooses by itself",
+            "default: the plan that triton_gn chooses by itself",
             "hatched: spills registers",
         ],
     )
@@ -217,12 +219,12 @@ def sweep(records: list[Record], name: str) -> Figure | None:
 
 
 def draw_cell(axes: Axes, x: int, y: int, records: list[Record], best: Record) -> None:
-    """Draw the fastest of a cell over the best of all, and mark the best and the rule's choice."""
+    """Draw the fastest of a cell over the best of all, and mark the best and the default."""
     slowdown = milliseconds(records[0]) / milliseconds(best)
     color = matplotlib.colormaps["viridis_r"](LogNorm(1, MAX_SLOWDOWN, clip=True)(slowdown))
-    ink = "#000000" if color[1] > 0.55 else "#ffffff"  # of viridis, green goes with lightness
-    rules = [milliseconds(one) / milliseconds(best) for one in records if setting(one, "rule")]
-    marks = ", ".join(["best"] * (records[0] is best) + [f"rule {rule:.2f}" for rule in rules])
+    ink = "#000000" if color[1] > 0.55 else "#ffffff"  # in viridis, green follows lightness
+    defaults = [milliseconds(o) / milliseconds(best) for o in records if setting(o, "default")]
+    marks = ", ".join(["best"] * (records[0] is best) + [f"default {d:.2f}" for d in defaults])
     box = {"facecolor": color, "linewidth": 0, "pad": 1}  # no hatches behind the text
     hatch = "////" if records[0].spill_bytes else ""
     paper = axes.get_facecolor()

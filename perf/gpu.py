@@ -1,5 +1,7 @@
-"""Everything that a GPU has to show, in one command that can be stopped and goes on where it was:
-tests, ceilings, the core benchmark, a short tune and the figures."""
+"""Run tests, ceilings, the core benchmark, a short tune and the figures on this GPU.
+
+Interrupt at any time; rerun to resume.
+"""
 
 import argparse
 import contextlib
@@ -16,34 +18,32 @@ from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
-from perf import bench
-from perf.providers import PROVIDERS
+from perf import common, records
+from perf.implementations import IMPLEMENTATIONS
 from perf.records import OURS, folder_of
 from triton_gn.ops.device import gpu_of
 
-_PASSED = (0, 5)  # 5: pytest's, where all tests of a file are the interpreter's
+_PASSED = (0, 5)  # 5: pytest found no test, since all of a file need the interpreter
 _SANITIZED = "tests/kernels/test_bits.py"
 _MODULES = ("pytest", "xdist", "hypothesis", "numpy", "filelock", "matplotlib")
-_PROVIDERS = ",".join(
-    one.name for one in PROVIDERS if one.is_fixed or one.name in (OURS, "torch_eager")
+_NAMES = ",".join(
+    one.name for one in IMPLEMENTATIONS if one.is_fixed or one.name in (OURS, "torch_eager")
 )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of the command."""
-    parser.add_argument("--match", default="", metavar="TEXT", help="only steps with it")
-    parser.add_argument("--list", action="store_true", help="name the steps and stop")
-    parser.add_argument("--timeout", type=float, metavar="S", help="seconds that a step may take")
-    bench.add_out(parser)
+    """Add the flags of the command."""
+    parser.add_argument("--match", default="", metavar="TEXT", help="only steps whose name has it")
+    parser.add_argument("--list", action="store_true", help="print the steps and stop")
+    parser.add_argument("--timeout", type=float, metavar="S", help="time limit of a step")
+    common.add_out(parser)
 
 
 @dataclass(frozen=True)
 class Step:
-    """A command, and what came of it."""
+    """A command and its result."""
 
     name: str
     command: tuple[str, ...]
@@ -52,12 +52,12 @@ class Step:
     seconds: float = 0.0
 
     def run(self, commit: str, timeout: float | None) -> "Step":
-        """Run it; what it prints is seen as it comes."""
+        """Run the command and return the step with its result."""
         print(f"\n=== {self.name}: {shlex.join(self.command)}", flush=True)
         start = time.monotonic()
         # the kernels run on the GPU, not in the interpreter
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        # with its own process group, so that it ends with all that it has started
+        # in a process group of its own, so that its children end with it
         process = subprocess.Popen(self.command, env=environment, start_new_session=True)
         try:
             status = process.wait(timeout)
@@ -72,7 +72,7 @@ class Step:
 
 
 def steps() -> Iterator[Step]:
-    """All of them, the cheap and the certain first."""
+    """Yield all steps, short ones first."""
     python = sys.executable
     yield Step("ceilings", (python, "-m", "perf", "ceilings"))
     own = Path("tests/gpu/test_gpu.py")
@@ -84,7 +84,7 @@ def steps() -> Iterator[Step]:
     if sanitizer := shutil.which("compute-sanitizer"):
         test = (python, "-m", "pytest", "-q", "-k", "same_input", _SANITIZED)
         yield Step("sanitizer", (sanitizer, "--error-exitcode", "1", *test))
-    core = ("bench", "--core", "--cache", "cold", "--providers", _PROVIDERS)
+    core = ("bench", "--core", "--cache", "cold", "--implementations", _NAMES)
     yield Step("bench", (python, "-m", "perf", *core))
     tune = ("--workloads", "perf/workloads.csv", "--core", "--candidates", "6")
     yield Step("tune", (python, "-m", "triton_gn", "tune", *tune))
@@ -93,10 +93,10 @@ def steps() -> Iterator[Step]:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run the steps that this commit has not passed yet on this GPU; return the exit status.
+    """Run the steps that this commit has not passed yet on this GPU.
 
     Returns:
-        0 if all have passed, 1 if one has not, 130 after Ctrl-C.
+        The exit status: 0 if all have passed, 1 if one has not, 130 after Ctrl-C.
     """
     wanted = [one for one in steps() if options.match in one.name]
     if options.list:
@@ -107,43 +107,34 @@ def run(options: argparse.Namespace) -> int:
             f"the tests need {', '.join(missing)}, which are not installed. "
             "Remedy: pip install -e '.[test]'"
         )
-    gpu = gpu_of(bench.current_gpu("python -m perf gpu --list"))
+    gpu = gpu_of(common.current_gpu("python -m perf gpu --list"))
     path = (options.out or folder_of(gpu.name, measured=True)) / "steps.json"
-    commit = bench.origin("gpu", gpu, measured=True)["commit"]
+    commit = common.origin("gpu", gpu, measured=True)["commit"]
     done = {one.name: one for one in _read(path) if one.commit == commit}
-    interrupted = False
+    interrupted = 0
     try:
         for step in wanted:
-            before = done.get(step.name)
-            if before is None or before.status not in _PASSED:
+            if done.get(step.name, step).status not in _PASSED:
                 done[step.name] = step.run(commit, options.timeout)
-                _write(path, list(done.values()))
+                text = json.dumps([asdict(one) for one in done.values()], indent=1)
+                records.replace(path, f"{text}\n")
     except KeyboardInterrupt:
-        interrupted = True
-        print("Interrupted: the same command goes on from here.", file=sys.stderr)
-    report([done.get(one.name, one) for one in wanted], gpu.name)
-    return 130 if interrupted else int(any(done[one.name].status not in _PASSED for one in wanted))
+        interrupted = common.interrupted()
+    results = [done.get(one.name, one) for one in wanted]
+    report(results, gpu.name)
+    return interrupted or int(any(one.status not in _PASSED for one in results))
 
 
 def _read(path: Path) -> list[Step]:
     if not path.exists():
         return []
-    found = json.loads(path.read_text())
-    return [Step(**one | {"command": tuple(one["command"])}) for one in found]
-
-
-def _write(path: Path, done: Sequence[Step]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    target = path.with_suffix(".new")
-    target.write_text(json.dumps([asdict(one) for one in done], indent=1) + "\n")
-    target.replace(path)
+    steps = json.loads(path.read_text())
+    return [Step(**step | {"command": tuple(step["command"])}) for step in steps]
 
 
 def report(done: Sequence[Step], device: str) -> None:
-    """Print what came of each step."""
-    table = Table(title=device, box=SIMPLE_HEAD, show_edge=False)
-    for title in ("step", "status", "seconds"):
-        table.add_column(title, justify="left" if title == "step" else "right")
+    """Print the result of each step."""
+    table = common.table(["step"], ["status", "seconds"], title=device)
     words = {None: "not run", 0: "passed", 5: "no tests", 124: "timed out"}
     for one in done:
         status = words.get(one.status, f"failed ({one.status})")

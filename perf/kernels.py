@@ -1,4 +1,4 @@
-"""Count the kernels that Triton compiles for a model's training steps; nothing is compiled."""
+"""Count the kernels that Triton would compile for a model's training steps."""
 
 import argparse
 import csv
@@ -6,17 +6,16 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
-from perf.bench import WORKLOADS
-from triton_gn.ops import autograd, launches, layout
+from perf.common import WORKLOADS
 from triton_gn.ops.launches import Launch
 from triton_gn.plan import TARGETS, plan
 from triton_gn.tools import workloads
 from triton_gn.tools.compile import source_of
+from triton_gn.tools.inspection import launches_of
 from triton_gn.tools.workloads import Workload
 
-# height and width, in pixels of the latents, of the images that SDXL is trained on
+# height and width of the latents of the images that SDXL is trained on
 _SDXL = "SDXL UNet 1024px"
 _SDXL_SIZES = (
     (128, 128), (144, 112), (152, 104), (168, 96), (176, 88), (192, 80), (112, 144), (104, 152),
@@ -26,7 +25,7 @@ _SDXL_BATCHES = (1, 2, 4)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of the command."""
+    """Add the flags of the command."""
     parser.add_argument("--workloads", type=Path, default=WORKLOADS, metavar="FILE")
     parser.add_argument("--target", choices=TARGETS, default="sm_90")
 
@@ -50,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def resized(layers: Iterable[Workload], size: tuple[int, int]) -> Iterator[Workload]:
-    """The layers of a U-Net whose first ones have 128x128 pixels, on latents of another size."""
+    """Yield the layers of a U-Net for 128x128 latents, on latents of another size."""
     for one in layers:
         factor = 128 // one.spatial[0]
         yield replace(one, spatial=(size[0] // factor, size[1] // factor))
@@ -58,29 +57,19 @@ def resized(layers: Iterable[Workload], size: tuple[int, int]) -> Iterator[Workl
 
 def count(layers: Iterable[Workload], target: str) -> int:
     """Count the kernels of the layers' forwards and backwards, all gradients asked for."""
-    return len({key_of(one, target) for layer in layers for one in launches_of(layer, target)})
+    return len({key_of(one, target) for layer in layers for one in training_step(layer, target)})
 
 
 def key_of(one: Launch, target: str) -> tuple[str, ...]:
-    """Return what Triton tells kernels apart by, where all pointers are aligned."""
+    """Return the key of Triton's cache of kernels, if all pointers are aligned."""
     nvidia = target.startswith("sm_")
     source = source_of(one, nvidia)
     parts = source.signature, source.constants, source.attrs, one.options(nvidia)
     return one.kernel.__name__, *map(str, parts)
 
 
-def launches_of(workload: Workload, target: str) -> Iterator[Launch]:
-    """The launches of a training step, on tensors without memory."""
-    operands = workload.operands("meta")
-    x, groups = operands.x, workload.groups
-    stats, gpu = launches.statistics(x, workload.n, groups, 3), TARGETS[target]
-    for direction in workloads.DIRECTIONS:
-        problem, given = workload.problem(direction), workload.given(operands, direction)
-        config = plan(problem, gpu)
-        if direction == "forward":
-            y: Any = layout.empty_like(x)
-            yield from launches.forward_launches(problem, config, given, y, stats, 1e-5)
-        else:
-            grads = autograd.empty_gradients(given, [t is not None for t in given])
-            dy = layout.empty_like(x)
-            yield from launches.backward_launches(problem, config, dy, given, stats, grads)
+def training_step(workload: Workload, target: str) -> Iterator[Launch]:
+    """Yield the launches of a training step, on tensors without memory."""
+    for problem in map(workload.problem, workloads.DIRECTIONS):
+        _, launches = launches_of(workload, problem, plan(problem, TARGETS[target]))
+        yield from launches

@@ -1,6 +1,6 @@
-"""Figures from results files: each as SVG and as PNG, for light pages and for dark ones.
+"""Draw figures of results files as SVG and PNG, for light and for dark pages.
 
-Only records are read, so a figure can be drawn again anywhere, without a GPU.
+Only records are read, so a figure can be drawn anywhere, without a GPU.
 """
 
 import argparse
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Draw what the paths hold and print each file; return the exit status."""
+    """Draw the records of the paths and print each file; return the exit status."""
     for path in draw(load(options.paths), options.out):
         print(path)
     return 0
@@ -54,8 +54,10 @@ def load(paths: Sequence[Path]) -> list[Record]:
 
 
 def draw(found: list[Record], folder: Path, only: str = "") -> list[Path]:
-    """Write every figure that the records allow, or only those of a command, and print which they
-    do not; return the paths."""
+    """Write all figures of the records, or those of one command; return the paths.
+
+    Print which figures have no data.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for device, measured in sorted({(one.device, one.measured) for one in found}):
@@ -72,7 +74,7 @@ def draw(found: list[Record], folder: Path, only: str = "") -> list[Path]:
 
 
 def plots(found: list[Record]) -> Iterator[tuple[str, str, Callable[[], Figure | None]]]:
-    """Return the name of each figure, the command that measures for it, and how to draw it."""
+    """Return each figure's name, the command that measures its data, and a function to draw it."""
     benched, sweeps = divide(found)
     for plot in copy_share, speedup, roofline, memory:
         yield plot.__name__.replace("_", "-"), "bench", partial(plot, benched)
@@ -94,28 +96,33 @@ def save(plot: Callable[[], Figure | None], stem: str, folder: Path) -> list[Pat
             figure = plot()
             if figure is None:
                 return []
-            # no dates and versions: only other data make another file
-            for suffix, unsaid in ("svg", ("Date", "Creator")), ("png", ("Software",)):
+            # without dates and versions a file changes only with its data
+            for suffix, omitted in ("svg", ("Date", "Creator")), ("png", ("Software",)):
                 paths.append(folder / f"{stem}-{name}.{suffix}")
-                figure.savefig(paths[-1], metadata=dict.fromkeys(unsaid))
+                figure.savefig(paths[-1], metadata=dict.fromkeys(omitted))
             shrink(paths[-1])
     return paths
 
 
 def shrink(png: Path) -> None:
-    """Give it a palette: the few colours of a figure then take a third of the bytes."""
-    # an octree keeps rare colours, which the default, cutting by the median, merges
+    """Give a PNG a palette; it then takes a third of the bytes."""
+    # the octree keeps rare colours, which the default median cut merges
     figure = Image.open(png).convert("RGB").quantize(method=Image.Quantize.FASTOCTREE)
     figure.save(png, optimize=True)
 
 
 def divide(found: list[Record]) -> tuple[list[Record], list[list[Record]]]:
-    """Return what has one time per case and provider, and the sweeps; older times are left out."""
-    benched: dict[Any, Record] = {}
-    sweeps: dict[Any, dict[Any, Record]] = defaultdict(dict)
-    for one in sorted(found, key=lambda one: one.date):
+    """Return the bench records and the sweeps, the newest of each call."""
+
+    def call(one: Record) -> tuple[Any, ...]:
+        plan = json.dumps(one.config, sort_keys=True) if one.command == "sweep" else ""
+        return one.command, case(one), one.implementation, plan
+
+    benched: list[Record] = []
+    sweeps: dict[Any, list[Record]] = defaultdict(list)
+    for one in records.newest(found, call).values():
         if one.command == "sweep":
-            sweeps[case(one)][one.provider, json.dumps(one.config, sort_keys=True)] = one
+            sweeps[case(one)].append(one)
         elif one.command == "bench":
-            benched[case(one), one.provider] = one
-    return list(benched.values()), [list(swept.values()) for swept in sweeps.values()]
+            benched.append(one)
+    return benched, list(sweeps.values())

@@ -1,4 +1,4 @@
-"""What all figures share: themes, titles and panels, and how workloads and providers are shown."""
+"""Themes, titles, panels and styles that all figures share."""
 
 import itertools
 import math
@@ -21,8 +21,8 @@ from perf.records import DIRECTIONS, OURS, REFERENCES, Record, workload
 
 PYTORCH = ("torch_compile", "torch_eager")
 STRATEGIES = tuple(f"{OURS}[{name}]" for name in ("resident", "split", "pipelined"))
-PROVIDERS = (OURS, *PYTORCH, "liger", "flag_gems", *STRATEGIES)
-MARKERS = "oD^Pv<>sX"  # in the order of PROVIDERS; the last is any other's
+IMPLEMENTATIONS = (OURS, *PYTORCH, "liger", "flag_gems", *STRATEGIES)
+MARKERS = "oD^Pv<>sX"  # in the order of IMPLEMENTATIONS; the last is for any other
 WIDTH = 8.0  # inches: about 800 pixels in a README
 LINE = 0.17  # inches from one line of text to the next
 MARGIN = 0.1  # inches
@@ -62,9 +62,9 @@ def theme(paper: str, ink: str, line: str, grid: str, colors: str) -> dict[RcKey
     }
 
 
-# Okabe and Ito's colours, which the colour-blind can tell apart, in the order of PROVIDERS; on
-# GitHub's dark paper they are lighter; brown is any other's. The strategies differ in lightness as
-# well: in the roofline their markers say something else.
+# Okabe and Ito's colours for the colour-blind, in the order of IMPLEMENTATIONS, then brown for any
+# other; lighter on GitHub's dark paper. The strategies also differ in lightness, since their
+# markers in the roofline show the layout.
 LIGHT = "#d55e00 #56b4e9 #59636e #009e73 #cc79a7 #e69f00 #0072b2 #000000 #8c510a"
 DARK = "#ff7f2a #a5dcff #b7bdc8 #1fc79a #e79ac4 #f2c14e #3f97dc #ffffff #c9935a"
 THEMES = {
@@ -89,8 +89,10 @@ def sheet(
     titles = textwrap.wrap(title, 72)
     if not all(one.measured for one in records):
         titles.append("predicted, not measured")
-    skipped = Counter(one.provider for one in records if one.skipped)
-    missing = ", ".join(f"{name} {skipped[name]}" for name in providers(records) if skipped[name])
+    skipped = Counter(one.implementation for one in records if one.skipped)
+    missing = ", ".join(
+        f"{name} {skipped[name]}" for name in implementations(records) if skipped[name]
+    )
     footnotes = [*notes, f"not drawn: {missing}"] if missing else notes
     origins = textwrap.wrap(" · ".join(origin(records, about)), 116)
     footers = textwrap.wrap(" · ".join(footnotes), 116)
@@ -154,9 +156,11 @@ def directions(records: list[Record]) -> list[str]:
     return [name for name in DIRECTIONS if any(one.direction == name for one in records)]
 
 
-def providers(records: list[Record]) -> list[str]:
-    found = {one.provider for one in records}
-    return [name for name in PROVIDERS if name in found] + sorted(found - set(PROVIDERS))
+def implementations(records: list[Record]) -> list[str]:
+    found = {one.implementation for one in records}
+    return [name for name in IMPLEMENTATIONS if name in found] + sorted(
+        found - set(IMPLEMENTATIONS)
+    )
 
 
 def labels(records: Iterable[Record]) -> dict[Any, str]:
@@ -184,15 +188,19 @@ def tensor_bytes(record: Record) -> int:
     return math.prod(map(int, record.shape.split("x"))) * int(bits) // 8
 
 
-def look(provider: str) -> dict[str, Any]:
-    """Return how a provider is drawn: ours is the largest, a strategy of ours hollow."""
-    index = PROVIDERS.index(provider) if provider in PROVIDERS else len(PROVIDERS)
+def look(implementation: str) -> dict[str, Any]:
+    """Return how an implementation is drawn: ours is the largest, a strategy of ours hollow."""
+    index = (
+        IMPLEMENTATIONS.index(implementation)
+        if implementation in IMPLEMENTATIONS
+        else len(IMPLEMENTATIONS)
+    )
     return {
         "color": f"C{index}",
-        "fillstyle": "none" if "[" in provider else "full",
+        "fillstyle": "none" if "[" in implementation else "full",
         "linestyle": "none",
         "marker": MARKERS[index],
-        "markersize": 8 if provider == OURS else 5.5,
+        "markersize": 8 if implementation == OURS else 5.5,
     }
 
 

@@ -1,4 +1,4 @@
-"""A driver for Triton that launches nothing: what a launch costs the host, without a GPU."""
+"""A driver for Triton that launches nothing, to measure host cost without a GPU."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,10 +12,10 @@ Launched = Callable[..., None]
 
 
 class StandIn:
-    """As much of a driver as compiling and launching on the CPU's tensors takes.
+    """The part of a driver that compiling and launching on CPU tensors needs.
 
-    ``launched`` is called in place of the GPU's launcher, with its arguments: the grid, the stream,
-    handles, metadata and hooks, then the kernel's own.
+    ``launched`` is called instead of the GPU's launcher with its arguments: the grid, the stream,
+    handles, metadata, hooks and the kernel's own.
     """
 
     def __init__(self, launched: Launched) -> None:
@@ -23,18 +23,18 @@ class StandIn:
         self.launched = launched
 
     def launcher_cls(self, source: Any, metadata: Any) -> Launched:
-        """Triton keeps a kernel and its launcher for longer than a driver is active."""
+        """Return a launcher for Triton to keep; it looks the driver up at each launch."""
         return lambda *arguments: driver.active.launched(*arguments)
 
     def load_binary(self, name: str, *_: Any) -> tuple[None, str, int, int, int]:
-        """Module, function, registers, spills and the most threads of a program."""
+        """Return module, function, registers, spills and the most threads of a program."""
         return None, name, 32, 0, 1024
 
     def get_device_properties(self, device: int) -> dict[str, int]:
         return {"max_shared_mem": 227 * 1024, "multiprocessor_count": 132, "max_num_regs": 65536}
 
     def get_current_device(self) -> int:
-        return -1  # kernels are kept per device: no real one may meet what was loaded here
+        return -1  # kernels are cached per device: no real device may find these
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -48,11 +48,11 @@ class StandIn:
 
 @contextmanager
 def active(launched: Launched = lambda *_: None) -> Iterator[None]:
-    """Triton launches for the stand-in while it is the active context."""
+    """Make the stand-in Triton's driver for the duration of the context."""
     try:
         before = driver.active
     except RuntimeError:
-        before = None  # no GPU: Triton looks again at the next need
+        before = None  # no GPU: Triton will look again
     driver.set_active(StandIn(launched))
     try:
         yield

@@ -1,4 +1,4 @@
-"""``python -m triton_gn``: look at plans for any GPU, and tune them for this one."""
+"""Inspect plans for any GPU, and tune them for this one."""
 
 import argparse
 import sys
@@ -7,8 +7,10 @@ from typing import Any
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status: 0 well, 1 it found something wrong, 2 it could not
-    run, 130 after Ctrl-C."""
+    """Run a command and return its exit status.
+
+    0: well, 1: it found a fault, 2: it could not run, 130: after Ctrl-C.
+    """
     try:
         from triton_gn.tools import inspect, tune
     except ModuleNotFoundError as error:
@@ -20,19 +22,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser,
         arguments,
         ("inspect", inspect, "compile plans for any GPU, present or not, and report"),
-        ("tune", tune, "search for faster plans on this GPU and keep them in a table"),
+        ("tune", tune, "time plans on this GPU and keep the fastest in a table"),
     )
 
 
 def run_command(
     parser: argparse.ArgumentParser,
     arguments: Sequence[str] | None,
-    *named: tuple[str, Any, str],
+    *modules: tuple[str, Any, str],
 ) -> int:
-    """Run the command that the arguments name, of modules with ``add_arguments`` and ``run``, each
-    given with its name and what it does; return its exit status."""
+    """Run the command that the arguments name, and return its exit status.
+
+    ``modules`` are triples of a command's name, its module with ``add_arguments`` and ``run``, and
+    its help text.
+    """
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for name, module, text in named:
+    for name, module, text in modules:
         command = commands.add_parser(name, help=text, description=module.__doc__)
         module.add_arguments(command)
         command.set_defaults(run=module.run)

@@ -1,4 +1,4 @@
-"""Which plan a call takes, and why."""
+"""Explain which plan a call takes, and why."""
 
 from dataclasses import dataclass, replace
 
@@ -23,9 +23,9 @@ from triton_gn.reference import Operands
 
 @dataclass(frozen=True)
 class Explanation:
-    """What ``explain`` found; prints as text.
+    """The plan of a call and the reason for it; prints as text.
 
-    ``path`` is "triton" or "torch"; without kernels, ``config`` is what they would run on an H100.
+    ``path`` is "triton" or "torch". Without a GPU ``config`` is the plan for an H100.
     """
 
     path: str
@@ -72,13 +72,13 @@ def explain(
         num_groups: as for group_norm.
         direction: "forward" or "backward".
         activation: as for group_norm.
-        pre_add: whether there is one.
-        residual: whether there is one.
-        per_sample: whether scale, shift or pre_add have values of their own for each sample; it
-            matters to samples of one pixel.
+        pre_add: whether the call has one.
+        residual: whether the call has one.
+        per_sample: whether scale, shift or pre_add differ by sample; it matters only if a sample is
+            one pixel.
 
     Raises:
-        TypeError, ValueError: as group_norm; an empty input or another direction.
+        TypeError, ValueError: as group_norm, and for an empty input or another direction.
     """
     num_groups = checked_groups(num_groups)
     check(Operands(input), num_groups, activation)
@@ -107,13 +107,13 @@ def explain(
 
 
 def _reason(problem: Problem, device: Device, config: Config, current: Settings) -> str:
-    """Where a plan comes from."""
+    """Return where a plan comes from."""
     fixed = dict(current.plan_override)
     if fixed:
         return f"plan_override({', '.join(f'{name}={value!r}' for name, value in fixed.items())})"
     measured = replace(problem, n=1) if current.batch_invariant else problem
-    if (found := table.lookup(measured, device)) is not None and found.config is not None:
-        return f"measured {'' if found.exact else 'for a similar problem '}in {found.path}"
+    if (match := table.lookup(measured, device)) is not None and match.config is not None:
+        return f"measured {'' if match.exact else 'for a similar problem '}in {match.path}"
     size = f"groups of {problem.group_elements} elements"
     if config.strategy == "resident" and is_always_resident(problem):
         return f"{size} stay on chip"

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from perf import bench, ceilings, providers, records, sweep
-from perf.providers import PARTS, PROVIDERS, Provider, checked
+from perf import bench, ceilings, common, implementations, records, sweep
+from perf.implementations import IMPLEMENTATIONS, PARTS, Implementation, checked
 from perf.records import OURS, Record
 from triton_gn.ops.device import gpu_of
 from triton_gn.plan import Config, fields_of, heuristic_plan
 from triton_gn.tools import stopwatch
 from triton_gn.tools.stopwatch import Times
-from triton_gn.tools.verify import Trial
+from triton_gn.tools.verify import Verifier
 from triton_gn.tools.workloads import FUSED, Workload
 
 WORKLOADS = """\
@@ -24,7 +24,7 @@ model,layer,n,channels,groups,spatial,dtype,layout,activation,core
 Net,first,2,8,2,6x5,float32,contiguous,silu,yes
 Net,second,2,6,3,7,float32,channels_last,none,
 """
-MINE = [one for one in PROVIDERS if one.name.startswith(OURS)]
+MINE = [one for one in IMPLEMENTATIONS if one.name.startswith(OURS)]
 RUNNABLE = [*(one.name for one in MINE), "torch_eager"]
 ONE_CASE = "--directions", "forward", "--cache", "cold"
 
@@ -72,8 +72,8 @@ def run(device: str, tmp_path: Path) -> Run:
 
 
 @pytest.mark.parametrize(("part", "count"), [("forward", 1000), ("backward", 100_000)])
-def test_floors_move_as_many_bytes(device: str, part: str, count: int) -> None:
-    call = providers.floor(part, count, torch.device(device))
+def test_speed_of_light_moves_as_many_bytes(device: str, part: str, count: int) -> None:
+    call = implementations.speed_of_light(part, count, torch.device(device))
     *sources, target = tensors = call.args[:-1]
     call()
     assert torch.equal(target, sum(sources))
@@ -82,19 +82,18 @@ def test_floors_move_as_many_bytes(device: str, part: str, count: int) -> None:
 
 
 @pytest.mark.parametrize("direction", PARTS)
-@pytest.mark.parametrize("provider", MINE, ids=lambda one: one.name)
-def test_ours_is_right(device: str, provider: Provider, direction: str) -> None:
-    assert provider.absent(torch.device(device)) is None
+@pytest.mark.parametrize("implementation", MINE, ids=lambda one: one.name)
+def test_ours_is_right(device: str, implementation: Implementation, direction: str) -> None:
+    assert implementation.absent(torch.device(device)) is None
     workload = Workload("", 2, 8, 2, (6, 5), "float32", "float16", "channels_last", "silu", FUSED)
-    trial = Trial(workload, torch.device(device))
-    answers = providers.answers_of(trial, direction)
-    call, said = checked(provider, trial, direction, answers)
-    assert call is not None, said
-    name = provider.name.removeprefix(OURS).strip("[]")
+    verifier = Verifier(workload, torch.device(device))
+    call, fields = checked(implementation, verifier, direction)
+    assert call is not None, fields
+    name = implementation.name.removeprefix(OURS).strip("[]")
     strategy = name or "resident"
-    assert said["strategy"] == strategy
-    assert (said["config"] or {"strategy": strategy})["strategy"] == strategy
-    assert (said["config"] is None) == (direction == "both")
+    assert fields["strategy"] == strategy
+    assert (fields["config"] or {"strategy": strategy})["strategy"] == strategy
+    assert (fields["config"] is None) == (direction == "both")
     for again, first in zip(call(), call(), strict=True):
         assert torch.equal(again, first)
 
@@ -109,24 +108,26 @@ def test_records_are_complete(
         assert (one.measured, one.command, one.skipped) == (True, "bench", None)
         assert one.ms_p20 < one.ms_p50 < one.ms_p80
         assert stopwatch.protocol(one.cache == "cold") in one.protocol
-        assert ("without a graph" in one.protocol) == (one.provider == OURS)  # as made up
+        assert ("without a graph" in one.protocol) == (one.implementation == OURS)  # as made up
         assert one.versions.keys() >= {"python", "torch", "triton", "triton_gn"}
         assert one.date.endswith("+00:00")
-        is_floor = one.provider in ("copy", "add")
-        place = RUNNABLE.index(one.provider) + 1 if not is_floor else None
+        is_reference = one.implementation in ("copy", "add")
+        place = RUNNABLE.index(one.implementation) + 1 if not is_reference else None
         first = len(RUNNABLE) + 1
-        floors = {"forward": first, "backward": first, "both": first + first + 1}[one.direction]
-        if is_floor:
+        light = {"forward": first, "backward": first, "both": first + first + 1}[one.direction]
+        if is_reference:
             assert one.share_of_copy is one.error is one.peak_bytes is None
             continue
-        assert (one.ms_p50, one.share_of_copy) == (place, floors / place)
+        assert (one.ms_p50, one.share_of_copy) == (place, light / place)
         assert one.peak_bytes == 1024
-        assert one.host_us == (None if "[" in one.provider else 12.5)
+        assert one.host_us == (None if "[" in one.implementation else 12.5)
         assert 0 < one.error < 1e-5
-        assert (one.strategy is None) == (one.provider == "torch_eager")
+        assert (one.strategy is None) == (one.implementation == "torch_eager")
     cases = {(one.workload, one.direction, one.cache) for one in found}
     assert len(cases) == 2 * 3 * 2
-    copy, add = (next(one for one in found if one.provider == name) for name in ("copy", "add"))
+    copy, add = (
+        next(one for one in found if one.implementation == name) for name in ("copy", "add")
+    )
     x, params = 2 * 8 * 30 * 4, 2 * 8 * 4
     assert (copy.bytes_minimum, add.bytes_minimum) == (2 * x + params, 3 * x + 2 * params)
     captured = capsys.readouterr()
@@ -137,21 +138,23 @@ def test_records_are_complete(
 def test_wrong_answers_are_never_timed(
     timer: Stopwatch, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ours, *others = PROVIDERS
+    ours, *others = IMPLEMENTATIONS
     compute = ours.compute
 
-    def spoilt(workload: Workload) -> providers.Compute:
+    def spoilt(workload: Workload) -> implementations.Compute:
         right = compute(workload)
         return lambda operands: right(operands) * (1 + 1e-3)
 
-    wrong = providers.Provider(OURS, spoilt, ours.absent, roundings=1)
-    monkeypatch.setattr(bench, "PROVIDERS", (wrong, *others))
+    wrong = implementations.Implementation(OURS, spoilt, ours.absent, roundings=1)
+    monkeypatch.setattr(bench, "IMPLEMENTATIONS", (wrong, *others))
     status, found = run(*ONE_CASE)
     assert status == 1
-    by_name = {one.provider: one for one in found}
+    by_name = {one.implementation: one for one in found}
     assert by_name[OURS].skipped.startswith("wrong: y is off by 1.0e-03")
     assert by_name[OURS].ms_p50 is by_name[OURS].share_of_copy is by_name[OURS].error is None
-    assert by_name["torch_eager"].ms_p50 == len(providers.FIXED) + 1  # the first call is left out
+    assert (
+        by_name["torch_eager"].ms_p50 == len(implementations.FIXED) + 1
+    )  # the first call is left out
     ((*calls, _),) = timer.timed
     assert len(calls) == len(RUNNABLE) - 1
 
@@ -174,7 +177,7 @@ def test_other_commit_is_timed_again(
     timer: Stopwatch, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run(*ONE_CASE)
-    monkeypatch.setattr(bench, "_commit", lambda _: "another")
+    monkeypatch.setattr(common, "commit", lambda _: "another")
     run(*ONE_CASE)
     assert len(timer.timed) == 2
 
@@ -190,7 +193,7 @@ def test_interrupt_keeps_what_is_done(
     status, found = run(*ONE_CASE, "--all")
     assert status == 130
     assert {one.workload for one in found} == {"Net first"}
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "rerun the same command to resume" in capsys.readouterr().err
     timer.before = lambda: None
     status, found = run(*ONE_CASE, "--all")
     assert (status, len(timer.timed)) == (0, 2)
@@ -204,7 +207,7 @@ def test_what_does_not_fit_is_recorded(timer: Stopwatch, run: Run) -> None:
     timer.before = overflow
     status, found = run(*ONE_CASE)
     assert status == 1
-    assert [one.provider for one in found] == RUNNABLE
+    assert [one.implementation for one in found] == RUNNABLE
     assert all("no room" in one.skipped for one in found)
 
 
@@ -224,7 +227,7 @@ def swept(device: str, out: Path, *flags: str) -> tuple[int, list[Record]]:
 
 
 @pytest.fixture
-def rule(device: str) -> Config:
+def default(device: str) -> Config:
     problem = Workload("", 2, 8, 2, (6, 5), "float32").problem("forward")
     return heuristic_plan(problem, gpu_of(torch.device(device)))
 
@@ -233,18 +236,18 @@ def test_sweep_times_plans(
     timer: Stopwatch,
     device: str,
     tmp_path: Path,
-    rule: Config,
+    default: Config,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     for _ in range(2):  # the second replaces the first
         status, found = swept(device, tmp_path)
         assert status == 0
     assert len(found) == 4
-    assert [one.config for one in found if "rule" in one.config] == [
-        fields_of(rule) | {"rule": True}
+    assert [one.config for one in found if "default" in one.config] == [
+        fields_of(default) | {"default": True}
     ]
     strategies = ("resident", "pipelined", "split")
-    assert {one.provider for one in found} == {f"{OURS}[{name}]" for name in strategies}
+    assert {one.implementation for one in found} == {f"{OURS}[{name}]" for name in strategies}
     for ms, one in enumerate(found, 1):
         assert (one.measured, one.command, one.cache) == (True, "sweep", "cold")
         assert (one.ms_p50, one.spill_bytes, one.bound) == (ms, 0, None)
@@ -271,27 +274,27 @@ def test_sweep_never_times_a_wrong_plan(
     timer: Stopwatch,
     device: str,
     tmp_path: Path,
-    rule: Config,
+    default: Config,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    run_plan = Trial.run
+    run_plan = Verifier.run
 
-    def spoilt(self: Trial, direction: str, config: Config | None = None) -> None:
+    def spoilt(self: Verifier, direction: str, config: Config | None = None) -> None:
         run_plan(self, direction, config)
-        if config == rule:
+        if config == default:
             self.outputs(direction)["y"].mul_(1.001)
 
-    monkeypatch.setattr(Trial, "run", spoilt)
+    monkeypatch.setattr(Verifier, "run", spoilt)
     status, found = swept(device, tmp_path)
     assert status == 1
     (wrong,) = (one for one in found if one.skipped)
-    assert wrong.config == fields_of(rule) | {"rule": True}
+    assert wrong.config == fields_of(default) | {"default": True}
     assert wrong.skipped.startswith("wrong: y is off by")
     assert wrong.ms_p50 is wrong.error is None
     ((*calls,),) = timer.timed
     assert len(calls) == 3
-    assert rule not in [call.args[1] for call in calls]
+    assert default not in [call.args[1] for call in calls]
     assert "1 of 4 plans wrong: y is off by" in capsys.readouterr().out
 
 
@@ -306,7 +309,7 @@ def test_ceilings(
     found = list(records.read(tmp_path))
     sizes = [2**20, 3 * 2**19, 2**21, 3 * 2**20, 2**22]
     kinds = [("copy", "cold"), ("copy", "warm"), ("add", "cold"), ("add", "warm")]
-    assert [(one.provider, one.cache, one.bytes_minimum) for one in found] == [
+    assert [(one.implementation, one.cache, one.bytes_minimum) for one in found] == [
         (*kind, size) for kind in kinds for size in sizes
     ]
     assert [one.ms_p50 for one in found] == [1, 2, 3, 4, 5] * 4

@@ -17,7 +17,7 @@ from triton_gn.ops.device import gpu_of
 from triton_gn.plan import Config, Problem, fields_of, heuristic_plan, plan, planner, table
 from triton_gn.tools import stopwatch, tune
 from triton_gn.tools.stopwatch import Times
-from triton_gn.tools.verify import Trial, error_of
+from triton_gn.tools.verify import Verifier
 from triton_gn.tools.workloads import Workload
 
 FLAGS = "--shape 1x4x6x5 --groups 2 --dtype float32 --activation silu --candidates 4"
@@ -74,11 +74,11 @@ def options(*flags: str) -> argparse.Namespace:
 
 
 def others(problem: Problem, gpu: torch.device) -> list[Config]:
-    """What the tuner tries besides the rule's own plan."""
+    """Return what the tuner tries besides the default config."""
     return tune.shortlist(problem, gpu_of(gpu), 4)[1:]
 
 
-def table(gpu: torch.device) -> dict[Problem, table.Entry]:
+def entries(gpu: torch.device) -> dict[Problem, table.Entry]:
     device = gpu_of(gpu)
     path = table.path_of(table.cache_folder(), device)
     return {entry.problem: entry for entry in table.read(path, device)}
@@ -90,14 +90,14 @@ def test_what_is_faster_is_kept_and_used(
     device = gpu_of(gpu)
     fast = [others(problem, gpu)[0] for problem in (FORWARD, BACKWARD)]
     case = make_case(memory, gpu.type, (1, 4, 6, 5), 2, activation="silu")
-    case.through_kernels()  # by the rule's plans, which must not stay
+    case.through_kernels()  # with the default configs, which must not stay
     assert tune.run(options(*SHAPE), gpu, preferring(*fast)) == 0
     out = capsys.readouterr().out
-    assert "1x4x6x5 forward: rule 1000.0 us, best 500.0 us (2.00x), strategy=" in out
+    assert "1x4x6x5 forward: default 1000.0 us, best 500.0 us (2.00x), strategy=" in out
     assert "(4 timed)" in out
     for problem, config in zip((FORWARD, BACKWARD), fast, strict=True):
-        entry = table(gpu)[problem]
-        assert (entry.rule_us, entry.best_us, entry.noise_us) == pytest.approx((1000, 500, 200))
+        entry = entries(gpu)[problem]
+        assert (entry.default_us, entry.best_us, entry.noise_us) == pytest.approx((1000, 500, 200))
         assert entry.config == fields_of(config)
         assert plan(problem, device) == config != heuristic_plan(problem, device)
     with launcher.recording() as calls:
@@ -110,14 +110,14 @@ def test_what_is_faster_is_kept_and_used(
 def test_gain_must_be_more_than_the_noise(gpu: torch.device, ms: float, is_kept: bool) -> None:
     fast = others(FORWARD, gpu)[1]
     assert tune.run(options(*SHAPE, "--direction", "forward"), gpu, preferring(fast, ms=ms)) == 0
-    entry = table(gpu)[FORWARD]
+    entry = entries(gpu)[FORWARD]
     assert (entry.config is not None) is is_kept
     assert entry.best_us == pytest.approx(1e3 * ms if is_kept else 1e3)
     device = gpu_of(gpu)
     assert plan(FORWARD, device) == (fast if is_kept else heuristic_plan(FORWARD, device))
 
 
-def test_fastest_of_many_races_the_rule_again(gpu: torch.device) -> None:
+def test_fastest_of_many_races_the_default_again(gpu: torch.device) -> None:
     """Fast by luck in the first round only: the second decides."""
     lucky, seen = others(FORWARD, gpu)[2], set()
 
@@ -128,35 +128,35 @@ def test_fastest_of_many_races_the_rule_again(gpu: torch.device) -> None:
 
     stopwatch = Stopwatch(ms)
     tune.run(options(*SHAPE, "--direction", "forward"), gpu, stopwatch)
-    assert table(gpu)[FORWARD].config is None
-    rule = heuristic_plan(FORWARD, gpu_of(gpu))
-    assert stopwatch.timed == [rule, *others(FORWARD, gpu), *[rule, lucky] * 2]
+    assert entries(gpu)[FORWARD].config is None
+    default = heuristic_plan(FORWARD, gpu_of(gpu))
+    assert stopwatch.timed == [default, *others(FORWARD, gpu), *[default, lucky] * 2]
 
 
 def test_wrong_broken_and_spilling_plans_are_never_timed(
     gpu: torch.device, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wrong, broken, spilling = others(FORWARD, gpu)
-    run = Trial.run
+    run = Verifier.run
 
-    def corrupted(self: Trial, direction: str, config: Config | None = None) -> None:
+    def corrupted(self: Verifier, direction: str, config: Config | None = None) -> None:
         if config == broken:
             raise RuntimeError("PassManager::run failed")
         run(self, direction, config)
         if config == wrong:
             self.outputs(direction)["y"][-1, -1, -1, -1] += 1e-3
 
-    monkeypatch.setattr(Trial, "run", corrupted)
-    rule = heuristic_plan(FORWARD, gpu_of(gpu))
-    # the rule's own plan may spill
-    monkeypatch.setattr(Trial, "spills", lambda self, _, config: config in (spilling, rule))
+    monkeypatch.setattr(Verifier, "run", corrupted)
+    default = heuristic_plan(FORWARD, gpu_of(gpu))
+    # the default config may spill
+    monkeypatch.setattr(Verifier, "spills", lambda self, _, config: config in (spilling, default))
     stopwatch = preferring(wrong, broken, spilling)
     assert tune.run(options(*SHAPE, "--direction", "forward"), gpu, stopwatch) == 0
-    assert set(stopwatch.timed) == {rule}
+    assert set(stopwatch.timed) == {default}
     out = capsys.readouterr().out
     assert "(1 timed, 1 wrong, 1 failed, 1 spilled)" in out
     assert f"{fields_of(wrong)} wrong: y is off by" in out
-    assert table(gpu)[FORWARD].config is None
+    assert entries(gpu)[FORWARD].config is None
 
 
 @pytest.mark.parametrize(
@@ -172,25 +172,24 @@ def test_wrong_broken_and_spilling_plans_are_never_timed(
 def test_check_finds_wrong_answers(
     gpu: torch.device, monkeypatch: pytest.MonkeyPatch, direction: str, spoil: Callable
 ) -> None:
-    trial, run = Trial(WORKLOAD, gpu), Trial.run
-    assert trial.check(direction) is None
-    assert error_of(trial.outputs(direction), trial.expected(direction)) == trial.error(direction)
+    verifier, run = Verifier(WORKLOAD, gpu), Verifier.run
+    assert verifier.check(direction) is None
 
-    def spoiled(self: Trial, direction: str, config: Config | None = None) -> None:
+    def spoiled(self: Verifier, direction: str, config: Config | None = None) -> None:
         run(self, direction, config)
         spoil(self.outputs(direction))
 
-    monkeypatch.setattr(Trial, "run", spoiled)
-    assert "is off by" in trial.check(direction)
+    monkeypatch.setattr(Verifier, "run", spoiled)
+    assert "is off by" in verifier.check(direction)
 
 
 def test_check_finds_elements_that_are_not_written(
     gpu: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    trial = Trial(WORKLOAD, gpu)
-    assert trial.check("forward") is None
+    verifier = Verifier(WORKLOAD, gpu)
+    assert verifier.check("forward") is None
     monkeypatch.setattr(launcher, "forward", lambda *_: None)
-    assert "y is off by inf" in trial.check("forward")
+    assert "y is off by inf" in verifier.check("forward")
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
@@ -200,40 +199,42 @@ def test_right_answers_pass_with_everything_fused(
     gpu: torch.device, dtype: str, layout: str, spatial: tuple[int, ...]
 ) -> None:
     fused = ("scale", "shift", "pre_add", "residual")
-    trial = Trial(Workload("", 1, 16, 2, spatial, dtype, "bfloat16", layout, "gelu", fused), gpu)
-    assert trial.check("forward") is None
-    assert trial.check("backward") is None
-    assert trial.outputs("backward").keys() == {"x", "weight", "bias", *fused}
+    verifier = Verifier(
+        Workload("", 1, 16, 2, spatial, dtype, "bfloat16", layout, "gelu", fused), gpu
+    )
+    assert verifier.check("forward") is None
+    assert verifier.check("backward") is None
+    assert verifier.outputs("backward").keys() == {"x", "weight", "bias", *fused}
 
 
 def test_gradient_that_is_all_rounding_passes(gpu: torch.device) -> None:
     """pre_add shifts a group of one channel, and a norm does not see a shift."""
-    trial = Trial(Workload("", 2, 2, 2, (30,), "float32", fused=("pre_add",)), gpu)
-    assert trial.expected("backward")["pre_add"].abs().max() < 1e-12
-    assert trial.check("backward") is None
+    verifier = Verifier(Workload("", 2, 2, 2, (30,), "float32", fused=("pre_add",)), gpu)
+    assert verifier.expected("backward")["pre_add"].abs().max() < 1e-12
+    assert verifier.check("backward") is None
 
 
 def test_residual_without_activation_has_no_gradient_of_the_kernels(gpu: torch.device) -> None:
-    trial = Trial(replace(WORKLOAD, activation="none", fused=("residual",)), gpu)
-    assert trial.check("backward") is None
-    assert trial.outputs("backward").keys() == {"x", "weight", "bias"}
+    verifier = Verifier(replace(WORKLOAD, activation="none", fused=("residual",)), gpu)
+    assert verifier.check("backward") is None
+    assert verifier.outputs("backward").keys() == {"x", "weight", "bias"}
 
 
-def test_problem_that_the_rule_gets_wrong_is_not_tuned(
+def test_problem_that_the_default_gets_wrong_is_not_tuned(
     gpu: torch.device, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rule = heuristic_plan(FORWARD, gpu_of(gpu))
+    default = heuristic_plan(FORWARD, gpu_of(gpu))
     fault = tune._fault
 
-    def found(trial: Trial, direction: str, config: Config, **rest: bool) -> str | None:
-        is_wrong = (direction, config) == ("forward", rule)
-        return "wrong: all of it" if is_wrong else fault(trial, direction, config, **rest)
+    def found(verifier: Verifier, direction: str, config: Config, **rest: bool) -> str | None:
+        is_wrong = (direction, config) == ("forward", default)
+        return "wrong: all of it" if is_wrong else fault(verifier, direction, config, **rest)
 
     monkeypatch.setattr(tune, "_fault", found)
     stopwatch = preferring()
     assert tune.run(options(*SHAPE), gpu, stopwatch) == 1
-    assert "forward: not tuned: the rule's own plan" in capsys.readouterr().out
-    assert table(gpu).keys() == {BACKWARD}
+    assert "forward: not tuned: the default config" in capsys.readouterr().out
+    assert entries(gpu).keys() == {BACKWARD}
     assert stopwatch.calls == 3  # of the backward
 
 
@@ -248,13 +249,13 @@ def test_interrupt_leaves_a_whole_table_and_the_next_run_goes_on(
     stopwatch = Stopwatch(interrupt)
     assert tune.run(options(*SHAPE), gpu, stopwatch) == 130
     assert "1 of 2 problems are done" in capsys.readouterr().out
-    assert table(gpu).keys() == {FORWARD}
+    assert entries(gpu).keys() == {FORWARD}
 
     for calls, flags in ((3, ()), (0, ()), (6, ("--retune",))):
         stopwatch = preferring()
         assert tune.run(options(*SHAPE, *flags), gpu, stopwatch) == 0
         assert stopwatch.calls == calls
-        assert table(gpu).keys() == {FORWARD, BACKWARD}
+        assert entries(gpu).keys() == {FORWARD, BACKWARD}
 
 
 def test_other_versions_are_timed_again(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,7 +269,7 @@ def test_other_versions_are_timed_again(gpu: torch.device, monkeypatch: pytest.M
     newer = preferring()
     tune.run(options(*SHAPE, "--direction", "forward"), gpu, newer)
     assert newer.timed
-    assert table(gpu)[FORWARD].provenance["driver"] == "newer"
+    assert entries(gpu)[FORWARD].provenance["driver"] == "newer"
 
 
 @pytest.fixture
@@ -309,7 +310,7 @@ def test_model_is_tuned_for_the_problems_that_it_meets(
     expected = [
         first, second, replace(second, direction="backward"), replace(first, direction="backward")
     ]  # fmt: skip
-    assert list(table(gpu)) == expected
+    assert list(entries(gpu)) == expected
 
 
 def test_model_without_gradients_meets_no_backward(factories: Callable[..., None]) -> None:
@@ -333,7 +334,7 @@ def test_calls_never_take_times(
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("a call was timed")
 
-    for module, name in ((stopwatch, "measure"), (tune, "tune"), (Trial, "__init__")):
+    for module, name in ((stopwatch, "measure"), (tune, "tune"), (Verifier, "__init__")):
         monkeypatch.setattr(module, name, refuse)
     case = make_case(memory, device, (2, 8, 6, 5), 2)
     check(case.through_kernels(), case.expected())

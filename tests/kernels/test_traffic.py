@@ -14,7 +14,7 @@ from triton_gn.ops import autograd, launcher, launches, layout
 from triton_gn.ops.call import Call
 from triton_gn.ops.settings import Settings
 from triton_gn.plan import Device, plan
-from triton_gn.tools import inspect
+from triton_gn.tools import inspection
 from triton_gn.tools.workloads import DIRECTIONS, FUSED, LAYOUTS, Workload
 
 if os.environ.get("TRITON_INTERPRET") != "1":
@@ -167,7 +167,7 @@ def test_inspect_states_the_bytes_that_are_moved(
     )
     problem = workload.problem(direction)
     config = plan(problem, Device(), override=(("strategy", strategy),))
-    operands = workload.given(workload.operands("cpu"), direction)
+    operands = workload.kernel_operands(workload.operands("cpu"), direction)
     stats = launches.statistics(operands.x, 2, 3, 3).zero_()
     call = Call(3, 1e-5, activation, operands.x.dtype, Settings())
     with Traffic() as counted:
@@ -179,6 +179,6 @@ def test_inspect_states_the_bytes_that_are_moved(
             dy = layout.empty_like(operands.x).zero_()
             launcher.backward(operands, call, dy, stats, grads, config=config)
     moved = counted.loaded["other"] + counted.stored["other"]
-    _, described = inspect._launches(workload, problem, config)
-    stated = sum(inspect._bytes_moved(one, problem, config) for one in described)
+    _, described = inspection.launches_of(workload, problem, config)
+    stated = inspection.bytes_moved(described, problem, config)
     assert moved == pytest.approx(stated, rel=0.02)

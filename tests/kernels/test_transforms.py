@@ -373,7 +373,9 @@ def test_autocast_policy(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """What dispatch asks for on a CUDA device; the result itself needs one: gpu/test_gpu.py."""
     asked = []
     monkeypatch.setattr(
-        dispatch.fallback, "group_norm", lambda operands, call, _: asked.append(call.y_dtype) or operands.x
+        dispatch.fallback,
+        "group_norm",
+        lambda operands, call, _: asked.append(call.y_dtype) or operands.x,
     )
 
     class OnCuda(Tensor):

@@ -17,7 +17,7 @@ from triton_gn.ops.launches import Launch
 from triton_gn.plan import TARGETS, Config, plan
 from triton_gn.reference import ACTIVATIONS
 from triton_gn.tools import compile
-from triton_gn.tools.verify import EPS, Trial, errors_of, tolerance
+from triton_gn.tools.verify import EPS, Verifier, errors_of, tolerance
 from triton_gn.tools.workloads import FUSED, Workload
 
 pytest.importorskip("triton", reason="device code")
@@ -52,27 +52,34 @@ def check(
     Returns:
         Their plans.
     """
-    trial = Trial(workload, CPU)
-    trial.operands.x.mul_(std).add_(mean)
-    stats = launches.statistics(trial.operands.x, workload.n, workload.groups, 3).fill_(torch.nan)
+    verifier = Verifier(workload, CPU)
+    verifier.operands.x.mul_(std).add_(mean)
+    stats = launches.statistics(verifier.operands.x, workload.n, workload.groups, 3).fill_(
+        torch.nan
+    )
     configs = []
     for direction in ("forward", "backward"):
-        problem, given = workload.problem(direction), workload.given(trial.operands, direction)
+        problem, given = (
+            workload.problem(direction),
+            workload.kernel_operands(verifier.operands, direction),
+        )
         fields = tuple(sorted((override or {}).items()))
         config = plan(problem, TARGETS[target], override=fields)
-        outputs = trial.outputs(direction)
+        outputs = verifier.outputs(direction)
         for output in outputs.values():
             output.fill_(torch.nan)
         if direction == "forward":
             y = outputs["y"]
             described = launches.forward_launches(problem, config, given, y, stats, EPS)
         else:
-            described = launches.backward_launches(problem, config, trial.dy, given, stats, outputs)
+            described = launches.backward_launches(
+                problem, config, verifier.dy, given, stats, outputs
+            )
         traffic = run(described, target, **how)
-        for name, error in errors_of(outputs, trial.expected(direction)).items():
+        for name, error in errors_of(outputs, verifier.expected(direction)).items():
             assert error <= (most or tolerance(outputs[name], given.x)), (direction, name)
         passes = 1 if config.strategy == "resident" else 2
-        read = [given.x, given.residual, *[trial.dy] * (direction == "backward")]
+        read = [given.x, given.residual, *[verifier.dy] * (direction == "backward")]
         for tensor in (one for one in read if one is not None):
             once = direction == "forward" and tensor is given.residual
             assert traffic[tensor.data_ptr(), "ld"] == (1 if once else passes) * tensor.nbytes

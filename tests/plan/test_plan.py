@@ -1,4 +1,4 @@
-"""The rule that turns a problem into a plan: no tensors, no GPU."""
+"""The planner: problems in, plans out, without tensors or a GPU."""
 
 import math
 import re
@@ -31,7 +31,7 @@ CONTIGUOUS = replace(CHANNELS_LAST, channels_last=False)
 LARGE = replace(CONTIGUOUS, pixels=2**16)
 # an odd group leaves one element per access, and so the most fragments for the same bytes
 ODD = Problem("forward", 1, 15, 3, 4097, "bfloat16", channels_last=False)
-# the model holds split for faster here, on a GPU that would else be idle
+# the cost model prefers split here, on a GPU that is otherwise idle
 IDLE = Problem("backward", 1, 128, 1, 64, "float32", channels_last=False)
 # 33 x 211 elements take a tile of 64 x 256
 PADDED = Problem("backward", 1, 33, 1, 211, "bfloat16", channels_last=True)
@@ -102,20 +102,20 @@ def test_small_groups_are_resident(problem: Problem) -> None:
         assert problem.access_bytes(config.tile.groups) == widest
 
 
-def assert_covers(extent: int, step: int, steps: int) -> None:
-    """``steps`` steps reach the end of the extent, and the last is not beyond it."""
-    assert (steps - 1) * step < extent <= steps * step
+def assert_covers(extent: int, length: int, count: int) -> None:
+    """Assert that ``count`` pieces cover the extent and that the last is not empty."""
+    assert (count - 1) * length < extent <= count * length
 
 
 @for_any_problem
 @given(problem=problems())
-def test_sub_tiles_and_chunks_cover_the_block_and_none_is_empty(problem: Problem) -> None:
+def test_fragments_and_splits_cover_the_block_and_none_is_empty(problem: Problem) -> None:
     config = plan(problem, H100)
     tile = config.tile
     rows, cols = block_extent(problem, tile.groups)
     parts_of_batch = problem.n
     if tile.batch_rows:
-        rows = tile.rows  # each of a stack is one sample
+        rows = tile.rows  # each row is one sample
         parts_of_batch = math.ceil(problem.n / tile.rows)
     if problem.channels_last:
         channels, per_channel_tile, pixels, per_pixel_tile = cols, tile.cols, rows, tile.rows
@@ -129,8 +129,8 @@ def test_sub_tiles_and_chunks_cover_the_block_and_none_is_empty(problem: Problem
         assert config.num_partials == 1
     else:
         assert_covers(vecs, config.split_vecs, config.splits)
-        parts, rest = divmod(config.num_partials, config.splits)
-        assert rest == 0
+        parts, remainder = divmod(config.num_partials, config.splits)
+        assert remainder == 0
         assert_covers(channels, per_channel_tile * tile.channel_tiles, parts)
         # merged as a power of two of num_partials by one of groups
         at_a_time = partials_at_a_time(config.tile.padded_groups)
@@ -140,8 +140,8 @@ def test_sub_tiles_and_chunks_cover_the_block_and_none_is_empty(problem: Problem
     assert config.programs(problem) == parts_of_batch * blocks * config.num_partials
 
 
-def test_samples_of_one_pixel_are_stacked() -> None:
-    """A program of each would be tiny, and leave a part of the gradients larger than itself."""
+def test_samples_of_one_pixel_share_a_program() -> None:
+    """A program per sample would be tiny, and its partial gradients larger than the sample."""
     for direction in ("forward", "backward"):
         problem = Problem(direction, 4096, 1024, 16, 1, "bfloat16", channels_last=True)
         config = plan(problem, H100)
@@ -154,7 +154,7 @@ def test_samples_of_one_pixel_are_stacked() -> None:
 
 @for_any_problem
 @given(problem=problems())
-def test_masks_are_left_out_only_where_the_sub_tiles_end_with_the_tensor(problem: Problem) -> None:
+def test_masks_are_left_out_only_if_the_fragments_end_with_the_tensor(problem: Problem) -> None:
     config = plan(problem, H100)
     tile = config.tile
     rows, cols = block_extent(problem, tile.groups, tile.batch_rows)
@@ -184,7 +184,7 @@ def test_batch_size_matters_otherwise() -> None:
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("channels", [320, 640, 1280])
 def test_sizes_of_an_image_share_the_tile_of_split(direction: str, channels: int) -> None:
-    """What a tile is compiled for, it is compiled for once: sizes differ in splits."""
+    """A tile is compiled once; sizes differ in splits only."""
     sizes = [(128, 128), (144, 112), (152, 104), (168, 96), (88, 176), (80, 192), (64, 64)]
     problems = [
         Problem(direction, n, channels, 32, height * width, "float16", True, "silu")
@@ -243,7 +243,7 @@ def test_groups_can_be_overridden(groups: int) -> None:
         (CONTIGUOUS, 1, 4, 512),
     ],
 )
-def test_sub_tile_can_be_overridden(
+def test_fragment_can_be_overridden(
     problem: Problem, groups: int, rows: int, cols: int, strategy: str
 ) -> None:
     config = overridden(problem, strategy=strategy, groups=groups, rows=rows, cols=cols)
@@ -257,7 +257,7 @@ def test_num_warps_can_be_overridden(num_warps: int) -> None:
 
 
 @pytest.mark.parametrize("splits", [1, 2, 4])
-def test_chunks_can_be_overridden(splits: int) -> None:
+def test_splits_can_be_overridden(splits: int) -> None:
     assert overridden(LARGE, strategy="split", splits=splits).splits == splits
 
 
@@ -271,7 +271,7 @@ def test_a_pipeline_takes_what_is_given() -> None:
 @for_any_problem
 @given(problem=problems())
 def test_pipelines_fill_the_gpu_and_their_second_pass_is_late_enough(problem: Problem) -> None:
-    """By as many pieces of work as there are programs, or by all that there are."""
+    """The second pass is behind by as many work items as there are programs, or by all items."""
     problem = replace(problem, n=min(problem.n, 64))  # or there may be more tickets than numbers
     config = overridden(problem, strategy="pipelined")
     units = problem.n * config.units_in_sample(problem)
@@ -289,7 +289,7 @@ def test_pipelines_fill_the_gpu_and_their_second_pass_is_late_enough(problem: Pr
 @for_any_problem
 @given(problem=problems())
 @example(problem=ODD)
-def test_the_rule_chooses_only_what_a_gpu_has_proven(problem: Problem) -> None:
+def test_the_heuristic_chooses_only_what_a_gpu_has_proven(problem: Problem) -> None:
     assert is_verified(plan(problem, H100))
 
 
@@ -303,7 +303,7 @@ def test_rows_that_span_channels_are_counted_in_32_bits(pixels: int, dtype: str)
     assert fits(problem, plan(problem, H100), H100) is None
 
 
-def test_more_chunks_than_there_are_stretches_are_not_made() -> None:
+def test_splits_are_at_most_the_iterations() -> None:
     config = overridden(CONTIGUOUS, strategy="split", splits=10**6)
     assert_covers(CONTIGUOUS.row_vecs, config.split_vecs, config.splits)
 
@@ -322,7 +322,7 @@ def test_more_chunks_than_there_are_stretches_are_not_made() -> None:
         (CONTIGUOUS, {"strategy": "resident", "splits": 2}, "add strategy='split'"),
         (CONTIGUOUS, {"groups": 2}, "2 whole groups"),
         (CHANNELS_LAST, {"groups": 33}, "33 whole groups"),
-        # a split would end within a iteration, which has no mask there
+        # a split would end within an iteration, which has no mask there
         (
             CONTIGUOUS,
             {"strategy": "split", "cols": 4, "pixel_tiles": 3},
@@ -334,7 +334,7 @@ def test_more_chunks_than_there_are_stretches_are_not_made() -> None:
             replace(LARGE, channels_last=True),
             {"strategy": "resident"},
             "no resident program can hold .* groups of 655360 elements in its registers. "
-            "Leave strategy and groups to the rule",
+            "Leave strategy and groups to the planner",
         ),
     ],
 )

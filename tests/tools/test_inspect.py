@@ -7,10 +7,10 @@ import pytest
 
 from triton_gn.__main__ import main
 from triton_gn.plan import TARGETS, fields_of, heuristic_plan
-from triton_gn.tools import inspect as inspection
-from triton_gn.tools import workloads
+from triton_gn.tools import inspection, workloads
 from triton_gn.tools.compile import _access_bytes
-from triton_gn.tools.inspect import Failure, Totals, inspect
+from triton_gn.tools.inspect import Totals
+from triton_gn.tools.inspection import Case, Failure, inspect
 from triton_gn.tools.workloads import DIRECTIONS, FUSED, Workload
 
 pytest.importorskip("triton")
@@ -186,13 +186,13 @@ def test_what_no_gpu_has_proven_is_chosen_on_request_only(
 def test_what_is_wrong_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     good = inspect(SMALL, "forward", "sm_90")
     monkeypatch.setattr(inspection, "compile_launch", lambda *_: 1 / 0)
-    case = (SMALL, "forward", "sm_90", heuristic_plan)
-    failure = inspection._inspect_case(case)
+    case = Case(SMALL, good.problem, "sm_90", good.config)
+    (failure,) = inspection.inspect_all([case])
     assert isinstance(failure, Failure)
     assert "ZeroDivisionError" in failure.error
     totals = Totals.of([good, failure])
     assert (totals.plans, totals.failures, totals.one_tile) == (2, 1, 1)
-    monkeypatch.setattr(inspection, "_inspected", lambda cases: iter([failure]))
+    monkeypatch.setattr(inspection, "inspect_all", lambda cases: iter([failure]))
     assert main(["inspect", *FLAGS]) == 1
 
 

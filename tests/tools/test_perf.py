@@ -1,4 +1,4 @@
-"""The benchmarks without a GPU: workloads, providers, predictions, comparisons, costs."""
+"""The benchmarks without a GPU: workloads, implementations, predictions, comparisons, costs."""
 
 import argparse
 import csv
@@ -22,30 +22,30 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perf import (
-    bench,
+    common,
     compare,
     cpu,
     demo,
     host,
+    implementations,
     kernels,
     plot,
-    providers,
     records,
     sweep,
 )
 from perf.__main__ import main
-from perf.providers import PARTS, PROVIDERS, Provider, checked
+from perf.implementations import IMPLEMENTATIONS, PARTS, Implementation, checked
 from perf.records import OURS, Record, case, save
 from triton_gn.plan import TARGETS, candidates, fields_of, heuristic_plan
-from triton_gn.tools import workloads
-from triton_gn.tools.verify import Trial
+from triton_gn.tools import inspection, workloads
+from triton_gn.tools.verify import Verifier, fault_of
 from triton_gn.tools.workloads import DTYPES, FUSED, LAYOUTS, Workload
 
 CPU = torch.device("cpu")
 H100 = TARGETS["sm_90"]
 SMALL = Workload("small", 2, 8, 2, (6, 5), "float32", activation="silu")
 SHAPE = ["sweep", "--shape", "2x8x6x5", "--groups", "2", "--direction", "forward"]
-CORE = [one for one in workloads.read(bench.WORKLOADS) if one.core]
+CORE = [one for one in workloads.read(common.WORKLOADS) if one.core]
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
@@ -58,9 +58,9 @@ def megabytes(workload: Workload) -> float:
 
 
 def test_file_of_workloads() -> None:
-    with bench.WORKLOADS.open(newline="") as file:
+    with common.WORKLOADS.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert len(rows) == len(list(workloads.read(bench.WORKLOADS))) == 341
+    assert len(rows) == len(list(workloads.read(common.WORKLOADS))) == 341
     assert {row["core"] for row in rows} == {"", "yes"}
     assert all(None not in row and row["source"] for row in rows)
     assert 20 <= len(CORE) <= 28
@@ -115,17 +115,17 @@ def test_core_covers_every_regime(regime: str) -> None:
     assert any(REGIMES[regime](one) for one in CORE)
 
 
-def provider(name: str) -> Provider:
-    (found,) = (one for one in PROVIDERS if one.name == name)
+def implementation(name: str) -> Implementation:
+    (found,) = (one for one in IMPLEMENTATIONS if one.name == name)
     return found
 
 
-def test_providers_say_why_they_are_absent() -> None:
-    assert [one.name for one in PROVIDERS] == [
+def test_implementations_say_why_they_are_absent() -> None:
+    assert [one.name for one in IMPLEMENTATIONS] == [
         OURS, f"{OURS}[resident]", f"{OURS}[split]", f"{OURS}[pipelined]", "torch_eager",
         "torch_compile", "liger", "flag_gems",
     ]  # fmt: skip
-    reasons = {one.name: one.absent(CPU) for one in PROVIDERS}
+    reasons = {one.name: one.absent(CPU) for one in IMPLEMENTATIONS}
     assert reasons.pop("torch_eager") is None
     assert re.search(
         "on the CPU, where kernels run only under TRITON_INTERPRET", str(reasons[OURS])
@@ -159,7 +159,9 @@ def peers(monkeypatch: pytest.MonkeyPatch) -> None:
         "liger_kernel.ops.group_norm": {"LigerGroupNormFunction": LigerGroupNormFunction},
         "flag_gems": {"group_norm": group_norm, "group_norm_backward": group_norm_backward},
     }
-    monkeypatch.setattr(providers, "import_module", lambda name: SimpleNamespace(**modules[name]))
+    monkeypatch.setattr(
+        implementations, "import_module", lambda name: SimpleNamespace(**modules[name])
+    )
 
 
 @pytest.mark.usefixtures("peers")
@@ -174,11 +176,11 @@ def test_peers_compute_the_same(name: str, layout: str, direction: str) -> None:
         if name == "flag_gems":
             param_dtype = dtype  # PyTorch's operators in its place take no other
         workload = Workload("", 2, 8, 2, (6, 5), dtype, param_dtype, layout, activation, FUSED)
-        trial = Trial(workload, CPU)
-        answers = providers.answers_of(trial, direction)
-        call, said = checked(provider(name), trial, direction, answers)
-        assert call is not None, said
-        assert 0 < said["error"] < (1e-6 if dtype == "float32" else 4e-3)
+        verifier = Verifier(workload, CPU)
+        answers = implementations.answers_of(verifier, direction)
+        call, fields = checked(implementation(name), verifier, direction)
+        assert call is not None, fields
+        assert 0 < fields["error"] < (1e-6 if dtype == "float32" else 4e-3)
         assert set(answers) <= set(call.names)
         for again, first in zip(call(), call(), strict=True):
             assert torch.equal(again, first)
@@ -193,45 +195,44 @@ def test_peers_compute_the_same(name: str, layout: str, direction: str) -> None:
     ],
 )
 def test_wrong_answers_are_found(compute: Callable[[Tensor], Tensor], reason: str) -> None:
-    trial = Trial(SMALL, CPU)
-    eager = provider("torch_eager").compute(SMALL)
+    verifier = Verifier(SMALL, CPU)
+    eager = implementation("torch_eager").compute(SMALL)
     spoilt = replace(
-        provider("torch_eager"), compute=lambda _: lambda operands: compute(eager(operands))
+        implementation("torch_eager"), compute=lambda _: lambda operands: compute(eager(operands))
     )
-    answers = providers.answers_of(trial, "forward")
-    call, said = checked(spoilt, trial, "forward", answers)
+    call, fields = checked(spoilt, verifier, "forward")
     assert call is None
-    assert re.match(reason, said["skipped"])
+    assert re.match(reason, fields["skipped"])
 
 
 def test_peers_may_round_more_often_than_ours() -> None:
     x = torch.ones(1, dtype=torch.bfloat16)
     errors, results = {"y": 0.02}, {"y": x}
-    assert providers.wrong(errors, results, x)
-    assert providers.wrong(errors, results, x, provider("torch_eager").roundings) is None
-    assert all(one.roundings == 1 for one in PROVIDERS if one.name.startswith(OURS))
-    assert providers.wrong({"y": math.nan}, results, x)
+    assert fault_of(errors, results, x)
+    assert fault_of(errors, results, x, implementation("torch_eager").roundings) is None
+    assert all(one.roundings == 1 for one in IMPLEMENTATIONS if one.name.startswith(OURS))
+    assert fault_of({"y": math.nan}, results, x)
 
 
 def test_bytes_that_must_be_touched() -> None:
     x, params = 2 * 8 * 30 * 4, 2 * 8 * 4
-    assert providers.bytes_minimum(SMALL, "forward") == 2 * x + params
-    assert providers.bytes_minimum(SMALL, "backward") == 3 * x + 2 * params
-    assert providers.bytes_minimum(SMALL, "both") == 5 * x + 3 * params
+    assert implementations.bytes_minimum(SMALL, "forward") == 2 * x + params
+    assert implementations.bytes_minimum(SMALL, "backward") == 3 * x + 2 * params
+    assert implementations.bytes_minimum(SMALL, "both") == 5 * x + 3 * params
     everything = replace(SMALL, fused=FUSED)
     params += 3 * 2 * 8 * 4
-    assert providers.bytes_minimum(everything, "forward") == 3 * x + params
-    assert providers.bytes_minimum(everything, "backward") == 5 * x + 2 * params
+    assert implementations.bytes_minimum(everything, "forward") == 3 * x + params
+    assert implementations.bytes_minimum(everything, "backward") == 5 * x + 2 * params
     linear = replace(everything, activation="none")
-    assert providers.bytes_minimum(linear, "backward") == 3 * x + 2 * params
+    assert implementations.bytes_minimum(linear, "backward") == 3 * x + 2 * params
 
 
 def record(**changes: Any) -> Record:
     values = {
         "measured": True, "command": "bench", "device": "Test GPU", "direction": "forward",
-        "provider": OURS, "ms_p20": 0.9, "ms_p50": 1.0, "ms_p80": 1.1, "date": "2026-01-02",
+        "implementation": OURS, "ms_p20": 0.9, "ms_p50": 1.0, "ms_p80": 1.1, "date": "2026-01-02",
     }  # fmt: skip
-    return Record(**bench.fields_of_workload(SMALL) | values | changes)
+    return Record(**common.fields_of_workload(SMALL) | values | changes)
 
 
 @pytest.mark.parametrize("anew", [True, False])
@@ -340,20 +341,20 @@ def test_predictions(
         assert "predicted" in one.protocol
         assert one.ms_p20 is one.ms_p80 is one.error is one.peak_bytes is one.host_us is None
         assert one.versions["torch"] == torch.__version__
-        cases.setdefault(case(one), {})[one.provider] = one
+        cases.setdefault(case(one), {})[one.implementation] = one
     assert len(cases) == len(CORE) * len(PARTS)
     for row in cases.values():
         ours = row[OURS]
-        floors = [row[name] for name in ("copy", "add") if name in row]
-        assert [one.provider for one in floors] == {
+        references = [row[name] for name in ("copy", "add") if name in row]
+        assert [one.implementation for one in references] == {
             "forward": ["copy"], "backward": ["add"], "both": ["copy", "add"],
         }[ours.direction]  # fmt: skip
-        assert sum(one.bytes_minimum for one in floors) == ours.bytes_minimum
+        assert sum(one.bytes_minimum for one in references) == ours.bytes_minimum
         assert f"{OURS}[pipelined]" in row
         strategies = [one for name, one in row.items() if name.startswith(f"{OURS}[")]
         for one in (ours, *strategies):
             assert one.ms_p50 is not None
-            share = sum(floor.ms_p50 or 0 for floor in floors) / one.ms_p50
+            share = sum(copy.ms_p50 or 0 for copy in references) / one.ms_p50
             assert one.share_of_copy == pytest.approx(share)
             assert 0 < share <= 1.01
             assert one.bound in ("dram", "l2", "occupancy", "launch")
@@ -361,14 +362,17 @@ def test_predictions(
         assert ours.strategy is not None
         if "+" not in ours.strategy:
             assert ours.ms_p50 == row[f"{OURS}[{ours.strategy}]"].ms_p50
-    tiny = [one for one in found if one.shape == "32x2048x1" and one.provider == "copy"]
+    tiny = [one for one in found if one.shape == "32x2048x1" and one.implementation == "copy"]
     assert {one.bound for one in tiny} == {"launch"}
     assert main([*arguments, "--match", "32x2048x1"]) == 0
     assert {one.shape for one in records.read(path)} == {"32x2048x1"}
 
 
 class Inline(Executor):
-    """Runs what it is given at once, in this process."""
+    """Runs tasks at once, in this process."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
 
     def map(self, fn: Callable[..., Any], *iterables: Iterable[Any], **_: Any) -> Iterator[Any]:
         return map(fn, *iterables)
@@ -376,7 +380,7 @@ class Inline(Executor):
 
 @pytest.fixture
 def inline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweep, "compilers", Inline)
+    monkeypatch.setattr(inspection, "ProcessPoolExecutor", Inline)
 
 
 @pytest.mark.usefixtures("inline")
@@ -394,11 +398,11 @@ def test_sweep_compiles_for_a_gpu_that_is_not_here(
     assert len(found) == 3
     assert len({json.dumps(one.config) for one in found}) == 3
     problem = Workload("", 2, 8, 2, (6, 5), activation="silu").problem("forward")
-    (rule,) = (one for one in found if (one.config or {}).get("rule"))
-    assert rule.config == fields_of(heuristic_plan(problem, H100)) | {"rule": True}
+    (default,) = (one for one in found if (one.config or {}).get("default"))
+    assert default.config == fields_of(heuristic_plan(problem, H100)) | {"default": True}
     for one in found:
         assert (one.measured, one.command, one.device) == (False, "sweep", H100.name)
-        assert one.provider == f"{OURS}[{one.strategy}]"
+        assert one.implementation == f"{OURS}[{one.strategy}]"
         assert one.ms_p50
         assert one.registers
         assert one.spill_bytes is not None
@@ -432,7 +436,7 @@ def test_demo(
 
 
 def test_demo_is_ignored_by_git() -> None:
-    ignored = (bench.WORKLOADS.parents[1] / ".gitignore").read_text().splitlines()
+    ignored = (common.WORKLOADS.parents[1] / ".gitignore").read_text().splitlines()
     assert f"/{demo.FOLDER}/" in ignored
 
 
@@ -450,11 +454,11 @@ def test_results_and_figures_do_not_make_a_commit_dirty(
     git("init", "--quiet")
     git("add", ".")
     git("commit", "--quiet", "--message", "a")
-    monkeypatch.setattr(bench, "_ROOT", tmp_path)
+    monkeypatch.setattr(common, "_ROOT", tmp_path)
     for file, commit in zip(files, ("abc", "abc", "abc-dirty"), strict=True):
         file.write_text("after")
-        assert bench._commit("abc") == commit
-    assert bench._commit("") == ""
+        assert common.commit("abc") == commit
+    assert common.commit("") == ""
 
 
 @pytest.mark.usefixtures("inline")
@@ -464,19 +468,21 @@ def test_plan_that_does_not_compile(
     def refuse(*_: object) -> None:
         raise RuntimeError("out of registers\nin some pass")
 
-    monkeypatch.setattr(sweep, "inspect", refuse)
+    monkeypatch.setattr(inspection, "compile_launch", refuse)
     flags = [*SHAPE, "--target", "gfx942", "--candidates", "2"]
     assert main([*flags, "--out", str(tmp_path / "predicted")]) == 1
     assert "2 of 2 plans failed: RuntimeError: out of registers\n" in capsys.readouterr().out
 
 
-def test_sweep_of_all_plans_goes_to_other_processes() -> None:
-    one = sweep.Sweep(SMALL, "forward", H100, "sm_90")
-    assert one.plans(None) == candidates(SMALL.problem("forward"), H100)
-    task = partial(sweep._compiled, one)
-    assert pickle.loads(pickle.dumps(task)).args == (one,)
-    with sweep.compilers() as pool:
-        assert pool._max_workers >= 2  # type: ignore[attr-defined]
+def test_plans_are_compiled_in_other_processes() -> None:
+    problem = SMALL.problem("forward")
+    plans = candidates(problem, H100)
+    assert sweep._plans(problem, H100, None) == plans
+    one = sweep.Sweep(SMALL, problem, H100, "sm_90", tuple(plans[:2]))
+    assert pickle.loads(pickle.dumps(one.cases)) == one.cases
+    results = list(inspection.inspect_all(one.cases))
+    assert [result.config for result in results] == plans[:2]
+    assert all(isinstance(result, inspection.Inspection) for result in results)
 
 
 @pytest.mark.parametrize(
@@ -573,7 +579,7 @@ def test_command_of_a_revision_that_fails(tmp_path: Path) -> None:
 
 
 def test_sizes_of_images_share_kernels(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = argparse.Namespace(workloads=bench.WORKLOADS, target="sm_90")
+    arguments = argparse.Namespace(workloads=common.WORKLOADS, target="sm_90")
     assert kernels.run(arguments) == 0
     counts = {}
     for line in capsys.readouterr().out.splitlines()[1:]:

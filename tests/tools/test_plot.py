@@ -34,7 +34,7 @@ CALL = Record(
     layout="contiguous",
     activation="silu",
     direction="forward",
-    provider="triton_gn",
+    implementation="triton_gn",
     strategy="resident",
     ms_p50=1.0,
     bytes_minimum=10**6,
@@ -49,16 +49,16 @@ def record(**changes: Any) -> Record:
 
 
 def eager(**changes: Any) -> Record:
-    return record(provider="torch_eager", strategy=None, **changes)
+    return record(implementation="torch_eager", strategy=None, **changes)
 
 
 def candidate(ms: float | None, warps: int, *, splits: int = 1, **changes: Any) -> Record:
     """One of a sweep."""
     config = {"rows": 4, "cols": 64, "num_warps": warps, "splits": splits}
-    config |= {name: changes.pop(name) for name in ("rows", "rule") if name in changes}
+    config |= {name: changes.pop(name) for name in ("rows", "default") if name in changes}
     values = {
         "command": "sweep",
-        "provider": "triton_gn[split]",
+        "implementation": "triton_gn[split]",
         "strategy": "split",
         "config": config,
         "ms_p50": ms,
@@ -229,9 +229,9 @@ def test_speedups_and_their_geometric_mean() -> None:
 def test_skipped_records_are_counted() -> None:
     records = [
         record(share_of_copy=0.5),
-        *(record(provider="liger", skipped="wrong", direction=one) for one in REFERENCES),
-        record(provider="flag_gems", skipped="absent"),
-        record(provider="liger", skipped="wrong", cache="warm"),
+        *(record(implementation="liger", skipped="wrong", direction=one) for one in REFERENCES),
+        record(implementation="flag_gems", skipped="absent"),
+        record(implementation="liger", skipped="wrong", cache="warm"),
     ]
     said = texts(drawn("copy", records))
     assert "the smallest tensor on top · not drawn: liger 2, flag_gems 1" in said
@@ -256,12 +256,12 @@ def test_many_workloads_become_a_curve(count: int) -> None:
 
 def test_the_roof_is_the_copy_of_each_size() -> None:
     copies = [
-        record(provider="copy", ms_p50=ms, bytes_minimum=size, groups=groups)
+        record(implementation="copy", ms_p50=ms, bytes_minimum=size, groups=groups)
         for groups, (ms, size) in enumerate(
             ((1.0, 10**6), (0.5, 10**6), (0.2, 10**6), (1.0, 10**5))
         )
     ]
-    adds = [record(provider="add", direction="backward"), record(direction="backward")]
+    adds = [record(implementation="add", direction="backward"), record(direction="backward")]
     figure = drawn("roofline", [record(ms_p50=4.0), *copies, *adds])
     assert points(figure) == [[1e6, 0.25]]
     assert points(figure, linestyle="--") == [[1e5, 0.1], [1e6, 2.0]]
@@ -273,19 +273,19 @@ def test_saved_memory() -> None:
     assert [bar.get_width() for bar in figure.axes[0].patches if isinstance(bar, Rectangle)] == [2]
 
 
-def test_sweep_marks_the_best_the_rule_and_spills() -> None:
+def test_sweep_marks_the_best_the_default_and_spills() -> None:
     records = [
         candidate(2.0, 4),
         candidate(1.0, 4, splits=2),
         candidate(9.0, 4, splits=3, spill_bytes=8),
         candidate(1.5, 8, spill_bytes=8),
-        candidate(3.0, 4, rows=8, rule=True),
+        candidate(3.0, 4, rows=8, default=True),
         candidate(2.5, 4, rows=8, splits=2),
         candidate(None, 8, rows=8, skipped="does not fit"),
     ]
     figure = drawn("sweep-small-forward", records)
     said = texts(figure)
-    cells = {"1.00\nbest": (0, 0), "1.50": (1, 0), "2.50\nrule 3.00": (0, 1)}
+    cells = {"1.00\nbest": (0, 0), "1.50": (1, 0), "2.50\ndefault 3.00": (0, 1)}
     assert {text: said[text].get_position() for text in cells} == cells
     hatched = [one for one in figure.axes[0].patches if one.get_hatch()]
     assert [one.get_xy() for one in hatched if isinstance(one, Rectangle)] == [(0.5, -0.5)]

@@ -134,7 +134,7 @@ def test_workload_of_a_problem_poses_it(channels_last: bool, pixels: int, direct
 
 
 @pytest.mark.parametrize("most", [1, 2, 7, 1000])
-def test_shortlist_has_the_rule_first_and_all_strategies(most: int) -> None:
+def test_shortlist_has_the_default_first_and_all_strategies(most: int) -> None:
     found = tune.shortlist(PROBLEM, H100, most)
     assert found[0] == heuristic_plan(PROBLEM, H100)
     assert len(found) == len(set(found)) <= most
@@ -145,7 +145,7 @@ def test_shortlist_has_the_rule_first_and_all_strategies(most: int) -> None:
     assert len(tune.shortlist(PROBLEM, H100, 1000)) < len(candidates(PROBLEM, H100))
 
 
-def test_shortlist_begins_with_the_rule_also_where_the_model_prefers_another(
+def test_shortlist_begins_with_the_default_also_where_the_model_prefers_another(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     *_, slow = candidates(PROBLEM, H100)
@@ -169,7 +169,7 @@ def test_merge_makes_plans_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     tune.merge(path, H100, [])
     assert table.lookup(PROBLEM, H100) is None
     tune.merge(path, H100, [entry_of(PROBLEM)])
-    assert table.lookup(PROBLEM, H100) == table.Found(None, path, exact=True)
+    assert table.lookup(PROBLEM, H100) == table.Match(None, path, exact=True)
 
 
 @pytest.mark.parametrize("make", [lambda p: p.write_text("no table"), Path.mkdir])
@@ -184,9 +184,9 @@ def test_table_never_grows_beyond_what_is_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = table.path_of(tmp_path, H100)
-    monkeypatch.setattr(table, "MAX_ENTRIES", 2)
     tune.merge(path, H100, [entry_of(replace(PROBLEM, n=n)) for n in (1, 2)])
-    with pytest.raises(ValueError, match=f"2 entries .*got 3.*Move {path} away"):
+    monkeypatch.setattr(table, "MAX_BYTES", path.stat().st_size)
+    with pytest.raises(ValueError, match=f"bytes; got .* for 3 entries. Move {path} away"):
         tune.merge(path, H100, [entry_of(PROBLEM), entry_of(replace(PROBLEM, n=3))])
     assert len(table.read(path, H100)) == 2
 
@@ -364,8 +364,8 @@ def test_rounds_are_as_many_as_the_budget_allows(
 ) -> None:
     calls = [gpu.taking("a", 1.0), gpu.taking("b", 3.0)]
     stopwatch.measure(calls, CUDA, cold=True, min_rounds=5, max_rounds=30, budget_ms=budget_ms)
-    warm_ups, trial = 3, 2
-    assert gpu.log.count("a") == warm_ups + trial + rounds
+    warm_ups, sample = 3, 2
+    assert gpu.log.count("a") == warm_ups + sample + rounds
 
 
 def test_short_warm_calls_are_timed_together(gpu: FakeGPU) -> None:

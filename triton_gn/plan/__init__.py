@@ -1,8 +1,8 @@
-"""Decisions: which strategy, which tile, how many warps. Imports neither torch nor triton."""
+"""Choose the config of a launch: strategy, tile, warps. Imports neither torch nor triton."""
 
 from .candidates import FIELDS, config_of, fields_of, partials_at_a_time
 from .config import Config, Tile
-from .cost_model import Estimate, ctas_at_a_time, estimate, passes
+from .cost_model import Estimate, ctas_per_multiprocessor, estimate, passes
 from .devices import TARGETS, Device
 from .limits import fits, is_always_resident
 from .planner import (
@@ -30,7 +30,7 @@ __all__ = [
     "best_per_strategy",
     "candidates",
     "config_of",
-    "ctas_at_a_time",
+    "ctas_per_multiprocessor",
     "estimate",
     "fields_of",
     "fits",

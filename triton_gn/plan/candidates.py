@@ -1,4 +1,4 @@
-"""Candidate plans: which fragments cover a problem, and with how little waste."""
+"""Candidate configs: the fragments that cover a problem with little waste."""
 
 import math
 from collections.abc import Iterator
@@ -8,19 +8,24 @@ from typing import Any
 from .config import Config, Tile
 from .problem import Problem
 
-# what a plan is told apart by; all else in it follows from these and the problem
-_CUT = ("pixel_tiles", "splits")
-# those that not every strategy has
-OWN_FIELDS = {"resident": (), "split": _CUT, "pipelined": (*_CUT, "blocks", "persistent_programs")}
+# fields that identify a config; the rest is derived from them and the problem
+_SPLIT_FIELDS = ("pixel_tiles", "splits")
+# fields that not every strategy has
+OWN_FIELDS = {
+    "resident": (),
+    "split": _SPLIT_FIELDS,
+    "pipelined": (*_SPLIT_FIELDS, "blocks", "persistent_programs"),
+}
 FIELDS = ("strategy", "groups", "rows", "cols", "num_warps", *OWN_FIELDS["pipelined"])
 MAX_FRAGMENTS = 16  # unrolled in the kernel: more is slow to compile
-MAX_PARTIALS = 1024  # partials, of all groups of a program, that split merges
-_PARTIALS_AT_A_TIME = 32  # whatever there are of a group: sizes share kernels
-MAX_BLOCK_CHANNELS = 256  # of several groups side by side: they are summed up by selection
-_SECTOR_BYTES = 32  # a fragment that is narrower reads what it does not use
-_PER_THREAD = (4, 8, 16, 32)  # elements of a fragment
-_ITERATION_BYTES = {"forward": 32768, "backward": 16384}  # that a program of split holds in float32
-_MAX_ITERATIONS = 16  # per split: shorter splits even out when programs end
+MAX_PARTIALS = 1024  # partials of all groups of a program that split merges
+_PARTIALS_AT_A_TIME = 32  # a constant, so that all sizes share kernels
+MAX_BLOCK_CHANNELS = 256  # of adjacent groups, which are summed by selection
+_SECTOR_BYTES = 32  # a narrower fragment wastes a part of each sector
+_PER_THREAD = (4, 8, 16, 32)  # elements of a fragment per thread
+# float32 bytes that a program of split holds in an iteration
+_ITERATION_BYTES = {"forward": 32768, "backward": 16384}
+_MAX_ITERATIONS = 16  # per split: with shorter splits programs end at similar times
 
 
 def next_power_of_2(n: int) -> int:
@@ -36,7 +41,7 @@ def make_tile(
     pixel_tiles: int,
     batch_rows: bool = False,
 ) -> Tile:
-    """A tile with its derived fields; ``pixel_tiles`` fragments are what one step covers."""
+    """Make a tile with its derived fields; an iteration covers ``pixel_tiles`` fragments."""
     vec, channels_per_row = problem.vec, problem.channels_per_row
     if problem.channels_last:
         block = groups * problem.group_channels
@@ -53,24 +58,27 @@ def make_tile(
 
 
 def can_stack(problem: Problem, groups: int) -> bool:
-    """Whether a block of one group may be that of many samples, one in each row."""
+    """Return whether a block of one group may hold many samples, one in each row."""
     one_pixel = problem.channels_last and problem.pixels == 1
     return one_pixel and groups == 1 and not problem.per_sample
 
 
 def block_extent(problem: Problem, groups: int, batch_rows: bool = False) -> tuple[int, int]:
-    """Memory rows and columns of a block of whole groups of one sample, or of all if batch_rows."""
+    """Return the memory rows and columns of a block of whole groups.
+
+    The block has one sample; with batch_rows it has all samples.
+    """
     if problem.channels_last:
         return problem.n if batch_rows else problem.pixels, groups * problem.group_channels
     return problem.group_channels // problem.channels_per_row, problem.row_vecs * problem.vec
 
 
 def group_counts(problem: Problem) -> list[int]:
-    """How many whole groups may lie side by side in a block.
+    """Return the numbers of whole groups that a block may hold.
 
-    Contiguous groups are iterations of memory of their own: one. Channels-last, for each padded
-    width the most that fill it and start on a vector, so that accesses stay wide; narrow enough to
-    be summed up by selection. One group alone may be of any width.
+    A contiguous block holds one group. A channels-last block may hold adjacent groups: for each
+    padded width, as many as fit and start on a vector, so that accesses stay wide. The width is
+    limited since adjacent groups are summed by selection; one group alone may have any width.
     """
     counts = {1}
     width = next_power_of_2(problem.group_channels)
@@ -89,17 +97,17 @@ def group_counts(problem: Problem) -> list[int]:
 def fragments(
     problem: Problem, groups: int, threads: int, batch_rows: bool = False
 ) -> Iterator[tuple[int, int]]:
-    """Shapes [rows, cols] of fragments that read whole sectors, and whole vectors a thread.
+    """Yield shapes [rows, cols] of fragments: whole sectors, and a whole vector per thread.
 
-    A small block is padded up to one vector a thread: idle lanes cost less than narrow accesses.
+    A small block is padded to one vector per thread: idle lanes cost less than narrow accesses.
     """
     block_rows, block_cols = block_extent(problem, groups, batch_rows)
     widest = next_power_of_2(block_cols)
     narrowest = min(widest, _SECTOR_BYTES // problem.itemsize)
     if groups > 1:
-        narrowest = widest  # one fragment must see all channels to sum groups up
+        narrowest = widest  # one fragment must hold all channels to sum the groups
     elif batch_rows:
-        narrowest = min(widest, threads * problem.vec)  # rows lie far apart
+        narrowest = min(widest, threads * problem.vec)  # rows are far apart in memory
     for per_thread in _PER_THREAD:
         if per_thread < problem.vec:
             continue
@@ -113,7 +121,7 @@ def fragments(
 def resident_configs(
     problem: Problem, group_counts: list[int], num_warps: int, warp_size: int
 ) -> Iterator[Config]:
-    """Every way to hold a block of whole groups in ``num_warps`` warps."""
+    """Yield the configs that hold a block of whole groups in ``num_warps`` warps."""
     for groups in group_counts:
         batch_rows = can_stack(problem, groups)
         for rows, cols in fragments(problem, groups, num_warps * warp_size, batch_rows):
@@ -126,10 +134,10 @@ def resident_configs(
 def split_configs(
     problem: Problem, group_counts: list[int], num_warps: int, warp_size: int, programs: int
 ) -> Iterator[Config]:
-    """Ways to share each group among programs, about ``programs`` in all.
+    """Yield the configs that split each group among programs, about ``programs`` in all.
 
-    A program takes one fragment's worth of channels and walks along the pixels in iterations of
-    ``pixel_tiles`` fragments, which it holds on chip.
+    A program takes the channels of one fragment and iterates over the pixels; it holds the
+    ``pixel_tiles`` fragments of an iteration on chip.
     """
     held = (
         _ITERATION_BYTES[problem.direction] // max(problem.itemsize, 4) // problem.channels_per_row
@@ -139,7 +147,7 @@ def split_configs(
         one_by_one = problem.access_bytes(groups) == problem.itemsize
         iteration = held // 2 if one_by_one else held
         if problem.itemsize == 8 and problem.activation != "none":
-            iteration //= 4  # the functions of float64 need registers of their own
+            iteration //= 4  # float64 activations need registers of their own
         for rows, cols in fragments(problem, groups, num_warps * warp_size):
             channels, per_part, pixels, per_tile = (
                 (block_cols, cols, block_rows, rows)
@@ -158,34 +166,33 @@ def split_configs(
 
 
 def partials_at_a_time(groups: int) -> int:
-    """How many partials of each of its ``groups`` a program merges at a time."""
+    """Return how many partials of each of its ``groups`` a program merges at a time."""
     return min(_PARTIALS_AT_A_TIME, MAX_PARTIALS // groups)
 
 
 def _iteration(problem: Problem, tile: Tile) -> tuple[int, int]:
-    """How long the pixels of a group are, and one iteration of them: vectors, or pixels
-    channels-last."""
+    """Return the length of a group and of an iteration: vectors, or channels-last pixels."""
     if problem.channels_last:
         return problem.pixels, tile.rows * tile.pixel_tiles
-    # less than a vector is refused by ``fits``
+    # ``fits`` refuses less than a vector
     return problem.row_vecs, max(1, tile.cols * tile.pixel_tiles // tile.vec)
 
 
 def iterations(problem: Problem, tile: Tile) -> int:
-    """How many iterations of ``pixel_tiles`` fragments the pixels of a group take."""
-    length, step = _iteration(problem, tile)
-    return math.ceil(length / step)
+    """Return the number of iterations over the pixels of a group."""
+    length, iteration = _iteration(problem, tile)
+    return math.ceil(length / iteration)
 
 
 def make_split(problem: Problem, tile: Tile, num_warps: int, splits: int) -> Config:
-    """A split plan of at most ``splits`` splits of whole iterations, none of them empty."""
-    length, step = _iteration(problem, tile)
-    split_vecs = math.ceil(math.ceil(length / step) / splits) * step
+    """Make a config of at most ``splits`` splits of whole iterations, none of them empty."""
+    length, iteration = _iteration(problem, tile)
+    split_vecs = math.ceil(math.ceil(length / iteration) / splits) * iteration
     return Config("split", tile, num_warps, math.ceil(length / split_vecs), split_vecs)
 
 
 def fields_of(config: Config) -> dict[str, Any]:
-    """A plan's ``FIELDS``, as ``config_of`` takes them back."""
+    """Return a config's ``FIELDS``; ``config_of`` is the inverse."""
     tile = config.tile
     fields = {
         "strategy": config.strategy,
@@ -194,13 +201,13 @@ def fields_of(config: Config) -> dict[str, Any]:
         "cols": tile.cols,
         "num_warps": config.num_warps,
     }
-    cut = {
+    own = {
         "pixel_tiles": tile.pixel_tiles,
         "splits": config.splits,
         "blocks": config.blocks,
         "persistent_programs": config.persistent_programs,
     }
-    return fields | {name: cut[name] for name in OWN_FIELDS[config.strategy]}
+    return fields | {name: own[name] for name in OWN_FIELDS[config.strategy]}
 
 
 def config_of(
@@ -216,7 +223,7 @@ def config_of(
     blocks: int = 1,
     persistent_programs: int = 1,
 ) -> Config:
-    """The plan of these fields for a problem, as near as its size allows; ``fits`` judges it."""
+    """Return the config of these fields, adapted to the problem's size; ``fits`` is not asked."""
     batch_rows = strategy == "resident" and can_stack(problem, groups)
     block_rows, block_cols = block_extent(problem, groups)
     row_tiles, col_tiles = math.ceil(block_rows / rows), math.ceil(block_cols / cols)

@@ -7,21 +7,23 @@ from .problem import Problem
 
 @dataclass(frozen=True)
 class Tile:
-    """What one program holds on chip; kernels/tile.py says how it lies in memory."""
+    """The elements that a program holds on chip; kernels/tile.py has their layout in memory."""
 
     channels_last: bool
     vec: int
     channels_per_row: int
     group_channels: int
-    groups: int  # whole groups side by side; above 1 only channels-last
-    padded_groups: int  # the next power of two; of a stack the rows, as each is another group
+    groups: int  # whole adjacent groups; above 1 only if channels-last
+    padded_groups: (
+        int  # the next power of two; with batch_rows the rows, since each is another group
+    )
     rows: int  # one fragment is [rows, cols], both powers of two
     cols: int
-    channel_tiles: int  # how many fragments
+    channel_tiles: int  # number of fragments along the channels
     pixel_tiles: int
-    mask_rows: bool  # do the fragments stick out of the tensor?
+    mask_rows: bool  # the fragments extend beyond the tensor
     mask_cols: bool
-    batch_rows: bool  # are the rows samples of one pixel each?
+    batch_rows: bool  # each row is a sample of one pixel
 
     @property
     def elements(self) -> int:
@@ -30,12 +32,11 @@ class Tile:
 
 @dataclass(frozen=True)
 class Config:
-    """The decision.
+    """Describe how a problem is computed.
 
-    Split cuts the pixels of a group into ``splits`` parts of ``split_vecs`` (vectors if contiguous,
-    pixels if channels-last); resident has one part. Pipelined cuts as split does;
-    ``persistent_programs`` work through the parts, stage by stage of ``blocks`` adjacent blocks of
-    groups.
+    Split divides the pixels of a group into ``splits`` parts of ``split_vecs`` (vectors if
+    contiguous, pixels if channels-last); resident has one part. Pipelined divides them like split.
+    Its ``persistent_programs`` take the parts in stages of ``blocks`` adjacent blocks of groups.
     """
 
     strategy: str  # "resident", "pipelined" or "split"
@@ -48,7 +49,7 @@ class Config:
 
     @property
     def num_partials(self) -> int:
-        """Programs that share a group."""
+        """Number of programs that share a group."""
         tile = self.tile
         if tile.channels_last:
             channels, per_program = tile.groups * tile.group_channels, tile.cols
@@ -57,22 +58,22 @@ class Config:
         return self.splits * -(-channels // (per_program * tile.channel_tiles))
 
     def parts(self, problem: Problem) -> int:
-        """Samples or stacks of them, which have programs and partial gradients of their own."""
+        """Return the number of samples, or of batches of rows, with programs of their own."""
         return -(-problem.n // self.tile.rows) if self.tile.batch_rows else problem.n
 
     def programs(self, problem: Problem) -> int:
-        """Return the number of programs; of pipelined, the number of work items."""
+        """Return the number of programs; for pipelined the number of work items."""
         return self.parts(problem) * -(-problem.groups // self.tile.groups) * self.num_partials
 
     def grid(self, problem: Problem) -> int:
-        """Programs that are launched."""
+        """Return the number of launched programs."""
         return self.persistent_programs or self.programs(problem)
 
     def units_in_sample(self, problem: Problem) -> int:
-        """Units of a pipelined plan."""
+        """Return the number of stages of a pipelined config in a sample."""
         return -(-problem.groups // self.tile.groups) // self.blocks
 
     def prefetch_distance(self, problem: Problem) -> int:
-        """By how many units the first pass is ahead of the second, so that nobody need wait."""
-        in_work = -(-self.persistent_programs // (self.blocks * self.num_partials))
-        return min(in_work + 1, problem.n * self.units_in_sample(problem))
+        """Return the stages between first and second pass, enough that no program waits."""
+        in_flight = -(-self.persistent_programs // (self.blocks * self.num_partials))
+        return min(in_flight + 1, problem.n * self.units_in_sample(problem))

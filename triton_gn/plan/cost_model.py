@@ -1,4 +1,4 @@
-"""How long a plan should take: an estimate, to weigh plans against each other. Not measured."""
+"""Estimate the time of a plan, to rank plans against each other. Nothing is measured."""
 
 import math
 from dataclasses import dataclass
@@ -10,54 +10,55 @@ from .limits import registers
 from .problem import ACCESS_BYTES, Problem
 
 _LAUNCH_US = 2.2
-_NEXT_LAUNCH_US = 1.5  # of a launch that follows another
-_ZEROS_US = 1.0  # of setting counters to 0 before a launch
-_DRAM_SHARE = 0.9  # of the maker's figure, that a copy achieves
-_L2_BYTES_PER_US = 45_000  # of one multiprocessor, all of them drawing
-_SOLO_BYTES_PER_US = 57_000  # of one multiprocessor while the others are idle
-_PROGRAM_US = 1.5  # from a program's first load to its last store, besides its bytes
-_L2_SHARE = 0.5  # of L2 that holds what was just read
-_SECTOR_BYTES = 32  # L2 hands out no less
-# instructions of a thread for each element, by pass, and what an activation adds to one: counted in
-# the code for sm_90 (docs/measured.md)
+_NEXT_LAUNCH_US = 1.5  # a launch that follows another
+_ZEROS_US = 1.0  # zeroing counters before a launch
+_DRAM_SHARE = 0.9  # fraction of the nominal bandwidth that a copy achieves
+_L2_BYTES_PER_US = 45_000  # per multiprocessor while all of them read
+_SOLO_BYTES_PER_US = 57_000  # per multiprocessor while the others are idle
+_PROGRAM_US = 1.5  # latency from a program's first load to its last store, without its bytes
+_L2_SHARE = 0.5  # fraction of L2 that still holds the previous pass
+_SECTOR_BYTES = 32  # smallest transfer from L2
+# instructions of a thread per element and pass, and those that an activation adds to a pass:
+# counted in sm_90 code (docs/measured.md)
 _PER_ELEMENT = {"forward": (5, 5), "backward": (7, 8)}
 _ACTIVATION = {
     "none": (0, 0), "relu": (2, 3), "leaky_relu": (2, 3), "sigmoid": (4, 8), "silu": (5, 9),
     "mish": (9, 16), "gelu_tanh": (9, 18), "tanh": (14, 10), "gelu": (18, 21),
 }  # fmt: skip
-_PER_PASS = 500  # of a thread, whatever its elements
-_OTHER_REGISTERS = 40  # of a thread, for addresses, masks and sums
-_REGISTER_UNIT = 256  # of a warp's registers
+_PER_PASS = 500  # instructions of a thread, whatever its elements
+_OTHER_REGISTERS = 40  # per thread, for addresses, masks and sums
+_REGISTER_UNIT = 256  # registers are allocated to a warp in multiples of this
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a plan should take on a device, and why."""
+    """The predicted time of a plan on a device, and its bound."""
 
     us: float
-    bound: str  # the longest of "dram", "l2", "issue", "occupancy" and "launch"
+    bound: str  # "dram", "l2", "issue", "occupancy" or "launch": the longest of these times
     dram_bytes: int
     l2_bytes: int
-    ctas_at_a_time: int  # on one multiprocessor
-    waves: int  # how often the CTAs of a launch fill the GPU
+    ctas_per_multiprocessor: int
+    waves: int  # number of times that the CTAs of a launch fill the GPU
 
 
 def passes(problem: Problem) -> tuple[int, int]:
-    """How often tensors of the input's size must be read and written, at the least."""
+    """Return the minimum of reads and writes of tensors of the input's size."""
     if problem.direction == "forward":
         return 1 + problem.residual, 1
-    return 2 + problem.residual, 1 + problem.residual  # with an activation, to z's gradient
+    # a residual counts only if an activation follows: its gradient is written, and it is read again
+    return 2 + problem.residual, 1 + problem.residual
 
 
 def second_passes(problem: Problem, config: Config) -> int:
-    """How often a plan reads such tensors besides."""
+    """Return the further reads of such tensors by a plan's second pass."""
     if config.strategy == "resident":
         return 0
     return 1 if problem.direction == "forward" else passes(problem)[0]
 
 
 def launches(problem: Problem, config: Config) -> int:
-    """How many launches a plan takes when all gradients are asked for."""
+    """Return the number of launches of a plan if all gradients are needed."""
     backward = problem.direction == "backward"
     if config.strategy == "resident":
         return 2 if backward and config.parts(problem) > 1 else 1
@@ -66,16 +67,16 @@ def launches(problem: Problem, config: Config) -> int:
     return 3 if backward and problem.pre_add else 2
 
 
-def floor(moved: int, device: Device) -> tuple[float, str]:
-    """Microseconds of a launch that moves so many bytes and does nothing else, and the bound."""
+def speed_of_light(moved: int, device: Device) -> tuple[float, str]:
+    """Return the microseconds of a launch that only moves bytes, and its bound."""
     us = moved / (device.dram_gb_per_s * 1e3 * _DRAM_SHARE)
     return _LAUNCH_US + us, "dram" if us > _LAUNCH_US else "launch"
 
 
-def ctas_at_a_time(
+def ctas_per_multiprocessor(
     device: Device, num_warps: int, registers_per_thread: int, shared_bytes: int = 0
 ) -> int:
-    """How many CTAs a multiprocessor holds; at least one, or they could not run at all."""
+    """Return the occupancy in CTAs; at least one, as the compiler ensures that a CTA fits."""
     per_warp = registers_per_thread * device.warp_size
     per_warp = math.ceil(per_warp / _REGISTER_UNIT) * _REGISTER_UNIT
     bounds = [
@@ -88,38 +89,41 @@ def ctas_at_a_time(
     return max(1, min(bounds))
 
 
-def guessed_at_a_time(problem: Problem, config: Config, device: Device) -> int:
-    """``ctas_at_a_time`` of a plan that is not compiled."""
+def guessed_ctas(problem: Problem, config: Config, device: Device) -> int:
+    """Guess ``ctas_per_multiprocessor`` of a plan that is not compiled."""
     guess = registers(problem, config, device) + _OTHER_REGISTERS
-    return ctas_at_a_time(device, config.num_warps, guess)
+    return ctas_per_multiprocessor(device, config.num_warps, guess)
 
 
 def estimate(
-    problem: Problem, config: Config, device: Device, at_a_time: int | None = None
+    problem: Problem, config: Config, device: Device, resident_ctas: int | None = None
 ) -> Estimate:
-    """What a plan should take; compiling it tells how many CTAs run ``at_a_time``."""
-    if at_a_time is None:
-        at_a_time = guessed_at_a_time(problem, config, device)
+    """Estimate the time of a plan.
+
+    ``resident_ctas`` are the CTAs that a multiprocessor holds at a time; compiling tells them.
+    """
+    if resident_ctas is None:
+        resident_ctas = guessed_ctas(problem, config, device)
     tensor = problem.n * problem.channels * problem.pixels * problem.itemsize
     again = second_passes(problem, config) * tensor
     touched = sum(passes(problem)) * tensor + again
     dram_bytes = touched - _served(problem, config, device, again)
     l2_bytes = int(touched * _sector_waste(problem, config))
 
-    rounds = 2 if again else 1
+    rounds = 2 if again else 1  # passes over the tensors
     ctas = config.programs(problem)
     per_multiprocessor = math.ceil(ctas / device.multiprocessors)
-    waves = math.ceil(per_multiprocessor / at_a_time)
+    waves = math.ceil(per_multiprocessor / resident_ctas)
     share = touched / rounds / ctas
     elements = problem.n * problem.channels * problem.pixels / ctas
     executed = instructions(problem, config) * elements * padding(problem, config)
     executed += rounds * _PER_PASS * config.num_warps * device.warp_size
-    issue_us = executed / (device.lanes * device.clock_mhz)  # of a CTA, alone
-    # each reads before it computes: at first all CTAs of a multiprocessor together, later by turns
+    issue_us = executed / (device.lanes * device.clock_mhz)  # of one CTA running alone
+    # in the first wave all resident CTAs load together; later waves interleave
     less, more = sorted((share / _SOLO_BYTES_PER_US, issue_us / rounds))
     start = _PROGRAM_US + less
-    in_turn = max(at_a_time * more, start + more)
-    last = per_multiprocessor - (waves - 1) * at_a_time
+    in_turn = max(resident_ctas * more, start + more)
+    last = per_multiprocessor - (waves - 1) * resident_ctas
     occupancy_us = start + (waves - 1) * in_turn + last * more
     launch_us = _LAUNCH_US + (launches(problem, config) - 1) * _NEXT_LAUNCH_US
     launch_us += _ZEROS_US * (config.strategy == "pipelined")
@@ -134,11 +138,11 @@ def estimate(
     bound = max(times, key=times.__getitem__)
     del times["launch"]  # the others overlap
     us = launch_us + max(times.values())
-    return Estimate(us, bound, dram_bytes, l2_bytes, at_a_time, waves)
+    return Estimate(us, bound, dram_bytes, l2_bytes, resident_ctas, waves)
 
 
 def instructions(problem: Problem, config: Config) -> int:
-    """How many a thread executes for each element, in all passes."""
+    """Return the instructions of a thread per element, in all passes."""
     forward = problem.direction == "forward"
     first, second = _PER_ELEMENT[problem.direction]
     of_activation = _ACTIVATION[problem.activation][not forward]
@@ -147,13 +151,13 @@ def instructions(problem: Problem, config: Config) -> int:
 
 
 def group_bytes(problem: Problem) -> int:
-    """What a group has in the tensors that a second pass reads again."""
+    """Return the bytes of a group in the tensors that a second pass reads again."""
     tensors = 1 if problem.direction == "forward" else passes(problem)[0]
     return tensors * problem.group_elements * problem.itemsize
 
 
 def _served(problem: Problem, config: Config, device: Device, again: int) -> int:
-    """Bytes of the second pass that L2 still holds."""
+    """Return the bytes of the second pass that L2 still holds."""
     held = int(_L2_SHARE * device.l2_bytes)
     if config.strategy == "pipelined":
         between = (
@@ -167,7 +171,7 @@ def _served(problem: Problem, config: Config, device: Device, again: int) -> int
 
 
 def _sector_waste(problem: Problem, config: Config) -> float:
-    """Bytes of the sectors that a block's rows touch, over the rows' own bytes."""
+    """Return the bytes of the sectors that a block's rows touch, over the rows' own bytes."""
     tile = config.tile
     if not problem.channels_last or tile.groups >= problem.groups:
         return 1.0
@@ -177,7 +181,7 @@ def _sector_waste(problem: Problem, config: Config) -> float:
 
 
 def padding(problem: Problem, config: Config) -> float:
-    """Elements of all fragments that a plan goes over, over those of the tensor."""
+    """Return the elements of all fragments of a plan, over the elements of the tensor."""
     covered = config.programs(problem) // config.splits * config.tile.elements
     if config.strategy != "resident":
         covered *= iterations(problem, config.tile)

@@ -1,23 +1,23 @@
-"""What the model knows of GPUs: their makers' figures, to plan for one that need not be present."""
+"""Nominal figures of GPUs, to plan for one that need not be present."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU as its maker describes it; the default is an H100 SXM."""
+    """Nominal figures of a GPU; the default is an H100 SXM."""
 
     name: str = "NVIDIA H100 80GB HBM3"
     multiprocessors: int = 132
     l2_bytes: int = 50 * 2**20
     warp_size: int = 32
     dram_gb_per_s: int = 3352
-    # of one multiprocessor
+    # per multiprocessor
     registers: int = 65536
     shared_bytes: int = 228 * 1024
     max_warps: int = 64
     max_ctas: int = 32
-    lanes: int = 128  # that execute an instruction in a clock
+    lanes: int = 128  # threads that execute an instruction per clock
     clock_mhz: int = 1980
 
 

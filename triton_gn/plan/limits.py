@@ -1,4 +1,4 @@
-"""What can run at all: the bounds that every plan is checked against, from whatever source."""
+"""Check that a plan can run: the bounds hold for plans from any source."""
 
 from .candidates import MAX_BLOCK_CHANNELS, MAX_FRAGMENTS, OWN_FIELDS, block_extent
 from .config import Config
@@ -6,27 +6,27 @@ from .devices import Device
 from .problem import Problem
 
 ALWAYS_RESIDENT = 8192  # elements of a group: a second launch costs more than idle multiprocessors
-# registers a thread that fragments and accumulators may take, by direction and channels-last: with
-# more, some kernel spills on sm_80, sm_90 or sm_100 (docs/measured.md)
+# registers per thread for fragments and accumulators, by direction and channels-last; with more,
+# some kernel spills on sm_80, sm_90 or sm_100 (docs/measured.md)
 _REGISTERS = {
     ("forward", False): 208,
     ("forward", True): 144,
     ("backward", False): 168,
     ("backward", True): 176,
 }
-# the most of 16-bit elements, backward and channels-last: 2x2560x16x16 of float16 spills with more
+# for 16-bit channels-last backwards: with more, 2x2560x16x16 of float16 spills
 _HALF_REGISTERS = 168
-_FEWER_REGISTERS = 112  # where each element has an address, or each of a row's channels a mask
-_SPANNED_REGISTERS = 64  # the latter where few channel tiles have long rows
+_FEWER_REGISTERS = 112  # if every element has an address, or every channel of a row a mask
+_SPANNED_REGISTERS = 64  # if rows span channels and there are few channel tiles
 _FEW_CHANNEL_TILES = 2
-_FLOAT64_REGISTERS = {False: 96, True: 48}  # with an activation: its functions are calls
-_MAX_ELEMENTS_PER_WARP = 2048  # of a fragment, even where spills are borne
+_FLOAT64_REGISTERS = {False: 96, True: 48}  # True: an activation, whose functions are calls
+_MAX_ELEMENTS_PER_WARP = 2048  # of a fragment, even if spills are accepted
 _MAX_PERSISTENT = 2**16
-_CROWDED = 0.75  # of the limit, where there is one more value per channel or per element
+_CROWDED = 0.75  # fraction of the limit if there is one more value per channel or element
 
 
 def registers(problem: Problem, config: Config, device: Device) -> int:
-    """What the fragments and accumulators of a program take of each thread's 255 registers."""
+    """Return the registers per thread, of 255, that fragments and accumulators take."""
     tensors = 1 if problem.direction == "forward" else 2  # x; dz, or dy
     fragment = config.tile.rows * config.tile.cols
     words = max(problem.itemsize, 4) // 4 * (tensors * config.tile.elements + 2 * fragment)
@@ -34,12 +34,12 @@ def registers(problem: Problem, config: Config, device: Device) -> int:
 
 
 def excess_registers(problem: Problem, config: Config, device: Device) -> int:
-    """By how many registers a thread the plan is over the limit."""
+    """Return the registers per thread above the limit."""
     return max(0, registers(problem, config, device) - register_limit(problem, config))
 
 
 def register_limit(problem: Problem, config: Config) -> int:
-    """The most that ``registers`` may be."""
+    """Return the limit of ``registers``."""
     limit = _register_limit(problem, config.tile.groups)
     if problem.channels_per_row > 1 and config.tile.channel_tiles <= _FEW_CHANNEL_TILES:
         limit = min(limit, _SPANNED_REGISTERS)
@@ -67,13 +67,13 @@ def _is_one_by_one(problem: Problem, groups: int) -> bool:
 
 
 def is_always_resident(problem: Problem) -> bool:
-    """Whether the groups are so small that they stay on chip, even at the price of some spills."""
+    """Return whether groups are so small that they stay on chip, even if some registers spill."""
     many_spills = problem.itemsize == 8 or (_is_crowded(problem) and _is_one_by_one(problem, 1))
     return problem.group_elements <= ALWAYS_RESIDENT and not many_spills
 
 
 def _stalls(problem: Problem, config: Config) -> str | None:
-    """Why a pipeline cannot work."""
+    """Return why a pipelined config cannot run; None if it can."""
     blocks = -(-problem.groups // config.tile.groups)
     if config.blocks < 1 or blocks % config.blocks:
         return f"blocks must divide the {blocks} of a sample; got {config.blocks}"
@@ -88,7 +88,7 @@ def _stalls(problem: Problem, config: Config) -> str | None:
 
 
 def fits(problem: Problem, config: Config, device: Device) -> str | None:
-    """Why the plan cannot run, as a sentence; None if it can."""
+    """Return why the plan cannot run, as a sentence; None if it can."""
     tile = config.tile
     if config.strategy not in OWN_FIELDS:
         return f"the strategy must be one of {', '.join(OWN_FIELDS)}; got {config.strategy!r}"

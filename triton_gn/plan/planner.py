@@ -1,4 +1,4 @@
-"""From a problem and a device to a plan: override, measured table, analytical rule."""
+"""Plan a problem for a device: override, then measured table, then heuristic."""
 
 import functools
 import math
@@ -16,26 +16,28 @@ from .candidates import (
     split_configs,
 )
 from .config import Config
-from .cost_model import estimate, group_bytes, guessed_at_a_time, padding, second_passes
+from .cost_model import estimate, group_bytes, guessed_ctas, padding, second_passes
 from .devices import Device
 from .limits import excess_registers, fits, is_always_resident
 from .problem import Problem
 
 STRATEGIES = ("resident", "split")
-# not yet seen right on a GPU: only measured tables choose these
+# no GPU has proven these yet: only measured tables choose them
 UNVERIFIED = ("pipelined",)
 _ELEMENTS_PER_THREAD = 32
 _FLOAT64_PER_THREAD = 8
-_FEW_FRAGMENTS = 8  # up to here small ones are better: their accumulators take fewer registers
-_MAX_WARPS = 8  # 16 halve the registers of a thread: large tiles spill
+_FEW_FRAGMENTS = 8  # up to 8, small fragments are better: their accumulators take fewer registers
+_MAX_WARPS = 8  # 16 warps halve the registers of a thread: large tiles spill
 _SPLIT_WARPS = 4
 _SPLITS = (4, 8)  # programs per multiprocessor
-_SPLIT_COLS = 128  # of a fragment: whole lines of memory, few partials
+_SPLIT_COLS = 128  # columns of a fragment: whole lines of memory, few partials
 _PIPELINED_WARPS = 4
-_MANY = 2**31  # programs
-_EQUAL = 1.05  # times that the model does not tell apart
-_CLOSE = 1.15  # no GPU has checked the model: among plans as close as this, the one that reads less
-_UNIT_SHARE = 0.125  # of L2 that a unit may take: more than one of them is on its way
+_MANY = 2**31  # programs: as many as there are iterations
+_EQUAL = 1.05  # ratio of times that the cost model does not distinguish
+_CLOSE = (
+    1.15  # no GPU has checked the cost model: of times within this ratio, the one that reads less
+)
+_STAGE_SHARE = 0.125  # fraction of L2 for a stage, since several are in flight
 _SEARCHED_WARPS = (1, 2, 4, 8, 16)
 _SEARCHED_SPLITS = (4, 8, 16)  # programs per multiprocessor
 
@@ -47,10 +49,10 @@ def plan(
     batch_invariant: bool = False,
     override: tuple[tuple[str, Any], ...] = (),
 ) -> Config:
-    """The plan for a problem.
+    """Return the plan for a problem.
 
-    ``batch_invariant`` plans for a batch of one, whatever the batch. ``override`` fixes the fields
-    that it names (FIELDS); the others follow the rule, whatever was measured.
+    ``batch_invariant`` plans for a batch of one, whatever the batch. ``override`` fixes some of
+    ``FIELDS``; the heuristic chooses the others, and tables are ignored.
 
     Raises:
         ValueError: no plan with these overrides can run.
@@ -58,9 +60,9 @@ def plan(
     if batch_invariant:
         problem = replace(problem, n=1)
     if not override:
-        found = table.lookup(problem, device)
-        if found is not None and found.config is not None:
-            return found.config
+        match = table.lookup(problem, device)
+        if match is not None and match.config is not None:
+            return match.config
     fixed = dict(override)
     strategies = (fixed.pop("strategy"),) if "strategy" in fixed else STRATEGIES
     for name, value in fixed.items():
@@ -71,7 +73,7 @@ def plan(
 
 
 def forget_plans() -> None:
-    """Read the tables again and plan anew: for whoever has changed a table."""
+    """Clear the caches of tables and plans, after a table has changed."""
     table.reload()
     plan.cache_clear()
 
@@ -82,11 +84,12 @@ def heuristic_plan(
     strategies: tuple[str, ...] = STRATEGIES,
     groups: int | None = None,
 ) -> Config:
-    """The fastest plan by the model, of these strategies, for blocks of so many whole groups; where
-    it makes little difference, the one that reads less.
+    """Return the fastest config by the cost model; of close ones, the one that reads less.
+
+    ``groups`` fixes the number of whole groups of a block.
 
     Raises:
-        ValueError: there is none.
+        ValueError: no config can run.
     """
     best = [
         config
@@ -104,22 +107,22 @@ def heuristic_plan(
 
 
 def plan_unverified(problem: Problem, device: Device) -> Config:
-    """The fastest plan by the model, were every kind of plan seen right on a GPU."""
+    """Return the heuristic's config if all strategies were allowed."""
     return heuristic_plan(problem, device, STRATEGIES + UNVERIFIED)
 
 
 def is_verified(config: Config) -> bool:
-    """Whether plans of its kind have been seen right on a GPU, so that the rule may choose it."""
+    """Return whether a GPU has proven the strategy, so that the heuristic may choose it."""
     return config.strategy in STRATEGIES
 
 
 def _is_wide(problem: Problem, config: Config) -> bool:
-    """Whether its accesses are as wide as those of any plan."""
+    """Return whether accesses are as wide as those of any config."""
     return problem.access_bytes(config.tile.groups) == problem.vec * problem.itemsize
 
 
 def best_per_strategy(problem: Problem, device: Device) -> dict[str, float]:
-    """The model's time for the best plan of each strategy that can run, in microseconds."""
+    """Return the predicted microseconds of the best config of each strategy that can run."""
     best = {strategy: _best(strategy, problem, device) for strategy in STRATEGIES}
     return {
         strategy: estimate(problem, config, device).us
@@ -129,19 +132,22 @@ def best_per_strategy(problem: Problem, device: Device) -> dict[str, float]:
 
 
 def candidates(problem: Problem, device: Device) -> list[Config]:
-    """All plans that a search may try, the rule's own too, the fastest by the model first."""
-    found = {heuristic_plan(problem, device): None}
+    """Return all configs that a search may try, in the order of predicted time.
+
+    The default config is among them.
+    """
+    configs = {heuristic_plan(problem, device): None}
     counts = group_counts(problem)
     for num_warps in _SEARCHED_WARPS:
-        found |= dict.fromkeys(resident_configs(problem, counts, num_warps, device.warp_size))
+        configs |= dict.fromkeys(resident_configs(problem, counts, num_warps, device.warp_size))
         for per_multiprocessor in _SEARCHED_SPLITS:
             programs = device.multiprocessors * per_multiprocessor
-            found |= dict.fromkeys(
+            configs |= dict.fromkeys(
                 split_configs(problem, counts, num_warps, device.warp_size, programs)
             )
-        found |= dict.fromkeys(_pipelined_configs(problem, counts, num_warps, device))
+        configs |= dict.fromkeys(_pipelined_configs(problem, counts, num_warps, device))
     return sorted(
-        (config for config in found if fits(problem, config, device) is None),
+        (config for config in configs if fits(problem, config, device) is None),
         key=lambda config: estimate(problem, config, device).us,
     )
 
@@ -149,8 +155,10 @@ def candidates(problem: Problem, device: Device) -> list[Config]:
 def _best(
     strategy: str, problem: Problem, device: Device, groups: int | None = None
 ) -> Config | None:
-    """The fastest plan of a strategy by the model, among those with the widest accesses; of equals,
-    the plainest."""
+    """Return the fastest config of a strategy among those with the widest accesses.
+
+    Of equally fast ones, return the simplest.
+    """
     candidates = [
         config
         for config in _candidates(strategy, problem, device, groups)
@@ -167,13 +175,16 @@ def _best(
         and excess_registers(problem, config, device) == spilled
     }
     equals = [config for config in times if times[config] <= _EQUAL * min(times.values())]
-    plainness = _resident_plainness if strategy == "resident" else _split_plainness
-    return min(equals, key=lambda config: (*plainness(problem, config), times[config]))
+    simplicity = _resident_simplicity if strategy == "resident" else _split_simplicity
+    return min(equals, key=lambda config: (*simplicity(problem, config), times[config]))
 
 
-def _resident_plainness(problem: Problem, config: Config) -> tuple[int, ...]:
-    """What to have little of: parts, each of which reads weight and bias and leaves parts of
-    gradients; reductions, one for each channel tile; code."""
+def _resident_simplicity(problem: Problem, config: Config) -> tuple[int, ...]:
+    """Return costs to minimise, in this order.
+
+    Each part reads weight and bias and writes partial gradients. Each channel tile is reduced by
+    itself. The rest is the size of the code.
+    """
     tile = config.tile
     fragments = max(_FEW_FRAGMENTS, tile.channel_tiles * tile.pixel_tiles)
     return (
@@ -182,9 +193,11 @@ def _resident_plainness(problem: Problem, config: Config) -> tuple[int, ...]:
     )  # fmt: skip
 
 
-def _split_plainness(problem: Problem, config: Config) -> tuple[float, ...]:
-    """One tile for all sizes of an image, so that they share kernels: fragments as wide as
-    ``_SPLIT_COLS``, unless these stick out of the group."""
+def _split_simplicity(problem: Problem, config: Config) -> tuple[float, ...]:
+    """Prefer one tile for all sizes of an image, so that they share kernels.
+
+    Its fragments are ``_SPLIT_COLS`` wide, unless they would extend beyond the group.
+    """
     tile = config.tile
     off = abs(math.log2(tile.cols / _SPLIT_COLS)) + 2 * math.log2(padding(problem, config))
     return off, tile.cols, tile.rows, tile.pixel_tiles
@@ -208,7 +221,7 @@ def _candidates(
 
 
 def _resident_configs(problem: Problem, counts: list[int], device: Device) -> Iterator[Config]:
-    """Those of ``resident_configs`` with as many warps as their elements take."""
+    """Yield the ``resident_configs`` whose number of warps suits their elements."""
     num_warps = 1
     while num_warps <= _MAX_WARPS:
         for config in resident_configs(problem, counts, num_warps, device.warp_size):
@@ -220,16 +233,16 @@ def _resident_configs(problem: Problem, counts: list[int], device: Device) -> It
 def _pipelined_configs(
     problem: Problem, counts: list[int], num_warps: int, device: Device
 ) -> Iterator[Config]:
-    """The ways of ``split_configs``, one iteration for each piece of work, as pipelines of all
-    programs that run at a time."""
+    """Yield ``split_configs`` as pipelines: one iteration per work item, and as many
+    programs as run at a time."""
     for split in split_configs(problem, counts, num_warps, device.warp_size, _MANY):
         blocks = 1
-        if problem.channels_last:  # side by side they make whole pages of DRAM
+        if problem.channels_last:  # adjacent blocks make whole pages of DRAM
             count = math.ceil(problem.groups / split.tile.groups)
-            held = int(_UNIT_SHARE * device.l2_bytes)
+            held = int(_STAGE_SHARE * device.l2_bytes)
             most = min(count, held // (split.tile.groups * group_bytes(problem)))
             blocks = next((b for b in range(most, 1, -1) if count % b == 0), 1)
-        persistent_programs = guessed_at_a_time(problem, split, device) * device.multiprocessors
+        persistent_programs = guessed_ctas(problem, split, device) * device.multiprocessors
         persistent_programs = min(persistent_programs, split.programs(problem))
         yield replace(
             split, strategy="pipelined", blocks=blocks, persistent_programs=persistent_programs
@@ -243,7 +256,7 @@ def _resident_warps(problem: Problem, elements: int, warp_size: int) -> int:
 
 
 def _overridden(problem: Problem, config: Config, device: Device, fixed: dict[str, Any]) -> Config:
-    """The plan with the fields of ``fixed``, everything that depends on them worked out again."""
+    """Return the config with the fields of ``fixed`` and all fields that depend on them."""
     tile = config.tile
     fields = fields_of(config) | fixed
     for name in fixed.keys() - fields_of(config).keys():
@@ -263,5 +276,5 @@ def _no_plan(problem: Problem, strategies: tuple[str, ...], groups: int | None) 
     return (
         f"plan_override: no {' or '.join(strategies)} program can hold {which} whole groups of "
         f"{problem.group_elements} elements in its registers. "
-        "Leave strategy and groups to the rule."
+        "Leave strategy and groups to the planner."
     )

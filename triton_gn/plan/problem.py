@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-_ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
+ITEMSIZE = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 ACCESS_BYTES = 16  # the widest load and store of one thread
 
 
@@ -12,9 +12,9 @@ class Problem:
     """One GroupNorm launch, described without its tensors.
 
     ``pixels`` is the product of the spatial sizes, ``dtype`` the input's. ``channels_last`` means
-    channels innermost in memory, in any rank. ``pre_add`` and ``residual``: is there one to read?
-    ``per_sample``: do samples of one pixel, of which a program could take many, have values per
-    channel of their own?
+    channels innermost in memory, in any rank. ``pre_add`` and ``residual`` say whether the launch
+    reads one. ``per_sample`` matters if a sample is one pixel: it says that scale, shift or pre_add
+    differ by sample, so that a program cannot take several samples.
     """
 
     direction: str  # "forward" or "backward"
@@ -31,13 +31,13 @@ class Problem:
 
     @property
     def fused(self) -> tuple[str, ...]:
-        """Operands that pose this problem where a workload fuses them."""
+        """Operands that a workload must fuse to have this problem."""
         names = [name for name in ("pre_add", "residual") if getattr(self, name)]
         return tuple(["scale"] * (self.per_sample and not self.pre_add) + names)
 
     @property
     def itemsize(self) -> int:
-        return _ITEMSIZE[self.dtype]
+        return ITEMSIZE[self.dtype]
 
     @property
     def group_channels(self) -> int:
@@ -49,19 +49,19 @@ class Problem:
 
     @property
     def vec(self) -> int:
-        """Elements per memory access: as wide as the alignment of every group allows."""
+        """Elements per memory access, as many as the alignment of every group allows."""
         if self.channels_last:
             unit = self.channels
         elif self.itemsize < 8 and self.pixels * ACCESS_BYTES < 2**32:
             unit = self.group_elements
         else:
-            # one channel per row: float64 leaves no registers for more, and kernels count the
-            # elements of a row in 32 bits
+            # one channel per row: float64 leaves no registers for more, and kernels index the
+            # elements of a row with 32 bits
             unit = self.pixels
         return math.gcd(unit, ACCESS_BYTES // self.itemsize)
 
     def access_bytes(self, groups: int) -> int:
-        """The widest access that blocks of ``groups`` whole groups allow."""
+        """Return the bytes of the widest access that blocks of ``groups`` whole groups allow."""
         elements = self.vec
         if self.channels_last:
             elements = math.gcd(elements, groups * self.group_channels)
@@ -69,7 +69,7 @@ class Problem:
 
     @property
     def channels_per_row(self) -> int:
-        """Contiguous: how many channels it takes to fill whole vectors (1 channels-last)."""
+        """Channels that fill whole vectors; 1 if channels-last."""
         return 1 if self.channels_last else self.vec // math.gcd(self.pixels, self.vec)
 
     @property

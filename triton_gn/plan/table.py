@@ -1,8 +1,7 @@
 """Measured plans: a table per GPU model, written by ``python -m triton_gn tune``, read by ``plan``.
 
-The user's own table comes before the one that the package ships. A table is data that may come from
-anywhere: what is damaged, hostile or another GPU's is ignored with a warning. It never makes a call
-fail.
+The user's table comes before the one that the package ships. A file that is damaged, outdated or
+of another GPU is ignored with one warning. No table makes a call fail.
 """
 
 import functools
@@ -13,55 +12,46 @@ import re
 import reprlib
 import stat
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import platformdirs
 
-from .candidates import FIELDS, OWN_FIELDS, config_of
+from .candidates import config_of
 from .config import Config
 from .devices import Device
 from .limits import fits
-from .problem import Problem
+from .problem import ITEMSIZE, Problem
 
-SCHEMA = 4
+SCHEMA = 5
 MAX_BYTES = 4 * 2**20
-MAX_ENTRIES = 4096
-MAX_DISTANCE = 1.0  # in powers of two, all sizes together: half or twice as large at the most
+MAX_DISTANCE = 1.0  # in powers of two, all sizes together: at most half or twice as large
 SHIPPED = Path(__file__).parent / "tables"
 
-_MAX_INT = 2**31
-_MAX_DIGITS = 20  # longer numbers are not even read
-# what a problem's strings may be; tests/plan/test_table.py holds them equal to PyTorch's side
-_STRINGS = {
-    "direction": ("forward", "backward"),
-    "dtype": ("float16", "bfloat16", "float32", "float64"),
-    "activation": (
-        "none", "relu", "leaky_relu", "silu", "gelu", "gelu_tanh", "mish", "sigmoid", "tanh",
-    ),
-}  # fmt: skip
+_MAX_NUMBER = 2**31
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What was measured of one problem: medians in microseconds, with a cold L2 unless named warm.
+    """Times of one problem: medians in microseconds, with a cold L2 unless named warm.
 
-    ``config`` has the fields of the plan that beat the rule by more than the noise; None: none did.
+    ``config`` has the fields of the config that beat the default by more than the noise; None: the
+    default is the best.
     """
 
     problem: Problem
     config: Mapping[str, Any] | None
-    rule_us: float
+    default_us: float
     best_us: float
     noise_us: float
-    warm_rule_us: float
+    warm_default_us: float
     warm_best_us: float
     provenance: Mapping[str, str]  # driver, versions, commit, date, protocol
 
     def plan_for(self, problem: Problem, device: Device) -> Config | None:
-        """Its plan made for a problem, its own or another; None if that cannot run."""
+        """Return the measured plan adapted to a problem; None if it cannot run."""
         if self.config is None:
             return None
         config = config_of(problem, **self.config)
@@ -69,28 +59,28 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a table says of a problem: a plan, or None where the rule's own is the best."""
+class Match:
+    """A table's answer for a problem: a plan, or None where the default config is the best."""
 
     config: Config | None
     path: Path  # of the table
-    exact: bool  # or was a problem near this one measured?
+    exact: bool  # False: the times are those of a similar problem
 
 
 def cache_folder() -> Path:
-    """Where the user's tables are: ``TRITON_GN_CACHE_DIR``, else where the platform has caches."""
+    """Return the folder of the user's tables: ``TRITON_GN_CACHE_DIR`` or the platform's cache."""
     folder = os.environ.get("TRITON_GN_CACHE_DIR")
     return Path(folder or platformdirs.user_cache_dir("triton-gn", appauthor=False))
 
 
 def path_of(folder: Path, device: Device) -> Path:
-    """The table of a GPU model: nvidia-h100-80gb-hbm3.json for "NVIDIA H100 80GB HBM3"."""
+    """Return the path of a GPU model's table: nvidia-h100-80gb-hbm3.json for an H100."""
     slug = re.sub("[^a-z0-9]+", "-", device.name.lower()).strip("-")
     return folder / f"{slug or 'gpu'}.json"
 
 
 def command(problem: Problem) -> str:
-    """What to run to tune for exactly this problem."""
+    """Return the command that tunes for exactly this problem."""
     return (
         f"python -m triton_gn tune --shape {problem.n}x{problem.channels}x{problem.pixels} "
         f"--groups {problem.groups} --dtype {problem.dtype} "
@@ -100,24 +90,25 @@ def command(problem: Problem) -> str:
     )
 
 
-def lookup(problem: Problem, device: Device) -> Found | None:
-    """What the tables say of a problem, or else of the nearest one that was measured.
+def lookup(problem: Problem, device: Device) -> Match | None:
+    """Look a problem up in the tables, or else the nearest problem that was measured.
 
-    None if none is near. The first plan of a process that is another problem's is warned of.
+    Returns None if no problem is near. The first plan that is taken from another problem is warned
+    of.
     """
     paths = [path_of(folder, device) for folder in (cache_folder(), SHIPPED)]
-    tables = [(path, table) for path in paths if (table := _table(path, device))]
+    tables = [(path, _table(path, device)) for path in paths]
     for path, table in tables:
         if problem in table:
-            return Found(table[problem].plan_for(problem, device), path, exact=True)
-    found = _nearest(problem, device, tables)
-    if found is not None and found.config is not None:
+            return Match(table[problem].plan_for(problem, device), path, exact=True)
+    match = _nearest(problem, device, tables)
+    if match is not None and match.config is not None:
         _warn_once(
             "a near match",
-            f"triton_gn found no measured plan for a problem in {found.path} and takes a similar "
+            f"triton_gn found no measured plan for a problem in {match.path} and takes a similar "
             f"problem's. Remedy: {command(problem)}. It does not say so again.",
         )
-    return found
+    return match
 
 
 def reload() -> None:
@@ -127,26 +118,27 @@ def reload() -> None:
 
 def _nearest(
     problem: Problem, device: Device, tables: Iterable[tuple[Path, Mapping[Problem, Entry]]]
-) -> Found | None:
-    kind = _kind(problem)
+) -> Match | None:
+    kind = _without_sizes(problem)
     near = [
         (distance, path, entry)
         for path, table in tables
         for entry in table.values()
-        if _kind(entry.problem) == kind
+        if _without_sizes(entry.problem) == kind
         and (distance := _distance(entry.problem, problem)) <= MAX_DISTANCE
     ]
-    for _, path, entry in sorted(near, key=lambda one: one[0]):  # stable: of equals, the first
+    # sorted is stable: of entries that are equally near, the first comes first
+    for _, path, entry in sorted(near, key=lambda candidate: candidate[0]):
         if entry.config is None:
-            return Found(None, path, exact=False)
+            return Match(None, path, exact=False)
         config = entry.plan_for(problem, device)
         if config is not None and _access(problem, config) == _access(entry.problem, config):
-            return Found(config, path, exact=False)
+            return Match(config, path, exact=False)
     return None
 
 
-def _kind(problem: Problem) -> Problem:
-    """All but the sizes: plans of another kind are never taken over."""
+def _without_sizes(problem: Problem) -> Problem:
+    """Return what two problems must share for one to take over the other's plan."""
     return replace(problem, n=1, channels=1, groups=1, pixels=1)
 
 
@@ -158,28 +150,28 @@ def _distance(a: Problem, b: Problem) -> float:
 
 
 def _access(problem: Problem, config: Config) -> tuple[int, int]:
-    """How a plan reads a problem's memory; where that differs, times do not carry over."""
+    """Return how a plan reads memory; where that differs, times do not carry over."""
     return problem.access_bytes(config.tile.groups), problem.channels_per_row
 
 
 @functools.cache
 def _table(path: Path, device: Device) -> dict[Problem, Entry]:
-    """What can be used of a file, by problem; nothing if there is no such file."""
+    """Return the usable entries of a file by problem; none if there is no such file."""
     try:
         entries = read(path, device)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        _warn_of(path, f"its table {path}: {error}")
+        _warn_ignored(path, f"its table {path}: {error}")
         return {}
-    good = [e for e in entries if e.config is None or e.plan_for(e.problem, device) is not None]
-    if len(good) < len(entries):
-        what = f"{len(entries) - len(good)} of the {len(entries)} entries of its table {path}"
-        _warn_of(path, f"{what}: their plans cannot run")
-    return {entry.problem: entry for entry in good}
+    runnable = [e for e in entries if e.config is None or e.plan_for(e.problem, device)]
+    if len(runnable) < len(entries):
+        skipped = f"{len(entries) - len(runnable)} of the {len(entries)} entries"
+        _warn_ignored(path, f"{skipped} of its table {path}: their plans cannot run")
+    return {entry.problem: entry for entry in runnable}
 
 
-def _warn_of(path: Path, what: str) -> None:
+def _warn_ignored(path: Path, what: str) -> None:
     remedy = "run `python -m triton_gn tune` again, which replaces it, or delete it"
     _warn_once(str(path), f"triton_gn ignores {what}. Remedy: {remedy}.")
 
@@ -193,160 +185,70 @@ def _warn_once(about: str, message: str) -> None:
         warnings.warn(message, stacklevel=3)
 
 
-def text_of(device: Device, entries: Iterable[Entry], provenance: Mapping[str, str]) -> str:
-    """A table as ``read`` takes it."""
-    table = {
-        "schema": SCHEMA,
-        "device": {"name": device.name, "multiprocessors": device.multiprocessors},
-        "provenance": dict(provenance),
-        "entries": [asdict(entry) for entry in entries],
-    }
+def text_of(device: Device, entries: Iterable[Entry]) -> str:
+    """Return a table as JSON that ``read`` accepts."""
+    table = _header(device) | {"entries": [asdict(entry) for entry in entries]}
     return json.dumps(table, indent=1) + "\n"
 
 
 def read(path: Path, device: Device) -> list[Entry]:
-    """The entries of a GPU's table, every value checked; whether the plans can run is not asked.
+    """Read the entries of a GPU's table and check their types; ``fits`` is not asked.
 
     Raises:
         OSError: the file cannot be read.
         ValueError: it is no table of this schema, or another GPU's.
     """
-    text = _text_in(path)
-    try:
-        json_value = json.loads(text, parse_int=_short_int, parse_constant=_no_constant)
-    except (RecursionError, MemoryError) as error:
-        raise ValueError("it is nested too deeply") from error
-    table = _object(json_value, _TABLE)
-    measured, here = Device(**table["device"]), Device(device.name, device.multiprocessors)
-    if measured != here:
-        raise ValueError(f"it is of {_described(measured)}; this GPU is {_described(here)}")
-    entries: list[Entry] = table["entries"]
-    return entries
-
-
-def _described(device: Device) -> str:
-    return f"{device.name!r} with {device.multiprocessors} multiprocessors"
-
-
-def _text_in(path: Path) -> str:
-    def without_waiting(name: str, flags: int) -> int:
-        return os.open(name, flags | getattr(os, "O_NONBLOCK", 0))  # a FIFO waits for its writer
-
-    with open(path, "rb", opener=without_waiting) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ValueError("it is no regular file")
-        data = file.read(MAX_BYTES + 1)
-    if len(data) > MAX_BYTES:
+    info = path.stat()
+    if not stat.S_ISREG(info.st_mode):  # reading a pipe would wait for its writer
+        raise ValueError("it is no regular file")
+    if info.st_size > MAX_BYTES:
         raise ValueError(f"it has more than {MAX_BYTES} bytes")
-    return data.decode()
-
-
-def _short_int(text: str) -> int:
-    if len(text) > _MAX_DIGITS:
-        raise ValueError(f"an integer may have {_MAX_DIGITS} digits; got {len(text)}")
-    return int(text)
-
-
-def _no_constant(text: str) -> None:
-    raise ValueError(f"a number must be finite; got {text}")
-
-
-# takes a value from JSON and returns what it stands for, or raises ValueError
-_Parser = Callable[[Any], Any]
-
-
-def _that(rule: str, holds: Callable[[Any], bool]) -> _Parser:
-    def parse(value: Any) -> Any:
-        if not holds(value):
-            raise ValueError(f"must be {rule}; got {reprlib.repr(value)}")
-        return value
-
-    return parse
-
-
-def _one_of(*names: str) -> _Parser:
-    return _that(f"one of {', '.join(names)}", lambda v: isinstance(v, str) and v in names)
-
-
-def _is_int(value: Any) -> bool:
-    return type(value) is int  # True and False are instances of int
-
-
-_integer = _that(f"an integer from 1 to {_MAX_INT}", lambda v: _is_int(v) and 1 <= v <= _MAX_INT)
-_flag = _that("true or false", lambda v: isinstance(v, bool))
-_us = _that("a finite time", lambda v: (_is_int(v) or isinstance(v, float)) and 0 <= v < math.inf)
-_text = _that("a string", lambda v: isinstance(v, str))
-_name = _that("a name", lambda v: isinstance(v, str) and len(v) <= 256)
-_dict = _that("an object", lambda v: isinstance(v, dict))
-_list = _that(
-    f"a list of at most {MAX_ENTRIES}", lambda v: isinstance(v, list) and len(v) <= MAX_ENTRIES
-)
-_schema = _that(f"{SCHEMA}, which this version reads", lambda v: _is_int(v) and v == SCHEMA)
-
-
-def _part(name: str, parse: _Parser, value: Any) -> Any:
     try:
-        return parse(value)
-    except ValueError as error:
-        raise ValueError(f"{name}: {error}") from error
+        table = json.loads(path.read_bytes())
+        for name, expected in _header(device).items():
+            if table[name] != expected:
+                raise ValueError(f"{name} must be {expected}; got {reprlib.repr(table[name])}")
+        return [_entry(values) for values in table["entries"]]
+    except (KeyError, TypeError, RecursionError) as error:
+        reason = f"{type(error).__name__}: {error}"[:200]
+        raise ValueError(f"it is damaged ({reason})") from error
 
 
-def _object(value: Any, parsers: Mapping[str, _Parser]) -> dict[str, Any]:
-    if _dict(value).keys() != parsers.keys():
-        raise ValueError(f"must have {', '.join(parsers)}; got {reprlib.repr(list(value))}")
-    return {name: _part(name, parse, value[name]) for name, parse in parsers.items()}
+def _header(device: Device) -> dict[str, Any]:
+    gpu = {"name": device.name, "multiprocessors": device.multiprocessors}
+    return {"schema": SCHEMA, "device": gpu}
 
 
-def _texts(value: Any) -> dict[str, str]:
-    return {name: _part(reprlib.repr(name), _text, text) for name, text in _dict(value).items()}
+def _entry(values: Any) -> Entry:
+    """Construct an entry; Python raises a TypeError if a field is missing or unknown."""
+    problem = Problem(**values["problem"])
+    _check_fields(problem)
+    known = problem.direction in ("forward", "backward") and problem.dtype in ITEMSIZE
+    if not known or problem.channels % problem.groups:
+        raise ValueError(f"a problem must be one of GroupNorm; got {reprlib.repr(problem)}")
+    entry = Entry(**values | {"problem": problem})
+    _check_fields(entry)
+    _check("provenance", entry.provenance, dict)
+    if entry.config is not None:
+        _check("config", entry.config, dict)
+        for name, value in entry.config.items():
+            _check(name, value, str if name == "strategy" else int)
+        config_of(problem, **entry.config)
+    return entry
 
 
-def _device(value: Any) -> dict[str, Any]:
-    return _object(value, {"name": _name, "multiprocessors": _integer})
+def _check_fields(instance: Problem | Entry) -> None:
+    for field in fields(instance):
+        if field.type in (str, bool, int, float):
+            _check(field.name, getattr(instance, field.name), field.type)
 
 
-def _problem(value: Any) -> Problem:
-    problem = Problem(**_object(value, _PROBLEM))
-    if problem.channels % problem.groups:
-        raise ValueError(f"groups must divide the channels; got {problem}")
-    return problem
-
-
-def _plan(value: Any) -> dict[str, Any] | None:
-    if value is None:
-        return None
-    strategy = _part("strategy", _name, _dict(value).get("strategy"))
-    needed = _CONFIG.keys() - (_OWN - set(OWN_FIELDS.get(strategy, ())))
-    return _object(value, {name: _CONFIG[name] for name in FIELDS if name in needed})
-
-
-def _entry(value: Any) -> Entry:
-    return Entry(**_object(value, _ENTRY))
-
-
-def _entries(value: Any) -> list[Entry]:
-    return [_part(f"entry {index}", _entry, one) for index, one in enumerate(_list(value))]
-
-
-_PROBLEM: dict[str, _Parser] = {
-    field.name: _one_of(*_STRINGS[field.name])
-    if field.name in _STRINGS
-    else _flag
-    if field.type is bool
-    else _integer
-    for field in fields(Problem)
-}
-_OWN = {name for own in OWN_FIELDS.values() for name in own}
-_CONFIG: dict[str, _Parser] = dict.fromkeys(FIELDS, _integer) | {"strategy": _name}
-_ENTRY: dict[str, _Parser] = {
-    "problem": _problem,
-    "config": _plan,
-    **{field.name: _us for field in fields(Entry) if field.name.endswith("_us")},
-    "provenance": _texts,
-}
-_TABLE: dict[str, _Parser] = {
-    "schema": _schema,
-    "device": _device,
-    "provenance": _texts,
-    "entries": _entries,
-}
+def _check(name: str, value: Any, kind: Any) -> None:
+    """Refuse another type, a bool for an int, and numbers that are not sizes or finite times."""
+    lowest = 1 if kind is int else 0
+    is_number = kind in (int, float)
+    if type(value) is not kind or (is_number and not lowest <= value <= _MAX_NUMBER):
+        bounds = f" from {lowest} to {_MAX_NUMBER}" if is_number else ""
+        raise ValueError(
+            f"{name} must be of type {kind.__name__}{bounds}; got {reprlib.repr(value)}"
+        )

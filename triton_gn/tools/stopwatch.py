@@ -1,4 +1,4 @@
-"""The stopwatch of the tuner and of the benchmarks: GPU time per call, without the host's."""
+"""Measure GPU time per call without host time, for the tuner and the benchmarks."""
 
 import math
 import statistics
@@ -13,16 +13,16 @@ Call = Callable[[], object]
 
 _WARM_UPS = 3
 _FLUSH_BYTES = 256 * 2**20  # at least: as much as the last-level cache of an MI300X
-_WARM_MS = 0.5  # of calls in one graph: far above an event's resolution and a graph's launch
-_MAX_CALLS = 200  # in one graph
+_WARM_MS = 0.5  # calls in one graph: far above an event's resolution and a graph's launch
+_MAX_CALLS = 200  # per graph
 _HOST_CALLS = 100
 
 
 @dataclass(frozen=True)
 class Times:
-    """Milliseconds of one call: the median, and between which the middle 60 % of the rounds lie.
+    """Milliseconds of one call: the median and the range of the middle 60 % of the rounds.
 
-    ``graphed``: False where the call cannot be captured, so that the host's time may be in it.
+    ``graphed`` is False if the call cannot be captured; the time may then include the host's.
     """
 
     p20: float
@@ -32,7 +32,7 @@ class Times:
 
 
 def protocol(cold: bool) -> str:
-    """What ``measure`` does, in words, for the records."""
+    """Describe what ``measure`` does, for the records."""
     state = (
         "before each replay of one call a write of twice the L2 cache, at least 256 MiB"
         if cold
@@ -53,15 +53,14 @@ def measure(
     max_rounds: int = 200,
     budget_ms: float = 100.0,
 ) -> list[Times]:
-    """GPU time of each call, as ``protocol(cold)`` says.
+    """Measure the GPU time of each call as ``protocol(cold)`` describes.
 
     Args:
-        calls: each launches the same work whenever it is called.
+        calls: functions that launch the same work at every call.
         device: the GPU that they launch on.
-        cold: whether L2 holds nothing of a call's operands when it starts, or else what the same
-            call has left there.
-        min_rounds: how often each call is timed at the least.
-        max_rounds: and at the most.
+        cold: whether L2 is flushed before each call; otherwise the same call has just run.
+        min_rounds: lower bound of the number of rounds.
+        max_rounds: upper bound of it.
         budget_ms: GPU time to spend on each call, within these bounds.
 
     Raises:
@@ -75,24 +74,24 @@ def measure(
     with torch.cuda.device(device):
         replays = [_captured(call, 1) if cold else _repeated(call) for call in calls]
         prepare = _flush(device) if cold else _Replay.start
-        _, sample = _rounds(replays, prepare, 2)  # the first pays for much that comes but once
+        _, sample = _rounds(replays, prepare, 2)  # the first round includes one-time costs
         rounds = int(budget_ms * len(calls) / sum(sample))
         times = _rounds(replays, prepare, max(min_rounds, min(max_rounds, rounds)))
     return [
-        summary([ms / replay.calls for ms in of_one], replay.graphed)
-        for replay, of_one in zip(replays, zip(*times, strict=True), strict=True)
+        summary([ms / replay.calls for ms in rounds_of_call], replay.graphed)
+        for replay, rounds_of_call in zip(replays, zip(*times, strict=True), strict=True)
     ]
 
 
 def summary(milliseconds: Iterable[float], graphed: bool = True) -> Times:
-    """The percentiles of at least two rounds."""
+    """Return the percentiles of at least two rounds."""
     deciles = statistics.quantiles(milliseconds, n=10, method="inclusive")
     return Times(deciles[1], deciles[4], deciles[7], graphed)
 
 
 @dataclass(frozen=True)
 class _Replay:
-    """So many calls in a row, ready to start."""
+    """A number of calls in a row, ready to start."""
 
     run: Call
     calls: int
@@ -103,7 +102,10 @@ class _Replay:
 
 
 def _captured(call: Call, count: int) -> _Replay:
-    """The calls as a CUDA graph; where that fails, but for want of memory, as they are."""
+    """Capture the calls in a CUDA graph; if that fails, replay them without one.
+
+    Running out of memory is raised.
+    """
 
     def repeat(count: int) -> None:
         for _ in range(count):
@@ -119,8 +121,8 @@ def _captured(call: Call, count: int) -> _Replay:
         with torch.cuda.graph(graph, stream=side):
             repeat(count)
     except RuntimeError as error:
-        torch.cuda.set_stream(current)  # torch.cuda.graph stays on its own when a capture fails
-        for cause in (error, error.__context__):  # the end of the capture fails as well
+        torch.cuda.set_stream(current)  # a failed capture leaves its own stream current
+        for cause in (error, error.__context__):  # ending the capture raises as well
             if isinstance(cause, torch.OutOfMemoryError):
                 raise cause from None
         return _Replay(partial(repeat, count), count, graphed=False)
@@ -128,7 +130,7 @@ def _captured(call: Call, count: int) -> _Replay:
 
 
 def _repeated(call: Call) -> _Replay:
-    """As many calls as take long enough for the events' resolution not to matter."""
+    """Repeat a call until the resolution of events does not matter."""
     once = _captured(call, 1)
     *_, (ms,) = _rounds([once], _Replay.start, 3)
     count = max(1, min(_MAX_CALLS, math.ceil(_WARM_MS / ms)))
@@ -136,7 +138,7 @@ def _repeated(call: Call) -> _Replay:
 
 
 def _flush(device: torch.device) -> Callable[[_Replay], object]:
-    """What empties L2 of operands: it holds written lines instead, as after another layer."""
+    """Return a function that evicts operands from L2, as another layer's output would."""
     size = max(_FLUSH_BYTES, 2 * torch.cuda.get_device_properties(device).L2_cache_size)
     buffer = torch.empty(size, dtype=torch.int8, device=device)
     return lambda _: buffer.zero_()
@@ -145,9 +147,9 @@ def _flush(device: torch.device) -> Callable[[_Replay], object]:
 def _rounds(
     replays: Sequence[_Replay], prepare: Callable[[_Replay], object], rounds: int
 ) -> list[list[float]]:
-    """Milliseconds of each replay in each round; taking turns, all drift alike.
+    """Return the milliseconds of each replay in each round; in turns, so that all drift alike.
 
-    What comes before each replay keeps the GPU busy until the host has queued it and its events.
+    ``prepare`` keeps the GPU busy until the host has queued the replay and its events.
     """
 
     def timed(replay: _Replay) -> tuple[torch.cuda.Event, torch.cuda.Event]:
@@ -160,11 +162,11 @@ def _rounds(
 
     events = [[timed(replay) for replay in replays] for _ in range(rounds)]
     torch.cuda.synchronize()
-    return [[start.elapsed_time(end) for start, end in one] for one in events]
+    return [[start.elapsed_time(end) for start, end in pairs] for pairs in events]
 
 
 def host_us(call: Call) -> float:
-    """Median microseconds until the call returns, when no work waits on the GPU."""
+    """Return the median microseconds until a call returns while the GPU is idle."""
     times = []
     for _ in range(_WARM_UPS + _HOST_CALLS):
         if torch.cuda.is_initialized():
@@ -176,7 +178,7 @@ def host_us(call: Call) -> float:
 
 
 def peak_bytes(call: Call, device: torch.device) -> int:
-    """The most that a call allocates on a GPU through PyTorch, above what was there before it."""
+    """Return the peak memory that a call allocates on a GPU through PyTorch."""
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)

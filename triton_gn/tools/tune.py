@@ -1,9 +1,9 @@
-"""``python -m triton_gn tune``: time plans on this GPU and keep those that beat the rule.
+"""Time plans on this GPU and keep those that beat the default config in a table.
 
-For each problem, the plans that the model of ``triton_gn.plan`` holds for good are checked against
-float64 and timed side by side, with a cold L2. The fastest of many is partly luck: so it races the
-rule's own plan again, and is kept only where its median is shorter by more than the noise, which is
-the widest of their ranges from the 20th to the 80th percentile.
+For each problem, the configs that the cost model ranks highest are verified against float64 and
+timed side by side with a cold L2. The fastest of many is partly luck, so it is timed once more
+against the default config. It is kept only if its median is shorter by more than the noise: the
+wider of the two ranges from the 20th to the 80th percentile.
 """
 
 import argparse
@@ -44,44 +44,45 @@ from triton_gn.plan.planner import forget_plans
 from triton_gn.plan.table import Entry
 from triton_gn.tools import stopwatch, workloads
 from triton_gn.tools.stopwatch import Times
-from triton_gn.tools.verify import Trial
+from triton_gn.tools.verify import Verifier
 from triton_gn.tools.workloads import DIRECTIONS, Workload
 
-Stopwatch = Callable[..., Sequence[Times]]  # ``timing.measure``, or one with its signature
+Stopwatch = Callable[..., Sequence[Times]]  # ``stopwatch.measure``, or a stand-in for it
 
-_SLOWDOWN = 3.0  # over the model's best, by the model: slower plans are not tried
-_SAME_RUN = ("driver", "torch", "triton", "triton_gn")  # of a provenance: else timed again
+_SLOWDOWN = 3.0  # predicted time over the best prediction: slower plans are not tried
+# provenance of a time that need not be taken again
+_SAME_RUN = ("driver", "torch", "triton", "triton_gn")
 _NO_GPU = """\
 tune: kernels are timed on a GPU, but torch.cuda.is_available() is False here.
-What the compiler and the model say of plans takes none, for the rule's own and for all of them:
+The default config and all candidates can be compiled and predicted without one:
   python -m triton_gn inspect --target sm_90 --shape 2x320x64x64 --groups 32
   python -m perf sweep --target sm_90 --shape 2x320x64x64 --groups 32
 """
 
 
 class TuneError(Exception):
-    """Why a problem cannot be tuned for."""
+    """The reason why a problem cannot be tuned for."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What came out for a problem."""
+    """The outcome of tuning for a problem."""
 
     name: str
     entry: Entry
-    timed: int  # plans
-    faults: Mapping[Config, str]  # of the plans that were not timed
+    timed: int  # number of plans
+    faults: Mapping[Config, str]  # why the other plans were not timed
 
     @property
     def plan(self) -> str:
-        """The plan that is kept, by its fields."""
+        """Fields of the config that is kept."""
         config = self.entry.config
-        return "the rule's" if config is None else " ".join(f"{k}={v}" for k, v in config.items())
+        return "the default" if config is None else " ".join(f"{k}={v}" for k, v in config.items())
 
     @property
     def gain(self) -> str:
-        """How many times as fast as the rule's it is."""
-        return f"{self.entry.rule_us / self.entry.best_us:.2f}x"
+        """Speed-up over the default config."""
+        return f"{self.entry.default_us / self.entry.best_us:.2f}x"
 
     def __str__(self) -> str:
         entry = self.entry
@@ -93,22 +94,24 @@ class Result:
             if fault.startswith("wrong")
         )
         return (
-            f"{self.name}: rule {entry.rule_us:.1f} us, best {entry.best_us:.1f} us ({self.gain}), "
-            f"{self.plan} ({self.timed} timed{dropped})" + "".join(wrong)
+            f"{self.name}: default {entry.default_us:.1f} us, best {entry.best_us:.1f} us "
+            f"({self.gain}), {self.plan} ({self.timed} timed{dropped})" + "".join(wrong)
         )
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of ``python -m triton_gn tune``."""
-    which = workloads.add_arguments(parser, direction="both")
-    which.add_argument(
+    """Add the flags of ``python -m triton_gn tune``."""
+    source = workloads.add_arguments(parser, direction="both")
+    source.add_argument(
         "--model",
         metavar="MODULE:FACTORY",
-        help="what a model's layers need: FACTORY() gives it and its arguments, a tuple or a dict",
+        help="the layers of a model: FACTORY() returns it and its arguments, a tuple or a dict",
     )
-    parser.add_argument("--retune", action="store_true", help="time anew what the table has")
     parser.add_argument(
-        "--candidates", type=int, default=24, metavar="N", help="plans to time, at most (24)"
+        "--retune", action="store_true", help="time problems again that the table has"
+    )
+    parser.add_argument(
+        "--candidates", type=int, default=24, metavar="N", help="most plans to time (24)"
     )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="default: the user's cache")
 
@@ -118,20 +121,20 @@ def run(
     device: torch.device | None = None,
     stopwatch: Stopwatch = stopwatch.measure,
 ) -> int:
-    """Tune for what the flags name, and write each result to the GPU's table at once.
+    """Tune for the problems of the flags and write each result to the GPU's table at once.
 
     Args:
-        options: the flags of ``add_arguments``, parsed.
-        device: the current GPU, unless given.
-        stopwatch: what takes the times.
+        options: the parsed flags of ``add_arguments``.
+        device: the GPU; None for the current one.
+        stopwatch: the function that takes the times.
 
     Returns:
         The exit status: 0 if the table has all problems, 1 if some could not be tuned for, 2
-        without a GPU, 130 after Ctrl-C, which leaves what was finished in the table.
+        without a GPU, 130 after Ctrl-C; finished problems stay in the table.
 
     Raises:
         OSError: a file cannot be read or written.
-        ValueError: the flags name nothing.
+        ValueError: the flags name no problem.
     """
     if device is None:
         if not torch.cuda.is_available():
@@ -157,7 +160,7 @@ def run(
     except KeyboardInterrupt:
         console.print(
             f"Interrupted: {len(results)} of {len(jobs)} problems are done, and in {path}. "
-            "The same command, without --retune, goes on from there."
+            "Run the same command without --retune to resume."
         )
         return 130
     console.print(_table(results))
@@ -165,14 +168,16 @@ def run(
 
 
 def _results(
-    jobs: Mapping[Problem, Workload], tune_for: Callable[[Workload, str], Result], console: Console
+    jobs: Mapping[Problem, Workload],
+    tune_for: Callable[[Workload, Problem], Result],
+    console: Console,
 ) -> Iterator[Result]:
-    """Of all problems that can be tuned for, under a bar that tells the time left."""
+    """Yield the results of all problems that can be tuned for, under a progress bar."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
         for problem, workload in progress.track(jobs.items(), description="tuning"):
             try:
-                result = tune_for(workload, problem.direction)
+                result = tune_for(workload, problem)
             except (TuneError, torch.OutOfMemoryError) as error:
                 console.print(f"{workload.name} {problem.direction}: not tuned: {error}")
             else:
@@ -181,56 +186,56 @@ def _results(
 
 def _table(results: Iterable[Result]) -> Table:
     table = Table("problem", title="median us, cold (warm)")
-    for column in ("rule", "best", "gain"):
+    for column in ("default", "best", "gain"):
         table.add_column(column, justify="right")
     table.add_column("plan")
-    for one in results:
-        entry = one.entry
-        rule = f"{entry.rule_us:.1f} ({entry.warm_rule_us:.1f})"
+    for result in results:
+        entry = result.entry
+        default = f"{entry.default_us:.1f} ({entry.warm_default_us:.1f})"
         best = f"{entry.best_us:.1f} ({entry.warm_best_us:.1f})"
-        table.add_row(one.name, rule, best, one.gain, one.plan)
+        table.add_row(result.name, default, best, result.gain, result.plan)
     return table
 
 
 def tune(
     workload: Workload,
-    direction: str,
+    problem: Problem,
     device: torch.device,
     stopwatch: Stopwatch,
     most: int,
     origin: Mapping[str, str],
 ) -> Result:
-    """Time at most so many plans of a problem and say which is the best.
+    """Time plans of a problem and return the best.
 
     Args:
-        workload: what poses the problem.
-        direction: "forward" or "backward".
+        workload: a workload that has the problem.
+        problem: the problem of its forward or backward.
         device: a GPU.
-        stopwatch: what takes the times.
-        most: how many plans to time, the rule's own included.
+        stopwatch: the function that takes the times.
+        most: the number of plans to time, the default config included.
         origin: ``provenance`` of the times.
 
     Raises:
-        TuneError: the rule's own plan does not run or gives a wrong answer.
+        TuneError: the default config does not run or gives a wrong answer.
         torch.OutOfMemoryError: the operands, or their answer in float64, do not fit.
     """
-    problem, trial, gpu = workload.problem(direction), Trial(workload, device), gpu_of(device)
-    rule, *others = shortlist(problem, gpu, most)
-    fault = _fault(trial, direction, rule, may_spill=True)
+    verifier, gpu, direction = Verifier(workload, device), gpu_of(device), problem.direction
+    default, *others = shortlist(problem, gpu, most)
+    fault = _fault(verifier, direction, default, may_spill=True)
     if fault is not None:
-        raise TuneError(f"the rule's own plan {fields_of(rule)} {fault}")
-    faults = {config: fault for config in others if (fault := _fault(trial, direction, config))}
+        raise TuneError(f"the default config {fields_of(default)} {fault}")
+    faults = {config: fault for config in others if (fault := _fault(verifier, direction, config))}
 
     def times(configs: Iterable[Config], cold: bool) -> Sequence[Times]:
-        calls = [partial(trial.run, direction, config) for config in configs]
+        calls = [partial(verifier.run, direction, config) for config in configs]
         return stopwatch(calls, device, cold=cold)
 
-    right = [rule, *(config for config in others if config not in faults)]
-    medians = [one.p50 for one in times(right, cold=True)]
+    right = [default, *(config for config in others if config not in faults)]
+    medians = [time.p50 for time in times(right, cold=True)]
     best = right[medians.index(min(medians))]
-    finalists = list(dict.fromkeys((rule, best)))
+    finalists = list(dict.fromkeys((default, best)))
     cold, warm = times(finalists, cold=True), times(finalists, cold=False)
-    noise = max(one.p80 - one.p20 for one in cold)
+    noise = max(time.p80 - time.p20 for time in cold)
     winner = min(range(len(cold)), key=lambda i: cold[i].p50)
     if cold[0].p50 - cold[winner].p50 <= noise:
         winner = 0
@@ -243,50 +248,52 @@ def tune(
 
 
 def shortlist(problem: Problem, gpu: Device, most: int) -> list[Config]:
-    """At most so many plans to time: the rule's, then the best by the model of each strategy in
-    turn, as long as they are not much slower than the best of all."""
-    found = candidates(problem, gpu)
-    us = [estimate(problem, config, gpu).us for config in found]
-    near = [config for config, one in zip(found, us, strict=True) if one <= _SLOWDOWN * us[0]]
+    """Return at most ``most`` plans to time: the default config, then the strategies in turn.
+
+    Each strategy's plans are in the order of the cost model. Plans that it ranks far behind the
+    best of all are left out.
+    """
+    ranked = candidates(problem, gpu)
+    limit = _SLOWDOWN * estimate(problem, ranked[0], gpu).us
     by_strategy: dict[str, list[Config]] = {}
-    for config in near:
+    for config in itertools.takewhile(lambda c: estimate(problem, c, gpu).us <= limit, ranked):
         by_strategy.setdefault(config.strategy, []).append(config)
     in_turn = itertools.chain.from_iterable(itertools.zip_longest(*by_strategy.values()))
     plans = (heuristic_plan(problem, gpu), *filter(None, in_turn))
     return list(dict.fromkeys(plans))[:most]
 
 
-def _fault(trial: Trial, direction: str, config: Config, may_spill: bool = False) -> str | None:
-    """Why not to time a plan; None if its answer is right."""
+def _fault(
+    verifier: Verifier, direction: str, config: Config, may_spill: bool = False
+) -> str | None:
+    """Return why a plan is not timed; None if its answer is right."""
     try:
-        wrong = trial.check(direction, config)
-        spills = not may_spill and trial.spills(direction, config) > 0
-    except Exception as error:  # whatever the compiler or the driver has against it
+        fault = verifier.check(direction, config)
+        spills = not may_spill and verifier.spills(direction, config) > 0
+    except Exception as error:  # the compiler's or the driver's
         return f"failed: {error}"
-    if wrong is not None:
-        return f"wrong: {wrong}"
-    return "spilled" if spills else None
+    return fault or ("spilled" if spills else None)
 
 
 def merge(path: Path, gpu: Device, entries: Iterable[Entry]) -> list[Entry]:
-    """Add entries to a table, in place of older ones of the same problems, and plan by it from now
-    on; return all that it has.
+    """Add entries to a table, replacing those of the same problems; return all its entries.
 
-    Whoever reads it sees a whole file at any time, and of several processes none loses what another
-    has added. A file that is no table of this GPU is moved aside, to "<name>.refused".
+    This process plans by the new table from then on. Readers always see a whole file, and no
+    process loses the entries of another. A file that is no table of this GPU is renamed to
+    "<name>.refused".
 
     Raises:
         OSError: the folder or the file cannot be written.
-        ValueError: the table would be larger than what is read.
+        ValueError: the table would be too large to be read.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_name(f"{path.name}.lock")):
         merged = {entry.problem: entry for entry in (*_entries_in(path, gpu), *entries)}
-        text = table.text_of(gpu, merged.values(), {"written_by": "python -m triton_gn tune"})
-        if len(merged) > table.MAX_ENTRIES or len(text) > table.MAX_BYTES:
+        text = table.text_of(gpu, merged.values())
+        if len(text) > table.MAX_BYTES:
             raise ValueError(
-                f"a table holds {table.MAX_ENTRIES} entries in {table.MAX_BYTES} bytes at most; "
-                f"got {len(merged)} in {len(text)}. Move {path} away to begin another."
+                f"a table may have at most {table.MAX_BYTES} bytes; got {len(text)} for "
+                f"{len(merged)} entries. Move {path} away to begin another."
             )
         temporary = path.with_name(f"{path.name}.tmp")
         with temporary.open("w") as file:
@@ -310,9 +317,9 @@ def _entries_in(path: Path, gpu: Device) -> list[Entry]:
 
 
 def provenance() -> dict[str, str]:
-    """Where times of this process come from."""
+    """Return the versions, the commit and the protocol behind the times of this process."""
     package = Path(triton_gn.__file__).parent
-    is_checkout = (package.parent / ".git").exists()  # and not some repository around site-packages
+    is_checkout = (package.parent / ".git").exists()  # not a repository around site-packages
     driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
         "driver": driver.partition("\n")[0],
@@ -327,7 +334,7 @@ def provenance() -> dict[str, str]:
 
 
 def output_of(*command: str) -> str:
-    """What a command prints; nothing where it cannot run."""
+    """Return what a command prints; empty if it cannot run."""
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
@@ -335,7 +342,7 @@ def output_of(*command: str) -> str:
 
 
 def _jobs(options: argparse.Namespace) -> dict[Problem, Workload]:
-    """What to tune for, and what poses it."""
+    """Return the problems to tune for, each with a workload that has it."""
     if options.candidates < 2:
         raise ValueError(f"--candidates must be at least 2; got {options.candidates}.")
     pairs: Iterable[tuple[Workload, str]]
@@ -344,11 +351,11 @@ def _jobs(options: argparse.Namespace) -> dict[Problem, Workload]:
     else:
         pairs = [(_workload_of(problem), problem.direction) for problem in met_by(options.model)]
     wanted = workloads.directions_of(options)
-    return {one.problem(direction): one for one, direction in pairs if direction in wanted}
+    return {w.problem(direction): w for w, direction in pairs if direction in wanted}
 
 
 def _workload_of(problem: Problem) -> Workload:
-    """One with a single spatial size, which is the same to the kernels."""
+    """Return a workload of one spatial size, which the kernels cannot tell from several."""
     layout = "channels_last" if problem.channels_last else "contiguous"
     return Workload(
         f"{problem.n}x{problem.channels}x{problem.pixels}", problem.n, problem.channels,
@@ -358,15 +365,16 @@ def _workload_of(problem: Problem) -> Workload:
 
 
 def met_by(factory: str) -> list[Problem]:
-    """The problems that the kernels meet in a model's forward and, where its outputs can be
-    differentiated, in its backward from their sum.
+    """Run a model and return the problems of its GroupNorm kernels.
+
+    If outputs require gradients, the backward of their sum runs too.
 
     Args:
-        factory: "module:function", found from the current folder; without arguments it gives the
-            model and its arguments, a tuple or a dict.
+        factory: "module:function" in the Python path or the current folder. The function takes no
+            arguments and returns the model and its arguments, a tuple or a dict.
 
     Raises:
-        ValueError: there is none, or its model runs no kernel.
+        ValueError: there is no such function, or its model runs no kernel.
     """
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())

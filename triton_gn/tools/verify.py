@@ -1,6 +1,6 @@
-"""A workload put to the test: the launches of its plans, their right answers, how far off they are.
+"""Verify plans: run the kernels of a workload and compare their answers with float64.
 
-Nothing is timed here; what is timed elsewhere should have passed ``Trial.check``.
+Nothing is timed here. A plan that is timed elsewhere should have passed ``Verifier.check``.
 """
 
 import functools
@@ -18,24 +18,24 @@ from triton_gn.reference import Operands, compute_dtype
 from triton_gn.tools.workloads import Workload
 
 EPS = 1e-5
-# what sums of many terms may lose in float32 and in float64; tests/kernels asks for ten times less
+# relative loss of a sum of many terms; tests/kernels allows a tenth of it
 _ARITHMETIC = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 
 def tolerance(result: Tensor, x: Tensor) -> float:
-    """The error that rounding explains, over the largest value.
+    """Return the error that rounding explains, relative to the largest value.
 
-    Half an eps of its dtype for the result's own rounding, as much again to spare, and what the
-    arithmetic on x loses.
+    This is half an eps of the result's dtype for its own rounding, another half to spare, and the
+    loss of the arithmetic on x.
     """
     return torch.finfo(result.dtype).eps + _ARITHMETIC[compute_dtype(x)]
 
 
 def errors_of(outputs: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, float]:
-    """Of each output the largest error over the largest expected value; inf if it holds a NaN.
+    """Return each output's largest error over its largest expected value; inf if it holds a NaN.
 
-    pre_add's gradient is a sum whose terms, of x's gradient, cancel: there it is the largest sum of
-    their sizes.
+    The gradient of pre_add is a sum of dx whose terms cancel. Its error is relative to the largest
+    sum of their absolute values.
     """
 
     def error(name: str) -> float:
@@ -50,19 +50,31 @@ def errors_of(outputs: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
     return {name: error(name) for name in expected}
 
 
-def error_of(outputs: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
-    """The largest of ``errors_of``."""
-    return max(errors_of(outputs, expected).values())
+def fault_of(
+    errors: Mapping[str, float], outputs: Mapping[str, Tensor], x: Tensor, roundings: int = 1
+) -> str | None:
+    """Say which output is wrong; None if rounding explains all errors.
+
+    ``roundings`` allows for intermediate results that are rounded to x's dtype.
+    """
+    for name, error in errors.items():
+        limit = tolerance(outputs[name], x) + (roundings - 1) * tolerance(x, x)
+        if not error <= limit:
+            return (
+                f"wrong: {name} is off by {error:.1e} of its largest value, and rounding explains "
+                f"{limit:.1e}"
+            )
+    return None
 
 
-class Trial:
+class Verifier:
     """Random operands of a workload, and outputs that any of its plans can be run into.
 
-    ``operands`` and ``dy`` are what its runs read. Nothing is cut into parts: while a right answer
-    is worked out in float64, it takes some ten times the 8 bytes that x then has per element.
+    ``operands`` and ``dy`` are the inputs of its runs. The float64 answer of the whole problem
+    takes some ten times the 8 bytes that x then has per element.
 
     Args:
-        workload: what to try.
+        workload: the workload to verify.
         device: a GPU, or under TRITON_INTERPRET=1 the CPU.
     """
 
@@ -75,21 +87,21 @@ class Trial:
         self._expected: dict[str, dict[str, Tensor]] = {}
 
     def outputs(self, direction: str) -> dict[str, Tensor]:
-        """What ``run`` fills: y, or the gradients by the names of their operands."""
+        """Return the tensors that ``run`` fills: y, or the gradients by name of their operand."""
         if direction not in self._outputs:
-            given = self._given(direction)
+            operands = self._kernel_operands(direction)
             self._outputs[direction] = (
-                {"y": layout.empty_like(given.x)}
+                {"y": layout.empty_like(operands.x)}
                 if direction == "forward"
-                else autograd.empty_gradients(given, [t is not None for t in given])
+                else autograd.empty_gradients(operands, [t is not None for t in operands])
             )
         return self._outputs[direction]
 
     def expected(self, direction: str) -> dict[str, Tensor]:
-        """What they should hold: the formulas in float64, on the operands' device."""
+        """Return the right outputs: the formulas in float64, on the operands' device."""
         if direction not in self._expected:
-            given = self._given(direction)
-            exact = Operands._make(None if t is None else t.double() for t in given)
+            operands = self._kernel_operands(direction)
+            exact = Operands._make(None if t is None else t.double() for t in operands)
             groups, activation = self.workload.groups, self.workload.activation
             if direction == "forward":
                 answers = [reference.group_norm(exact, groups, EPS, activation)]
@@ -100,51 +112,41 @@ class Trial:
         return self._expected[direction]
 
     def run(self, direction: str, config: Config | None = None) -> None:
-        """Launch the kernels of a plan; of the one that a call in this thread takes, without."""
+        """Launch the kernels of a plan, or of the plan that a call in this thread takes."""
         if direction == "forward":
             self._forward(self._stats, config)
             return
-        given, grads = self._given(direction), self.outputs(direction)
-        launcher.backward(given, self._call, self.dy, self._kept_stats, grads, config=config)
+        operands, grads = self._kernel_operands(direction), self.outputs(direction)
+        launcher.backward(operands, self._call, self.dy, self._forward_stats, grads, config=config)
 
     def errors(self, direction: str, config: Config | None = None) -> dict[str, float]:
-        """Of each output, as ``errors_of``; inf as well where an element is not written."""
+        """Run a plan and return ``errors_of`` its outputs; inf if an element is not written."""
         for output in self.outputs(direction).values():
             output.fill_(math.nan)
         self.run(direction, config)
         return errors_of(self.outputs(direction), self.expected(direction))
 
-    def error(self, direction: str, config: Config | None = None) -> float:
-        """The largest of ``errors``."""
-        return max(self.errors(direction, config).values())
-
     def check(self, direction: str, config: Config | None = None) -> str | None:
-        """How the answer is wrong; None if it is right."""
-        for name, error in self.errors(direction, config).items():
-            limit = tolerance(self.outputs(direction)[name], self.operands.x)
-            if error > limit:
-                return (
-                    f"{name} is off by {error:.1e} of its largest value, and rounding explains "
-                    f"{limit:.1e}"
-                )
-        return None
+        """Run a plan and return ``fault_of`` its outputs."""
+        errors = self.errors(direction, config)
+        return fault_of(errors, self.outputs(direction), self.operands.x)
 
     def spills(self, direction: str, config: Config | None = None) -> int:
-        """Registers of a thread that kernels spill to memory; 0 where nothing is compiled."""
+        """Return the registers of a thread that kernels spill; 0 where nothing is compiled."""
         with launcher.recording() as calls:
             self.run(direction, config)
         nvidia = self.dy.is_cuda and torch.version.hip is None
         kernels = [
-            one.kernel.warmup(
-                grid=(one.grid,), **one.arguments_on(nvidia), **one.options(nvidia)
-            )  # compiled by the run: this finds it
+            launch.kernel.warmup(
+                grid=(launch.grid,), **launch.arguments_on(nvidia), **launch.options(nvidia)
+            )  # the run has compiled it: this is a look-up
             for call in calls
-            for one in call.launches
+            for launch in call.launches
         ]
         return sum(getattr(kernel, "n_spills", 0) for kernel in kernels)
 
-    def _given(self, direction: str) -> Operands:
-        return self.workload.given(self.operands, direction)
+    def _kernel_operands(self, direction: str) -> Operands:
+        return self.workload.kernel_operands(self.operands, direction)
 
     def _forward(self, stats: Tensor, config: Config | None) -> None:
         y = self.outputs("forward")["y"]
@@ -156,8 +158,8 @@ class Trial:
         return Call(workload.groups, EPS, workload.activation, y_dtype, settings.current())
 
     @functools.cached_property
-    def _kept_stats(self) -> Tensor:
-        """What the backward reads: not the last forward's, whose plan may be a wrong one."""
+    def _forward_stats(self) -> Tensor:
+        """Statistics for the backward, from a plan that is not under test."""
         stats = torch.empty_like(self._stats)
         self._forward(stats, None)
         return stats

@@ -1,4 +1,4 @@
-"""Problems in words: a shape on a command line, a file of the layers of real models."""
+"""Workloads: one GroupNorm layer each, named on a command line or in a file of real models."""
 
 import argparse
 import csv
@@ -23,20 +23,20 @@ DTYPES = {
 LAYOUTS = ("contiguous", "channels_last")
 DIRECTIONS = ("forward", "backward")
 FUSED = ("scale", "shift", "pre_add", "residual")
-# what the columns of a file mean
+# operands that the values of a CSV column stand for
 _SCALE_SHIFT = {"": (), "per_channel": ("scale", "shift"), "per_element": ()}
 _RESIDUAL = {"": (), "after": ("residual",), "before_per_channel": ("pre_add",)}
 
 
 @dataclass(frozen=True)
 class Workload:
-    """One GroupNorm layer with what is fused into it.
+    """One GroupNorm layer and its fused operands.
 
     ``spatial`` excludes n and channels; channels_last means channels innermost in any rank.
-    ``core``: whether it belongs to the small set that covers every regime.
+    ``core`` marks the small set of workloads that covers every regime.
 
     Raises:
-        ValueError: no such problem.
+        ValueError: there is no such problem.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Workload:
     groups: int
     spatial: tuple[int, ...]
     dtype: str = "bfloat16"
-    param_dtype: str = ""  # the input's, unless given
+    param_dtype: str = ""  # default: the input's
     layout: str = "contiguous"
     activation: str = "none"
     fused: tuple[str, ...] = ()
@@ -72,28 +72,32 @@ class Workload:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The input's: (n, channels, *spatial)."""
+        """Shape of the input: (n, channels, *spatial)."""
         return self.n, self.channels, *self.spatial
 
     @property
     def shape_text(self) -> str:
-        """As ``parse_shape`` takes it: "2x320x64x64"."""
+        """Shape as ``parse_shape`` reads it: "2x320x64x64"."""
         return "x".join(map(str, self.shape))
 
     def problem(self, direction: str) -> Problem:
-        """What its forward or backward launches have to solve."""
-        operands = self.given(self.operands("meta"), direction)
+        """Return the problem of its forward or backward launches."""
+        operands = self.kernel_operands(self.operands("meta"), direction)
         return launches.problem_of(direction, operands, self.groups, self.activation)
 
-    def given(self, operands: Operands, direction: str) -> Operands:
-        """What the kernels of a direction are given of its operands: without an activation, the
-        residual's gradient is dy itself."""
-        keep = direction == "forward" or self.activation != "none"
-        return operands if keep else operands._replace(residual=None)
+    def kernel_operands(self, operands: Operands, direction: str) -> Operands:
+        """Return the operands that the kernels of a direction take.
+
+        Without an activation the residual's gradient is dy: the backward kernels take no residual.
+        """
+        takes_residual = direction == "forward" or self.activation != "none"
+        return operands if takes_residual else operands._replace(residual=None)
 
     def operands(self, device: str | torch.device, seed: int = 0) -> Operands:
-        """Random operands on a device, or on "meta" their shapes alone: x and what is per sample
-        standard normal, weight around 1, bias around 0."""
+        """Return random operands on a device; on "meta" they have shapes only.
+
+        Weight is around 1, bias around 0, all others are standard normal.
+        """
         dtype, param_dtype = DTYPES[self.dtype], DTYPES[self.param_dtype]
         generator = None
         if torch.device(device).type != "meta":
@@ -123,10 +127,10 @@ class Workload:
 
 
 def parse_shape(text: str) -> tuple[int, ...]:
-    """Sizes from "2x320x64x64": n, channels, then any number of spatial sizes.
+    """Parse "2x320x64x64": n, channels, then any number of spatial sizes.
 
     Raises:
-        ValueError: something else.
+        ValueError: the text is no shape.
     """
     sizes = text.lower().split("x")
     if len(sizes) < 2 or not all(size.isascii() and size.isdigit() for size in sizes):
@@ -135,22 +139,22 @@ def parse_shape(text: str) -> tuple[int, ...]:
 
 
 def read(path: Path) -> Iterator[Workload]:
-    """The workloads of a CSV file with the columns of ``perf/workloads.csv``.
+    """Read the workloads of a CSV file with the columns of ``perf/workloads.csv``.
 
-    Needed are n, channels, groups and spatial ("64x64", empty for none). A modulation per element
-    is outside GroupNorm's formula: such a layer is taken without it.
+    The columns n, channels, groups and spatial ("64x64" or empty) are required. A modulation per
+    element is outside GroupNorm's formula and is left out.
 
     Raises:
-        OSError: no such file.
-        ValueError: a row that is no workload, with its number.
+        OSError: the file cannot be read.
+        ValueError: a row is no workload; the message has its number.
     """
     with path.open(newline="") as file:
         for number, row in enumerate(csv.DictReader(file), start=2):
             try:
                 yield _from_row(row, f"row {number}")
             except (KeyError, ValueError) as error:
-                what = f"no column {error}" if isinstance(error, KeyError) else error
-                raise ValueError(f"{path}, line {number}: {what}") from error
+                reason = f"no column {error}" if isinstance(error, KeyError) else error
+                raise ValueError(f"{path}, line {number}: {reason}") from error
 
 
 def _from_row(row: dict[str, str], name: str) -> Workload:
@@ -178,13 +182,13 @@ def _from_row(row: dict[str, str], name: str) -> Workload:
 
 
 def add_arguments(parser: argparse.ArgumentParser, direction: str) -> Any:
-    """The flags that name problems, and the group of those of which one is needed.
+    """Add the flags that name workloads; return the group of flags that exclude each other.
 
     ``direction`` is the default of ``--direction``.
     """
-    which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--shape", metavar="NxCxHxW", help="one problem, such as 2x320x64x64")
-    which.add_argument(
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--shape", metavar="NxCxHxW", help="one problem, such as 2x320x64x64")
+    source.add_argument(
         "--workloads", type=Path, metavar="FILE", help="CSV with the columns of perf/workloads.csv"
     )
     parser.add_argument("--core", action="store_true", help="of --workloads, only core rows")
@@ -195,22 +199,22 @@ def add_arguments(parser: argparse.ArgumentParser, direction: str) -> Any:
     parser.add_argument("--activation", choices=ACTIVATIONS, default="none")
     parser.add_argument("--fused", default="", metavar="A,B", help=f"some of {','.join(FUSED)}")
     parser.add_argument("--direction", choices=(*DIRECTIONS, "both"), default=direction)
-    return which
+    return source
 
 
 def from_arguments(options: argparse.Namespace) -> list[Workload]:
-    """The problems that the flags of ``add_arguments`` name.
+    """Return the workloads that the flags of ``add_arguments`` name.
 
     Raises:
-        OSError: no such file.
-        ValueError: they name none, or no such problem exists.
+        OSError: the file cannot be read.
+        ValueError: they name none, or there is no such problem.
     """
     if options.workloads is not None:
-        found = [one for one in read(options.workloads) if one.core or not options.core]
-        if not found:
-            which = "core rows" if options.core else "rows"
-            raise ValueError(f"{options.workloads} has no {which}.")
-        return found
+        workloads = [w for w in read(options.workloads) if w.core or not options.core]
+        if not workloads:
+            rows = "core rows" if options.core else "rows"
+            raise ValueError(f"{options.workloads} has no {rows}.")
+        return workloads
     if options.groups is None:
         raise ValueError("--shape needs --groups, such as --groups 32.")
     n, channels, *spatial = parse_shape(options.shape)
@@ -224,5 +228,5 @@ def from_arguments(options: argparse.Namespace) -> list[Workload]:
 
 
 def directions_of(options: argparse.Namespace) -> tuple[str, ...]:
-    """The directions that ``--direction`` asks for."""
+    """Return the directions that ``--direction`` asks for."""
     return DIRECTIONS if options.direction == "both" else (options.direction,)

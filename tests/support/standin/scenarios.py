@@ -195,7 +195,12 @@ def bench() -> None:
         file = Path(folder, "two.csv")
         head = "n,channels,groups,spatial,dtype,core"
         file.write_text(f"{head}\n2,24,3,4x4,float32,yes\n2,24,3,8x8,bfloat16,yes\n")
-        flags = ("--workloads", str(file), "--providers", "triton_gn,triton_gn[split],torch_eager")
+        flags = (
+            "--workloads",
+            str(file),
+            "--implementations",
+            "triton_gn,triton_gn[split],torch_eager",
+        )
         assert main(("bench", *flags, "--out", folder)) == 0
 
 

@@ -1,11 +1,11 @@
-"""Who computes a workload: triton_gn, its peers, and the floors that nobody gets below.
+"""Implementations to time: triton_gn, its peers, and copies and additions at the speed of light.
 
-A peer is called as its users would call it. What it does not fuse runs around it as PyTorch's own
-operations, in x's dtype. Only a call whose answer is right comes out of ``checked``.
+A peer is called as its users call it. Operations that it does not fuse run around it as PyTorch's
+own, in x's dtype. ``checked`` returns only calls whose answers are right.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -24,35 +24,35 @@ from perf.records import OURS
 from triton_gn.ops import dispatch, launcher
 from triton_gn.plan import STRATEGIES, UNVERIFIED, fields_of
 from triton_gn.reference import ACTIVATIONS, Operands
-from triton_gn.tools.verify import EPS, Trial, errors_of, tolerance
+from triton_gn.tools.verify import EPS, Verifier, errors_of, fault_of
 from triton_gn.tools.workloads import Workload
 
 Compute = Callable[[Operands], Tensor]
 Norm = Callable[[Tensor, int, Tensor, Tensor], Tensor]  # x, groups, weight, bias
 
 PARTS = {"forward": ("forward",), "backward": ("backward",), "both": ("forward", "backward")}
-FIXED = STRATEGIES + UNVERIFIED  # strategies that are timed beside what the rule chooses
-_PEER_ROUNDINGS = 8  # after each operation, and of statistics that are kept in x's dtype
-_BLOCK, _BLOCK_WARPS = 4096, 8  # of the floors: four 16-byte accesses a thread
+FIXED = STRATEGIES + UNVERIFIED  # strategies that are timed besides the default config
+_PEER_ROUNDINGS = 8  # one per operation, and those of statistics in x's dtype
+_BLOCK, _BLOCK_WARPS = 4096, 8  # copies and additions: four 16-byte accesses per thread
 
 
 @dataclass(frozen=True)
-class Provider:
-    """One way to compute workloads; ``compute`` makes the function of a workload's operands."""
+class Implementation:
+    """One way to compute workloads; ``compute`` returns a function of a workload's operands."""
 
     name: str
     compute: Callable[[Workload], Compute]
     absent: Callable[[torch.device], str | None]  # why it cannot run on a device
-    roundings: int = _PEER_ROUNDINGS  # how often its answers may be rounded
+    roundings: int = _PEER_ROUNDINGS  # roundings that its answers may have
 
     @property
     def is_fixed(self) -> bool:
-        """Whether it is triton_gn with a strategy that is fixed."""
+        """Return whether it is triton_gn with a fixed strategy."""
         return self.name.startswith(f"{OURS}[")
 
 
 def ours(workload: Workload) -> Compute:
-    """triton_gn as it is."""
+    """Return triton_gn's fused call."""
 
     def compute(operands: Operands) -> Tensor:
         x, weight, bias, *fused = operands
@@ -66,7 +66,7 @@ def ours(workload: Workload) -> Compute:
 
 
 def with_strategy(strategy: str, workload: Workload) -> Compute:
-    """triton_gn, with the strategy of its plans fixed."""
+    """Return triton_gn's fused call with a fixed strategy."""
     compute = ours(workload)
 
     def overridden(operands: Operands) -> Tensor:
@@ -77,7 +77,7 @@ def with_strategy(strategy: str, workload: Workload) -> Compute:
 
 
 def unfused(norm: Norm, workload: Workload) -> Compute:
-    """A plain GroupNorm with the operations before and after it."""
+    """Return a plain GroupNorm with the operations before and after it."""
 
     def compute(operands: Operands) -> Tensor:
         x, weight, bias, scale, shift, pre_add, residual = operands
@@ -100,16 +100,16 @@ def unfused(norm: Norm, workload: Workload) -> Compute:
 
 
 def torchs(x: Tensor, groups: int, weight: Tensor, bias: Tensor) -> Tensor:
-    """PyTorch's, which takes parameters of x's dtype alone: casting them costs the least."""
+    """Call PyTorch's GroupNorm. It takes parameters of x's dtype only; casting them is cheapest."""
     return F.group_norm(x, groups, weight.to(x.dtype), bias.to(x.dtype), EPS)
 
 
 def compiled(workload: Workload) -> Compute:
-    """The same under torch.compile, with all the effort that it can make.
+    """Return the unfused call under torch.compile with max-autotune.
 
-    Not with CUDA graphs: the stopwatch captures every provider's calls itself.
+    The stopwatch captures all calls itself, so torch.compile uses no CUDA graphs.
     """
-    torch.compiler.reset()  # else the limit of recompilations makes later workloads eager
+    torch.compiler.reset()  # beyond the recompile limit later workloads would run eagerly
     torch._functorch.config.donated_buffer = False  # so that a backward can run again
     function = unfused(torchs, workload)
     mode = "max-autotune-no-cudagraphs"
@@ -117,7 +117,7 @@ def compiled(workload: Workload) -> Compute:
 
 
 def ligers(x: Tensor, groups: int, weight: Tensor, bias: Tensor) -> Tensor:
-    """Liger's, on three dimensions: with more, the backward of older versions is out of bounds."""
+    """Call Liger's on three dimensions; with more, older backwards are out of bounds."""
     function = import_module("liger_kernel.ops.group_norm").LigerGroupNormFunction
     flat = x.reshape(*x.shape[:2], -1)
     y: Tensor = function.apply(flat, weight, bias, x.shape[1], groups, EPS)
@@ -125,7 +125,7 @@ def ligers(x: Tensor, groups: int, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 class FlagGemsFunction(torch.autograd.Function):
-    """FlagGems' two operators, which it would otherwise put in place of PyTorch's for everybody."""
+    """FlagGems' operators, without its global replacement of PyTorch's."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, groups: int, weight: Tensor, bias: Tensor) -> Tensor:
@@ -157,16 +157,18 @@ def _not_installed(package: str, device: torch.device) -> str | None:
     return _no_gpu(device)
 
 
-PROVIDERS = (
-    Provider(OURS, ours, _no_kernels, roundings=1),
+IMPLEMENTATIONS = (
+    Implementation(OURS, ours, _no_kernels, roundings=1),
     *(
-        Provider(f"{OURS}[{strategy}]", partial(with_strategy, strategy), _no_kernels, roundings=1)
+        Implementation(
+            f"{OURS}[{strategy}]", partial(with_strategy, strategy), _no_kernels, roundings=1
+        )
         for strategy in FIXED
     ),
-    Provider("torch_eager", partial(unfused, torchs), lambda _: None),
-    Provider("torch_compile", compiled, _no_gpu),
-    Provider("liger", partial(unfused, ligers), partial(_not_installed, "liger_kernel")),
-    Provider(
+    Implementation("torch_eager", partial(unfused, torchs), lambda _: None),
+    Implementation("torch_compile", compiled, _no_gpu),
+    Implementation("liger", partial(unfused, ligers), partial(_not_installed, "liger_kernel")),
+    Implementation(
         "flag_gems",
         partial(unfused, FlagGemsFunction.apply),
         partial(_not_installed, "flag_gems"),
@@ -175,23 +177,22 @@ PROVIDERS = (
 
 
 class Call:
-    """A provider's call for a workload and a direction; each launches the same work.
+    """An implementation's call for a workload and a direction; each call launches the same work.
 
-    "forward" records nothing, "backward" runs on a recorded forward that is kept, "both" is a
-    forward that records and its backward. ``names`` are those of the results: y, and of the
-    gradients those of their operands.
+    "forward" records no gradients, "backward" runs again on a kept forward, "both" is a recording
+    forward and its backward. ``names`` are the results': y, and a gradient's operand.
     """
 
     def __init__(self, compute: Compute, operands: Operands, dy: Tensor, direction: str) -> None:
-        given = {name: t for name, t in operands._asdict().items() if t is not None}
-        leaves = {name: t.detach().requires_grad_() for name, t in given.items()}
+        present = {name: t for name, t in operands._asdict().items() if t is not None}
+        leaves = {name: t.detach().requires_grad_() for name, t in present.items()}
         self._compute, self._operands, self._dy = compute, operands, dy
         self._recording, self._leaves = Operands(**leaves), list(leaves.values())
         self._kept: tuple[torch.cuda.Stream | None, Tensor] | None = None
         self._run: Callable[[], tuple[Tensor, ...]] = getattr(self, f"_{direction}")
         self.names = [
             *["y"] * (direction != "backward"),
-            *(given if direction != "forward" else ()),
+            *(present if direction != "forward" else ()),
         ]
 
     def __call__(self) -> tuple[Tensor, ...]:
@@ -201,8 +202,8 @@ class Call:
         return (self._compute(self._operands),)
 
     def _backward(self) -> tuple[Tensor, ...]:
-        # autograd runs a backward on its forward's stream, which a capture must not leave; what an
-        # earlier capture has used may go, as it is not replayed any more
+        # autograd runs a backward on its forward's stream, and a capture must stay on its own
+        # stream; the forward of an earlier capture is not needed any more
         stream = torch.cuda.current_stream() if self._dy.is_cuda else None
         if self._kept is None or self._kept[0] != stream:
             self._kept = stream, self._compute(self._recording)
@@ -214,51 +215,38 @@ class Call:
 
 
 def checked(
-    provider: Provider, trial: Trial, direction: str, answers: Mapping[str, Tensor]
+    implementation: Implementation, verifier: Verifier, direction: str
 ) -> tuple[Call | None, dict[str, Any]]:
-    """A provider's call, None unless its answer is right, and what a record says of it."""
-    workload = trial.workload
+    """Return an implementation's call, or None if its answer is wrong, and fields of its record."""
+    workload = verifier.workload
+    answers = answers_of(verifier, direction)
     try:
-        call = Call(provider.compute(workload), trial.operands, trial.dy, direction)
-        with launcher.recording() as plans:
+        call = Call(implementation.compute(workload), verifier.operands, verifier.dy, direction)
+        with launcher.recording() as launched:
             results = {k: t.detach() for k, t in zip(call.names, call(), strict=True)}
         errors = errors_of(results, answers)
-    except Exception as error:  # whatever the provider, the compiler or the driver has against it
+    except Exception as error:  # the implementation's, the compiler's or the driver's
         return None, {"skipped": failure(error)}
-    if fault := wrong(errors, results, trial.operands.x, provider.roundings):
+    fault = fault_of(errors, results, verifier.operands.x, implementation.roundings)
+    if fault is not None:
         return None, {"skipped": fault}
-    # a backward's call makes the forward that it needs
-    used = [one.config for one in plans if one.problem.direction in PARTS[direction]]
+    # the call of a backward also runs the forward that it needs
+    configs = [one.config for one in launched if one.problem.direction in PARTS[direction]]
     return call, {
         "error": max(errors.values()),
-        "strategy": " + ".join(dict.fromkeys(one.strategy for one in used)) or None,
-        "config": fields_of(used[0]) if len(used) == 1 else None,
+        "strategy": " + ".join(dict.fromkeys(config.strategy for config in configs)) or None,
+        "config": fields_of(configs[0]) if len(configs) == 1 else None,
     }
 
 
-def answers_of(trial: Trial, direction: str) -> dict[str, Tensor]:
-    """What the results of a direction should be, by name."""
-    return {k: answer for part in PARTS[direction] for k, answer in trial.expected(part).items()}
+def answers_of(verifier: Verifier, direction: str) -> dict[str, Tensor]:
+    """Return the right results of a direction by name."""
+    return {k: answer for part in PARTS[direction] for k, answer in verifier.expected(part).items()}
 
 
 def failure(error: Exception) -> str:
-    """An exception, in a line."""
+    """Return an exception as one line."""
     return f"failed: {type(error).__name__}: {error}".splitlines()[0]
-
-
-def wrong(
-    errors: Mapping[str, float], results: Mapping[str, Tensor], x: Tensor, roundings: int = 1
-) -> str | None:
-    """What is wrong with results; None if so many roundings explain it, all but the last to x's
-    dtype."""
-    for name, error in errors.items():
-        limit = tolerance(results[name], x) + (roundings - 1) * tolerance(x, x)
-        if not error <= limit:
-            return (
-                f"wrong: {name} is off by {error:.1e} of its largest value, and rounding explains "
-                f"{limit:.1e}"
-            )
-    return None
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -275,8 +263,11 @@ def add_kernel(a_ptr, b_ptr, y_ptr, size, BLOCK: tl.constexpr):  # type: ignore[
     tl.store(y_ptr + offsets, tl.load(a_ptr + offsets, mask) + tl.load(b_ptr + offsets, mask), mask)
 
 
-def floor(part: str, count: int, device: torch.device) -> Callable[[], object]:
-    """A call that moves so many bytes, rounded up to whole accesses: 1 or 2 reads and 1 write."""
+def speed_of_light(part: str, count: int, device: torch.device) -> Callable[[], object]:
+    """Return a copy (forward) or an addition (backward) that moves ``count`` bytes.
+
+    The count is rounded up to whole accesses.
+    """
     kernel, tensors = (copy_kernel, 2) if part == "forward" else (add_kernel, 3)
     size = 16 * math.ceil(count / (tensors * 4 * 16))
     arguments = [*(torch.randn(size, device=device) for _ in range(tensors)), size]
@@ -287,9 +278,9 @@ def floor(part: str, count: int, device: torch.device) -> Callable[[], object]:
 
 
 def bytes_minimum(workload: Workload, direction: str) -> int:
-    """Bytes of a call's operands and results, each touched once in a forward and in a backward."""
+    """Return the bytes of a call's operands and results, each touched once per direction."""
     if direction == "both":
         return sum(bytes_minimum(workload, part) for part in PARTS[direction])
-    operands = workload.given(workload.operands("meta"), direction)
-    given = sum(t.nbytes for t in operands if t is not None)
-    return given + operands.x.nbytes + given * (direction == "backward")
+    operands = workload.kernel_operands(workload.operands("meta"), direction)
+    present = sum(t.nbytes for t in operands if t is not None)
+    return present + operands.x.nbytes + present * (direction == "backward")
