@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+from triton_gn.activations import TABLE
+
 from .candidates import iterations
 from .config import Config
 from .devices import Device
@@ -18,13 +20,9 @@ _SOLO_BYTES_PER_US = 57_000  # of one multiprocessor while the others are idle
 _PROGRAM_US = 1.5  # from a program's first load to its last store, besides its bytes
 _L2_SHARE = 0.5  # of L2 that holds what was just read
 _SECTOR_BYTES = 32  # L2 hands out no less
-# instructions of a thread for each element, by pass, and what an activation adds to one: counted in
-# the code for sm_90 (docs/measured.md)
+# instructions of a thread for each element, by pass, without an activation: counted in the code for
+# sm_90 (docs/measured.md)
 _PER_ELEMENT = {"forward": (5, 5), "backward": (7, 8)}
-_ACTIVATION = {
-    "none": (0, 0), "relu": (2, 3), "leaky_relu": (2, 3), "sigmoid": (4, 8), "silu": (5, 9),
-    "mish": (9, 16), "gelu_tanh": (9, 18), "tanh": (14, 10), "gelu": (18, 21),
-}  # fmt: skip
 _PER_PASS = 500  # of a thread, whatever its elements
 _OTHER_REGISTERS = 40  # of a thread, for addresses, masks and sums
 _REGISTER_UNIT = 256  # of a warp's registers
@@ -141,7 +139,7 @@ def instructions(problem: Problem, config: Config) -> int:
     """How many a thread executes for each element, in all passes."""
     forward = problem.direction == "forward"
     first, second = _PER_ELEMENT[problem.direction]
-    of_activation = _ACTIVATION[problem.activation][not forward]
+    of_activation = TABLE[problem.activation].cost[not forward]
     times = 1 if forward or config.strategy == "resident" else 2
     return first + second + times * of_activation
 

@@ -20,6 +20,8 @@ from typing import Any
 
 import platformdirs
 
+from triton_gn.activations import TABLE as ACTIVATIONS
+
 from .candidates import FIELDS, OWN_FIELDS, config_of
 from .config import Config
 from .devices import Device
@@ -38,10 +40,8 @@ _MAX_DIGITS = 20  # longer numbers are not even read
 _STRINGS = {
     "direction": ("forward", "backward"),
     "dtype": ("float16", "bfloat16", "float32", "float64"),
-    "activation": (
-        "none", "relu", "leaky_relu", "silu", "gelu", "gelu_tanh", "mish", "sigmoid", "tanh",
-    ),
-}  # fmt: skip
+    "activation": tuple(ACTIVATIONS),
+}
 
 
 @dataclass(frozen=True)
