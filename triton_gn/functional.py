@@ -48,8 +48,8 @@ def group_norm(
         weight: (C,), or None for 1. Like every tensor that follows, of any of these dtypes.
         bias: (C,), or None for 0.
         eps: added to the variance.
-        activation: None or the name of an activation, such as "silu", "gelu" or "relu"; docs/math.md
-            lists them.
+        activation: None, or the name of one: "silu", "gelu", "relu" and others that docs/math.md
+            lists.
         scale: (C,), (1, C) or (N, C), also with trailing sizes of 1 up to input's rank.
         shift: as scale; together they are AdaGN, also known as FiLM.
         residual: of input's shape, copied once where its strides differ.
