@@ -129,6 +129,44 @@ def _tanh_gradient(dy, z, NVIDIA: tl.constexpr):
     return dy * (4.0 * s * (1.0 - s))
 
 
+def _hardswish(z, NVIDIA: tl.constexpr):
+    t = z + 3.0
+    t = tl.where(t < 0, 0.0, t)
+    return z * (tl.where(t > 6, 6.0, t) * (1.0 / 6.0))
+
+
+def _hardswish_gradient(dy, z, NVIDIA: tl.constexpr):
+    dz = tl.where(z < 3, dy * (z * (1.0 / 3.0) + 0.5), dy)
+    return tl.where(z <= -3, 0.0, dz)
+
+
+def _relu6(z, NVIDIA: tl.constexpr):
+    return tl.where(z < 0, 0.0, tl.where(z > 6, 6.0, z))
+
+
+def _relu6_gradient(dy, z, NVIDIA: tl.constexpr):
+    return tl.where((z <= 0) | (z >= 6), 0.0, dy)
+
+
+def _elu(z, NVIDIA: tl.constexpr):
+    # near 0, exp(z) - 1 cancels: there Taylor's series, to the precision of the dtype
+    if z.dtype == tl.float64:
+        s = 1.6059043836821613e-10 * z + 2.08767569878681e-09
+        s = (
+            (s * z + 2.505210838544172e-08) * z + 2.755731922398589e-07
+        ) * z + 2.7557319223985893e-06
+        s = ((s * z + 2.48015873015873e-05) * z + 0.0001984126984126984) * z + 0.001388888888888889
+    else:
+        s = 0.001388888888888889
+    s = ((s * z + 0.008333333333333333) * z + 0.041666666666666664) * z + 0.16666666666666666
+    series = z + z * z * (s * z + 0.5)
+    return tl.where(z > 0, z, tl.where(z > -0.25, series, exp(z, NVIDIA) - 1.0))
+
+
+def _elu_gradient(dy, z, NVIDIA: tl.constexpr):
+    return tl.where(z <= 0, dy * exp(z, NVIDIA), dy)
+
+
 TABLE = {
     "none": Activation(None, None, (0, 0), None, None),
     "relu": Activation(_relu, _relu_gradient, (2, 3), "relu", "ReLU"),
@@ -144,4 +182,9 @@ TABLE = {
     "mish": Activation(_mish, _mish_gradient, (9, 16), "mish", "Mish"),
     "sigmoid": Activation(_sigmoid, _sigmoid_gradient, (4, 8), "sigmoid", "Sigmoid"),
     "tanh": Activation(_tanh, _tanh_gradient, (14, 10), "tanh", "Tanh"),
+    "hardswish": Activation(
+        _hardswish, _hardswish_gradient, (6, 6), "hardswish", "Hardswish"
+    ),
+    "relu6": Activation(_relu6, _relu6_gradient, (3, 5), "relu6", "ReLU6"),
+    "elu": Activation(_elu, _elu_gradient, (12, 5), "elu", "ELU", {"alpha": 1.0}),
 }  # fmt: skip
