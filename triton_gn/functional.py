@@ -48,8 +48,8 @@ def group_norm(
         weight: (C,), or None for 1. Like every tensor that follows, of any of these dtypes.
         bias: (C,), or None for 0.
         eps: added to the variance.
-        activation: "none" or None, "relu", "leaky_relu" (slope 0.01), "silu", "gelu", "gelu_tanh",
-            "mish", "sigmoid" or "tanh".
+        activation: None, or the name of one: "silu", "gelu", "relu" and others that docs/math.md
+            lists.
         scale: (C,), (1, C) or (N, C), also with trailing sizes of 1 up to input's rank.
         shift: as scale; together they are AdaGN, also known as FiLM.
         residual: of input's shape, copied once where its strides differ.
@@ -63,7 +63,7 @@ def group_norm(
         TypeError: an operand is no dense tensor of these dtypes, num_groups no integer, eps no
             float, activation no string.
         ValueError: the shapes or devices do not fit together, there is one value per group, or the
-            activation is none of those above.
+            activation is unknown.
     """
     tensors = input, weight, bias, scale, shift, pre_add, residual
     if has_torch_function(tensors) and not torch.compiler.is_compiling():

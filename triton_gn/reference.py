@@ -13,17 +13,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda z: z,
-    "relu": F.relu,
-    "leaky_relu": F.leaky_relu,
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "mish": F.mish,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-}
+from triton_gn.activations import TABLE, Activation
+
+
+def _torch_function(row: Activation) -> Callable[[Tensor], Tensor]:
+    if row.function is None:
+        return lambda z: z
+    function = getattr(F, row.function)
+    return partial(function, **row.arguments) if row.arguments else function
+
+
+# PyTorch's own function of each activation
+ACTIVATIONS = {name: _torch_function(row) for name, row in TABLE.items()}
 
 
 class Operands(NamedTuple):

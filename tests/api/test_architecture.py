@@ -29,8 +29,10 @@ NEVER = {
 }
 # Besides the standard library.
 ONLY = {
-    "triton_gn.kernels": {"triton", "triton_gn.kernels"},
-    "triton_gn.reference": {"torch"},
+    "triton_gn.kernels": {"triton", "triton_gn.kernels", "triton_gn.activations"},
+    "triton_gn.reference": {"torch", "triton_gn.activations"},
+    # names of the device code, for type checkers: nothing but the standard library is loaded
+    "triton_gn.activations": {"triton.language", "triton_gn.kernels.activations"},
 }
 
 

@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +17,19 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 import triton_gn
+from triton_gn.activations import TABLE
 from triton_gn.convert.conversion import FoldedActivation, convert, unconvert
 
 ROOT = Path(__file__).parents[2]
 
+# every layer of PyTorch that is an activation of ours, and the variants that change nothing
 ACTIVATIONS: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "relu": (nn.ReLU, "relu"),
     "relu in place": (lambda: nn.ReLU(inplace=True), "relu"),
-    "leaky_relu": (nn.LeakyReLU, "leaky_relu"),
-    "silu": (nn.SiLU, "silu"),
     "silu in place": (lambda: nn.SiLU(inplace=True), "silu"),
-    "gelu": (nn.GELU, "gelu"),
-    "gelu_tanh": (lambda: nn.GELU(approximate="tanh"), "gelu_tanh"),
-    "mish": (nn.Mish, "mish"),
-    "sigmoid": (nn.Sigmoid, "sigmoid"),
-    "tanh": (nn.Tanh, "tanh"),
+} | {
+    name: (partial(getattr(nn, row.module), **row.arguments), name)
+    for name, row in TABLE.items()
+    if row.module is not None
 }
 # How to add each kind of hook; none of them changes anything.
 HOOKS: dict[str, Callable[[nn.Module], object]] = {
@@ -232,7 +231,7 @@ class SubclassOfSiLU(nn.SiLU):
 
 UNKNOWN: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "slope": (lambda: nn.LeakyReLU(0.2), "is followed by LeakyReLU(negative_slope=0.2)"),
-    "elu": (nn.ELU, "is followed by ELU(alpha=1.0)"),
+    "elu": (lambda: nn.ELU(2.0), "is followed by ELU(alpha=2.0)"),
     "prelu": (nn.PReLU, "is followed by PReLU(num_parameters=1)"),
     "dropout": (lambda: nn.Sequential(nn.SiLU()), "is followed by Sequential()"),
     "subclass": (SubclassOfSiLU, "is followed by SubclassOfSiLU()"),

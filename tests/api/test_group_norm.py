@@ -6,7 +6,7 @@ import inspect
 import io
 import math
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -17,26 +17,29 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import triton_gn
+from tests.support.pairs import pairwise
 from triton_gn import reference
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SHAPES = ((2, 6, 5), (2, 6, 5, 4), (2, 6, 5, 4, 3), (2, 6, 5, 4, 3, 2))
-AFFINE = {
-    "affine": (True, True),
-    "weight": (True, False),
-    "bias": (False, True),
-    "none": (False, False),
-}
+AFFINES = ((True, True), (True, False), (False, True), (False, False))  # weight, bias
 
 
 def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
+LAYOUTS = (False, True)
+
+
+def pairs(names: str, *values: Sequence[Any]) -> pytest.MarkDecorator:
+    """Parametrise a test so that any two values of different parameters meet."""
+    return pytest.mark.parametrize(names.split(), pairwise(*values), ids=str)
+
+
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=short)
 each_rank = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"rank{len(shape)}")
 each_layout = pytest.mark.parametrize("channels_last", [False, True], ids=["contig", "cl"])
-each_affine = pytest.mark.parametrize("affine", AFFINE.values(), ids=list(AFFINE))
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -144,9 +147,7 @@ def assert_as_exact_as_pytorch(
 # The oracle
 
 
-@each_rank
-@each_affine
-@pytest.mark.parametrize("num_groups", [1, 2, 6])
+@pairs("shape affine num_groups", SHAPES, AFFINES, [1, 2, 6])
 def test_reference_is_pytorchs_float64(
     shape: tuple[int, ...], affine: tuple[bool, bool], num_groups: int
 ) -> None:
@@ -160,10 +161,7 @@ def test_reference_is_pytorchs_float64(
 # Values and gradients
 
 
-@each_dtype
-@each_layout
-@each_rank
-@each_affine
+@pairs("shape channels_last dtype affine", SHAPES, LAYOUTS, DTYPES, AFFINES)
 def test_as_exact_as_pytorch(
     shape: tuple[int, ...], channels_last: bool, dtype: torch.dtype, affine: tuple[bool, bool]
 ) -> None:
@@ -171,10 +169,7 @@ def test_as_exact_as_pytorch(
     assert_as_exact_as_pytorch(make_input(shape, channels_last, dtype), 2, weight, bias)
 
 
-@each_dtype
-@each_layout
-@pytest.mark.parametrize("weight_dtype", DTYPES, ids=short)
-@pytest.mark.parametrize("bias_dtype", DTYPES, ids=short)
+@pairs("dtype weight_dtype bias_dtype channels_last", DTYPES, DTYPES, DTYPES, LAYOUTS)
 def test_dtypes_mix(
     dtype: torch.dtype, weight_dtype: torch.dtype, bias_dtype: torch.dtype, channels_last: bool
 ) -> None:
@@ -226,9 +221,7 @@ def test_strides_do_not_matter(
     assert_as_exact_as_pytorch(x, 2, *make_parameters(6, dtype, dtype))
 
 
-@each_layout
-@each_rank
-@pytest.mark.parametrize("bias_dtype", [None, torch.float32, torch.bfloat16])
+@pairs("shape channels_last bias_dtype", SHAPES, LAYOUTS, [None, torch.float32, torch.bfloat16])
 def test_output_has_the_inputs_strides(
     shape: tuple[int, ...], channels_last: bool, bias_dtype: torch.dtype | None
 ) -> None:
@@ -305,6 +298,7 @@ def test_nan_in_one_sample_leaves_the_others_exact() -> None:
 # Autograd
 
 
+# the full product: PyTorch's crash takes all of layout, rank, operand and "alone"
 @each_layout
 @pytest.mark.parametrize("shape", [(2, 6, 5), (2, 6, 5, 4), (0, 6, 5), (2, 6, 0)], ids=str)
 @pytest.mark.parametrize("needed", ["x", "weight", "bias"])
@@ -334,10 +328,13 @@ def test_no_grad_detaches() -> None:
         assert not triton_gn.group_norm(x, 2).requires_grad
 
 
-@each_dtype
-@each_layout
-@each_affine
-@pytest.mark.parametrize("shape", [(0, 6, 5), (2, 0, 5), (2, 6, 0), (2, 6, 0, 4), (0, 6)], ids=str)
+@pairs(
+    "shape affine channels_last dtype",
+    [(0, 6, 5), (2, 0, 5), (2, 6, 0), (2, 6, 0, 4), (0, 6)],
+    AFFINES,
+    LAYOUTS,
+    DTYPES,
+)
 def test_empty_input_has_no_values_and_gradients_of_0(
     shape: tuple[int, ...], affine: tuple[bool, bool], channels_last: bool, dtype: torch.dtype
 ) -> None:
@@ -357,9 +354,7 @@ def test_changing_the_input_before_backward_raises() -> None:
         y.sum().backward()
 
 
-@each_layout
-@each_affine
-@pytest.mark.parametrize("shape", [(2, 4, 3), (1, 4, 2, 2)], ids=["rank3", "rank4"])
+@pairs("shape affine channels_last", [(2, 4, 3), (1, 4, 2, 2)], AFFINES, LAYOUTS)
 def test_gradients_of_first_and_second_order(
     shape: tuple[int, ...], affine: tuple[bool, bool], channels_last: bool
 ) -> None:
@@ -701,7 +696,7 @@ for_any_input = settings(max_examples=150, deadline=None, derandomize=True)
 
 
 @for_any_input
-@given(case=inputs(), affine=st.sampled_from(list(AFFINE.values())))
+@given(case=inputs(), affine=st.sampled_from(AFFINES))
 def test_any_input_is_normalised(case: tuple[Tensor, int], affine: tuple[bool, bool]) -> None:
     x, num_groups = case
     weight, bias = make_parameters(x.shape[1], *(x.dtype if there else None for there in affine))

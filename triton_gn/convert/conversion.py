@@ -14,17 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from triton_gn.activations import TABLE
 from triton_gn.distributed import ProcessGroup, ShardedGroupNorm
 from triton_gn.module import GroupNorm
 
 _UNFOLDED = "nothing that can be folded is known to follow it"
-_NAMES: dict[type[nn.Module], str] = {
-    nn.ReLU: "relu",
-    nn.SiLU: "silu",
-    nn.Mish: "mish",
-    nn.Sigmoid: "sigmoid",
-    nn.Tanh: "tanh",
-}
 _PUBLIC_NAMES: dict[type[nn.Module], str] = {
     GroupNorm: "triton_gn.GroupNorm",
     ShardedGroupNorm: "triton_gn.distributed.ShardedGroupNorm",
@@ -115,8 +109,8 @@ def convert(
     of the state_dict do not change. What a layer takes over is no longer done by the module after
     it, whose place is kept:
 
-    - in an nn.Sequential, an activation directly after the layer: ReLU, LeakyReLU of slope 0.01,
-      SiLU, GELU of both kinds, Mish, Sigmoid, Tanh. ``inplace`` makes no difference;
+    - in an nn.Sequential, an activation directly after the layer, if :func:`triton_gn.group_norm`
+      has it. ``inplace`` makes no difference;
     - in models of diffusers, the activation after the last norm of UNets, encoders and decoders
       and, in the residual blocks, activation and time embedding.
 
@@ -369,11 +363,13 @@ def _has_hooks(module: nn.Module, kinds: tuple[str, ...] = _HOOKS) -> bool:
 
 
 def _activation_name(module: nn.Module) -> str | None:
-    """What :func:`triton_gn.group_norm` calls the activation; None if it has no name for it."""
+    """Return the activation's name in :func:`triton_gn.group_norm`; None if it has none."""
     if module._parameters or module._buffers or module._modules:
         return None
-    if type(module) is nn.LeakyReLU:
-        return "leaky_relu" if module.negative_slope == 0.01 else None
-    if type(module) is nn.GELU:
-        return {"none": "gelu", "tanh": "gelu_tanh"}.get(module.approximate)
-    return _NAMES.get(type(module))
+    for name, row in TABLE.items():
+        kind = row.module and getattr(nn, row.module)
+        if type(module) is kind and all(
+            getattr(module, key) == value for key, value in row.arguments.items()
+        ):
+            return name
+    return None

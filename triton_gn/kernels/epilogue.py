@@ -10,7 +10,6 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .activations import activate, activation_gradient
 from .moments import centre_of, centred
 from .tile import (
     add_to_channels,
@@ -94,7 +93,7 @@ def load_affine_to_activation(
     ACTIVATION: tl.constexpr,
 ):
     """``load_affine`` for ``dz_of``, which has no use for it without an activation: then ()."""
-    if ACTIVATION == "none":
+    if ACTIVATION is None:
         return ()
     else:
         return load_affine(affine_params, stats, program_tile, c, TILE)
@@ -139,7 +138,9 @@ def _write_y_tile(
     z = _z_of(xs[c * TILE.pixel_tiles + p], affine, program_tile, p, TILE)
     if residual_ptr is not None:
         z += load_tile(residual_ptr, program_tile, c, p, TILE, "").to(z.dtype)
-    store_tile(y_ptr, activate(z, ACTIVATION, TILE.nvidia), program_tile, c, p, TILE)
+    if ACTIVATION is not None:
+        z = ACTIVATION(z, TILE.nvidia)
+    store_tile(y_ptr, z, program_tile, c, p, TILE)
 
 
 @triton.jit
@@ -174,11 +175,11 @@ def dz_of(
         dz = tl.zeros([TILE.rows, TILE.cols], dtype)
     else:
         dz = unpacked(dys[c * TILE.pixel_tiles + p], dtype, TILE)
-    if ACTIVATION != "none":
+    if ACTIVATION is not None:
         z = _z_of(xs[c * TILE.pixel_tiles + p], affine, program_tile, p, TILE)
         if len(residuals) > 0:
             z += unpacked(residuals[c * TILE.pixel_tiles + p], dtype, TILE)
-        dz = activation_gradient(dz, z, ACTIVATION, TILE.nvidia)
+        dz = ACTIVATION(dz, z, TILE.nvidia)
     return dz
 
 

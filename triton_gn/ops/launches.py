@@ -59,9 +59,22 @@ class Launch:
 def _kernels() -> ModuleType:
     """The device code; importing it imports triton."""
     from triton_gn import kernels
-    from triton_gn.kernels import params, pipelined, resident, split, tile  # noqa: F401
+    from triton_gn.kernels import (  # noqa: F401
+        activations,
+        params,
+        pipelined,
+        resident,
+        split,
+        tile,
+    )
 
     return kernels
+
+
+def _activation(problem: Problem) -> Any:
+    """The device function of the problem's activation, in its direction; None without one."""
+    functions = _kernels().activations.DEVICE_FUNCTIONS[problem.activation]
+    return functions.forward if problem.direction == "forward" else functions.gradient
 
 
 @functools.cache
@@ -176,7 +189,7 @@ def forward_launches(
     x = {"x_ptr": operands.x, "affine_params": _params(operands)}
     apply = {
         "residual_ptr": operands.residual, "y_ptr": y, "stats_ptr": stats, "eps": float(eps),
-        "ACTIVATION": problem.activation,
+        "ACTIVATION": _activation(problem),
     }  # fmt: skip
     if config.strategy == "resident":
         kernel = _kernels().resident.group_norm_forward_resident_kernel
@@ -295,7 +308,7 @@ def backward_launches(
     inputs = {
         "dy_ptr": dy, "x_ptr": operands.x, "residual_ptr": operands.residual,
         "affine_params": _params(operands), "stats_ptr": stats,
-        "ACTIVATION": problem.activation,
+        "ACTIVATION": _activation(problem),
     } | _sizes(problem, config)  # fmt: skip
     outputs = {"dresidual_ptr": grads.get("residual"), "grads": _all_params(parts)}
     if config.strategy == "resident":

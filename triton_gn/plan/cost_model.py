@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass
 
+from triton_gn.activations import TABLE
+
 from .candidates import iterations
 from .config import Config
 from .devices import Device
@@ -18,13 +20,9 @@ _SOLO_BYTES_PER_US = 57_000  # per multiprocessor while the others are idle
 _PROGRAM_US = 1.5  # latency from a program's first load to its last store, without its bytes
 _L2_SHARE = 0.5  # fraction of L2 that still holds the previous pass
 _SECTOR_BYTES = 32  # smallest transfer from L2
-# instructions of a thread per element and pass, and those that an activation adds to a pass:
-# counted in sm_90 code (docs/measured.md)
+# instructions of a thread per element and pass, without an activation: counted in sm_90 code
+# (docs/measured.md)
 _PER_ELEMENT = {"forward": (5, 5), "backward": (7, 8)}
-_ACTIVATION = {
-    "none": (0, 0), "relu": (2, 3), "leaky_relu": (2, 3), "sigmoid": (4, 8), "silu": (5, 9),
-    "mish": (9, 16), "gelu_tanh": (9, 18), "tanh": (14, 10), "gelu": (18, 21),
-}  # fmt: skip
 _PER_PASS = 500  # instructions of a thread, whatever its elements
 _OTHER_REGISTERS = 40  # per thread, for addresses, masks and sums
 _REGISTER_UNIT = 256  # registers are allocated to a warp in multiples of this
@@ -145,7 +143,7 @@ def instructions(problem: Problem, config: Config) -> int:
     """Return the instructions of a thread per element, in all passes."""
     forward = problem.direction == "forward"
     first, second = _PER_ELEMENT[problem.direction]
-    of_activation = _ACTIVATION[problem.activation][not forward]
+    of_activation = TABLE[problem.activation].cost[not forward]
     times = 1 if forward or config.strategy == "resident" else 2
     return first + second + times * of_activation
 
