@@ -13,7 +13,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0: well, 1: it found a fault, 2: it could not run, 130: after Ctrl-C.
     """
     try:
-        from perf import bench, ceilings, compare, cpu, demo, gpu, host, kernels, plot, sweep
+        from perf import bench, calls, ceilings, compare, cpu, demo, gpu, host, kernels, plot, sweep
     except ModuleNotFoundError as error:
         print(f"{error}. Remedy: pip install -e '.[cli,perf]'", file=sys.stderr)
         return 2
