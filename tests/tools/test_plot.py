@@ -295,15 +295,15 @@ def test_sweep_marks_the_best_the_default_and_spills() -> None:
     assert "not drawn: triton_gn[split] 1" in footer.replace("\n", " ")
 
 
-def test_pictures_of_the_readme_are_there_and_predicted() -> None:
-    text = (ROOT / "README.md").read_text()
+def test_pictures_of_the_docs_are_there_and_predicted() -> None:
+    text = (ROOT / "docs/performance.md").read_text()
     section = text.partition("\n## Predicted, not measured\n")[2].partition("\n## ")[0]
     pictures = re.findall(r'"([^"]+\.png)"', text)
     assert pictures
     assert pictures == re.findall(r'"([^"]+\.png)"', section)
     for picture in pictures:
         assert Path(picture).name.startswith("predicted-")
-        assert (ROOT / picture).is_file()
+        assert (ROOT / "docs" / picture).is_file()
 
 
 @pytest.mark.usefixtures("unwritten")
