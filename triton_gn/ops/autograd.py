@@ -25,8 +25,10 @@ def group_norm(operands: Operands, call: Call) -> Tensor:
 def forward(
     operands: Operands, call: Call, with_stats: bool, moments: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """y and, if asked for, stats (N, G, 3): mean, mean_lo, rstd; from moments (N, G, 4, parts) if
-    they are given."""
+    """Return y and, if asked for, stats (N, G, 3): mean, mean_lo, rstd.
+
+    ``moments`` (N, G, 4, parts): precomputed statistics to normalise by.
+    """
     operands = native(operands)
     x = operands.x
     y = layout.empty_like(x, call.y_dtype)
@@ -38,7 +40,7 @@ def forward(
 def backward(
     dy: Tensor, stats: Tensor, operands: Operands, call: Call, needs: Sequence[bool]
 ) -> list[Tensor]:
-    """Gradients of those operands that ``needs`` names; the residual's only with an activation."""
+    """Return the gradients that ``needs`` names; the residual's only if there is an activation."""
     operands = native(operands)
     grads = empty_gradients(operands, needs)
     dy = beside(dy, operands.x)
@@ -95,8 +97,10 @@ def beside(t: Tensor, x: Tensor) -> Tensor:
 
 
 def keep(ctx: Any, operands: Operands, stats: Tensor, call: Call, *more: Tensor) -> None:
-    """Save what the backward needs: x, what there is per channel and the statistics; the residual
-    only for the sake of an activation's derivative. Nothing the size of the output. And ``more``.
+    """Save x, the operands per channel, the statistics and ``more`` for the backward.
+
+    The residual is saved only if an activation follows, whose derivative needs it. Nothing of the
+    output's size is saved.
     """
     residual = operands.residual
     ctx.call = call
@@ -107,8 +111,7 @@ def keep(ctx: Any, operands: Operands, stats: Tensor, call: Call, *more: Tensor)
 
 
 def gradient_of_sum(ctx: Any, dy: Tensor, needs: list[bool]) -> Tensor | None:
-    """The residual's gradient where no activation follows, dy itself; then taken out of ``needs``,
-    which has one for each operand."""
+    """Return the residual's gradient if no activation follows: dy. Clear its entry of ``needs``."""
     if not needs[-1] or ctx.call.activation != "none":
         return None
     needs[-1] = False
@@ -116,8 +119,7 @@ def gradient_of_sum(ctx: Any, dy: Tensor, needs: list[bool]) -> Tensor | None:
 
 
 def gradients(ctx: Any, dy: Tensor, run: Any) -> list[Tensor | None]:
-    """Gradients of all operands, None where not asked for; ``run`` has the signature of
-    ``backward``."""
+    """Return a gradient for each operand, None if not asked for, from ``run``: a ``backward``."""
     *kept, stats = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:_TENSORS])
     dresidual = gradient_of_sum(ctx, dy, needs)
@@ -129,7 +131,7 @@ def gradients(ctx: Any, dy: Tensor, run: Any) -> list[Tensor | None]:
 
 
 class GroupNormFunction(torch.autograd.Function):
-    """For eager calls: the least work on the host."""
+    """Autograd function of eager calls, with the least work on the host."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
@@ -147,7 +149,7 @@ class GroupNormFunction(torch.autograd.Function):
 
 
 class TransformedGroupNormFunction(torch.autograd.Function):
-    """For torch.func: the same, in the form that its transforms take."""
+    """Autograd function in the form that torch.func transforms."""
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, Tensor]:
@@ -173,7 +175,7 @@ class TransformedGroupNormFunction(torch.autograd.Function):
 
 
 class BackwardFunction(torch.autograd.Function):
-    """``backward``, differentiable by way of the formulas in plain PyTorch, and under vmap."""
+    """``backward`` as a function: differentiable by the formulas in plain PyTorch, and under vmap."""
 
     @staticmethod
     def forward(
@@ -213,7 +215,7 @@ class BackwardFunction(torch.autograd.Function):
 def differentiable_backward(
     dy: Tensor, stats: Tensor, operands: Operands, call: Call, needs: Sequence[bool]
 ) -> tuple[Tensor, ...]:
-    """``backward``, recorded."""
+    """Run ``backward`` so that autograd can differentiate it."""
     grads: tuple[Tensor, ...] = BackwardFunction.apply(call, needs, dy, stats, *operands)
     return grads
 
@@ -221,44 +223,47 @@ def differentiable_backward(
 def double_backward(
     d_grads: Iterable[Tensor], dy: Tensor, operands: Operands, call: Call, needs: Sequence[bool]
 ) -> list[Tensor | None]:
-    """Of the gradients that ``backward`` gave: what dy and each operand get, None where absent."""
-    there = [t is not None for t in operands]
+    """Return the gradients of dy and of each operand, None if absent, from those of ``backward``'s
+    results."""
+    is_present = [t is not None for t in operands]
 
     def grads_of(dy: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        rest = iter(tensors)
-        given = Operands._make(next(rest) if is_there else None for is_there in there)
-        found = reference.gradients(dy, given, call.groups, call.eps, call.activation, needs)
-        return tuple(found)
+        present = iter(tensors)
+        same = Operands._make(next(present) if is_one else None for is_one in is_present)
+        grads = reference.gradients(dy, same, call.groups, call.eps, call.activation, needs)
+        return tuple(grads)
 
-    present = [t for t in operands if t is not None]
-    _, vector_jacobian_product, *_ = torch.func.vjp(grads_of, dy, *present)
-    d_dy, *d_operands = vector_jacobian_product(tuple(d_grads))
-    rest = iter(d_operands)
-    return [d_dy, *(next(rest) if is_there else None for is_there in there)]
+    _, vjp, *_ = torch.func.vjp(grads_of, dy, *(t for t in operands if t is not None))
+    d_dy, *d_operands = vjp(tuple(d_grads))
+    present = iter(d_operands)
+    return [d_dy, *(next(present) if is_one else None for is_one in is_present)]
 
 
 class VmapFold:
-    """A vmap over group_norm as one group_norm: its dimension becomes a part of the batch."""
+    """Fold a vmapped dimension into the batch, so that a vmap over group_norm is one group_norm."""
 
     def __init__(self, batch: int, x: Tensor, dim: int | None) -> None:
         self.batch, self.compute_dtype = batch, reference.compute_dtype(x)
         self.samples = (x if dim is None else x.movedim(dim, 0)[0]).shape[0]
 
     def batched(self, t: Tensor, dim: int | None) -> Tensor:
-        """(N, ...) with a vmapped dimension or without one, to (batch * N, ...)."""
+        """Fold (N, ...), with or without a vmapped dimension, to (batch * N, ...)."""
         t = t.expand(self.batch, *t.shape) if dim is None else t.movedim(dim, 0)
         return t.flatten(0, 1)
 
     def undo(self, t: Tensor) -> Tensor:
-        """(batch * N, ...) to (batch, N, ...)."""
+        """Unfold (batch * N, ...) to (batch, N, ...)."""
         unfolded: Tensor = t.unflatten(0, (self.batch, self.samples))
         return unfolded
 
     def operands(
         self, operands: Sequence[Any], dims: Sequence[Any], gradients: bool = False
     ) -> Operands:
-        """All operands folded. For gradients each sample gets values of its own, in the compute
-        dtype: those of the samples that share an operand are added up by ``undo_gradients``."""
+        """Fold all operands.
+
+        For gradients each sample gets its own copy in the compute dtype: ``undo_gradients`` adds
+        up the gradients of samples that share an operand.
+        """
         folded: list[Tensor | None] = []
         for index, (t, dim) in enumerate(zip(operands, dims, strict=True)):
             if t is None:
@@ -281,7 +286,7 @@ class VmapFold:
         dims: Sequence[int | None],
         needs: Sequence[bool],
     ) -> tuple[Tensor, ...]:
-        """Gradients of the folded operands to those of the operands, batch first."""
+        """Unfold the gradients of folded operands, the vmapped dimension first."""
         unfolded = []
         rest = iter(grads)
         for t, dim, needed in zip(operands, dims, needs, strict=True):

@@ -14,32 +14,32 @@ P = ParamSpec("P")
 
 
 def is_compiling() -> bool:
-    """torch.compile and torch.export."""
+    """Return True under torch.compile and torch.export."""
     return torch.compiler.is_compiling()
 
 
 def in_functorch() -> bool:
-    """torch.func: vmap, grad, vjp and what is made of them."""
+    """Return True under torch.func's vmap, grad, vjp and transforms made of them."""
     return torch._C._are_functorch_transforms_active()
 
 
 def in_forward_mode() -> bool:
-    """Forward-mode derivatives, torch.func.jvp among them."""
+    """Return True under forward-mode derivatives, such as torch.func.jvp."""
     return forward_ad._current_level >= 0
 
 
 def has_mode() -> bool:
-    """A dispatch mode, which must see the operators that run."""
+    """Return True under a dispatch mode, which must see the operators that run."""
     return torch._C._len_torch_dispatch_stack() > 0
 
 
 def is_tracing() -> bool:
-    """torch.jit.trace."""
+    """Return True under torch.jit.trace."""
     return torch._C._get_tracing_state() is not None
 
 
 def wants_pytorch() -> bool:
-    """torch.jit.trace and torch.onnx.export, which know PyTorch's operators only."""
+    """Return True under torch.jit.trace and torch.onnx.export, which know only PyTorch's operators."""
     return is_tracing() or (is_compiling() and torch.onnx.is_in_onnx_export())
 
 
@@ -61,12 +61,12 @@ def untraced(function: Callable[P, None]) -> Callable[P, None]:
 
 
 def has_subclass(tensors: Iterable[Tensor | None]) -> bool:
-    """A tensor whose class has its own idea of what an operator does."""
+    """Return True if the class of a tensor redefines operators."""
     return any(t is not None and type(t) not in (Tensor, Parameter) for t in tensors)
 
 
 def is_expanded_weight(t: object) -> bool:
-    """A parameter of torch.nn.utils' gradients per sample, which loads its module itself."""
+    """Return True for a parameter of torch.nn.utils' gradients per sample, which loads its module."""
     module = sys.modules.get("torch.nn.utils._expanded_weights.expanded_weights_impl")
     return module is not None and isinstance(t, module.ExpandedWeight)
 
@@ -104,7 +104,7 @@ def records(tensors: Iterable[Tensor | None]) -> bool:
 
 
 def is_dtensor(x: Tensor) -> bool:
-    """A torch.distributed DTensor, without loading its module for the sake of the question."""
+    """Return True for a torch.distributed DTensor, without loading its module to find out."""
     if type(x) in (Tensor, Parameter) or not torch.distributed.is_available():
         return False
     from torch.distributed.tensor import DTensor

@@ -1,5 +1,6 @@
-"""The kernels as PyTorch operators: what torch.compile, torch.export, tensor subclasses and
-dispatch modes see. Eager calls go past them, straight to ``autograd``.
+"""The kernels as PyTorch operators, for torch.compile, torch.export, tensor subclasses and modes.
+
+Eager calls go past them, straight to ``autograd``.
 """
 
 from collections.abc import Sequence
@@ -30,7 +31,7 @@ def group_norm(
     y_dtype: torch.dtype,
     settings_text: str,
 ) -> tuple[Tensor, Tensor]:
-    """y and stats (N, G, 3)."""
+    """Return y and stats (N, G, 3)."""
     operands = Operands(x, weight, bias, scale, shift, pre_add, residual)
     call = Call(groups, eps, activation, y_dtype, settings.from_text(settings_text))
     y, stats = autograd.forward(operands, call, with_stats=True)
@@ -62,7 +63,7 @@ def group_norm_backward(
     settings_text: str,
     needs: Sequence[bool],
 ) -> list[Tensor]:
-    """Gradients of those operands that ``needs`` names."""
+    """Return the gradients that ``needs`` names."""
     operands = Operands(x, weight, bias, scale, shift, pre_add, residual)
     call = Call(groups, eps, activation, dy.dtype, settings.from_text(settings_text))
     return autograd.backward(dy, stats, operands, call, needs)

@@ -33,7 +33,7 @@ def warn_once(message: str) -> None:
 
 
 def why_not_kernels(x: Tensor) -> str | None:
-    """Why x cannot run through the kernels; None if it can."""
+    """Return why x cannot run through the kernels, or None if it can."""
     device = x.device.type
     if device == "cpu" and not settings.INTERPRETED:
         return "the input is on the CPU, where kernels run only under TRITON_INTERPRET=1"
@@ -53,9 +53,9 @@ _when_loaded._dynamo_marked_constant = True  # type: ignore[attr-defined]  # no 
 
 @functools.cache
 def why_not_loaded(device: torch.device) -> str | None:
-    """Why Triton cannot compile and load kernels for a GPU; None if it can.
+    """Return why Triton cannot compile and load kernels for a GPU, or None if it can.
 
-    One is tried that does nothing. It is not launched: a CUDA graph may be under capture.
+    An empty kernel is compiled and loaded, but not launched: a CUDA graph may be under capture.
     """
     from triton_gn.kernels.tile import empty_kernel
 
@@ -73,7 +73,7 @@ def why_not_loaded(device: torch.device) -> str | None:
 
 
 def uses_kernels(x: Tensor, backend: str) -> bool:
-    """Whether x runs through the kernels.
+    """Return True if x runs through the kernels.
 
     Raises:
         RuntimeError: the backend is "triton" and it cannot.
@@ -154,8 +154,10 @@ def _group_norm_in_context(
 
 
 def _for_kernels(x: Tensor, tensors: Iterable[Tensor | None]) -> Settings | None:
-    """The settings for the kernels of statistics or apply; None for plain PyTorch, whose formulas
-    any compiler or transform takes as they are."""
+    """Return the settings if kernels compute statistics or apply them, else None.
+
+    Compilers and transforms take the formulas in plain PyTorch as they are.
+    """
     if not context.is_eager(tensors) or x.numel() == 0:
         return None
     current = settings.current()
@@ -163,7 +165,7 @@ def _for_kernels(x: Tensor, tensors: Iterable[Tensor | None]) -> Settings | None
 
 
 def group_norm_stats(x: Tensor, num_groups: int, pre_add: Tensor | None) -> Moments:
-    """The moments of x + pre_add, for operands that ``functional`` has checked."""
+    """Return the moments of x + pre_add, for operands that ``functional`` has checked."""
     current = _for_kernels(x, (x, pre_add))
     if current is None:
         return reference.moments(x, num_groups, pre_add)
@@ -171,7 +173,7 @@ def group_norm_stats(x: Tensor, num_groups: int, pre_add: Tensor | None) -> Mome
 
 
 def group_norm_apply(operands: Operands, given: Moments, eps: float, activation: str) -> Tensor:
-    """y of x's shape, for operands and moments that were checked."""
+    """Return y of x's shape, for operands and moments that ``functional`` has checked."""
     x = operands.x
     if context.is_compiling():
         _, autocast_policy, _ = settings.when_compiled()
@@ -193,8 +195,7 @@ def group_norm_apply(operands: Operands, given: Moments, eps: float, activation:
 def sharded_group_norm(
     operands: Operands, num_groups: int, eps: float, activation: str, shards: Shards
 ) -> Tensor:
-    """y of x's shape, for operands that ``functional`` has checked, of which x and the residual are
-    this process's part."""
+    """Return y of this process's part of x, for operands that ``functional`` has checked."""
     # nothing of it is for a graph: launches, and collectives of processes that may differ
     run = _sharded_group_norm
     if context.is_compiling():

@@ -1,4 +1,4 @@
-"""group_norm of a DTensor: on every rank that of its own part, with what the placements ask for."""
+"""group_norm of a DTensor: each rank normalises its part and communicates as the placements ask."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -12,11 +12,11 @@ from triton_gn.reference import Operands
 
 
 def group_norm(operands: Operands, num_groups: int, eps: float, activation: str) -> Tensor:
-    """y with the placements of x, for operands that ``functional`` has checked.
+    """Return y with the placements of x, for operands that ``functional`` has checked.
 
-    Along each dimension of the mesh x is replicated or sharded: over the batch or over channels,
-    by whole groups, where nothing is sent; or over pixels, where statistics are. Other operands
-    are redistributed to fit; those that are no DTensors are the same on all ranks.
+    Along each dimension of the mesh x is replicated or sharded. Over the batch or over whole groups
+    of channels nothing is sent; over pixels statistics are. Other operands are redistributed to fit;
+    plain tensors are taken to be the same on all ranks.
     """
     x = _supported(operands.x, num_groups)
     mesh, dims = x.device_mesh, [_sharded_dim(p) for p in x.placements]
@@ -37,12 +37,12 @@ def group_norm(operands: Operands, num_groups: int, eps: float, activation: str)
 
 
 def _sharded_dim(placement: Placement) -> int:
-    """Of the tensor; -1 for none."""
+    """Return the tensor dimension that a placement shards, or -1."""
     return placement.dim if isinstance(placement, Shard) else -1
 
 
 def _supported(x: Any, num_groups: int) -> Any:
-    """x, replicated where its placement is none that can be kept."""
+    """Return x, with placements that cannot be kept made replicated."""
     ways = 1
     placements: list[Placement] = []
     for i, placement in enumerate(x.placements):
@@ -61,7 +61,7 @@ def _supported(x: Any, num_groups: int) -> Any:
 
 
 def _local(name: str, t: Tensor, x: DTensor) -> Tensor:
-    """This rank's part of an operand, as it must be for x."""
+    """Return this rank's part of an operand, placed to fit x."""
     mesh = x.device_mesh
     if not isinstance(t, DTensor):
         same = [Replicate()] * mesh.ndim
@@ -76,7 +76,7 @@ def _local(name: str, t: Tensor, x: DTensor) -> Tensor:
 def _placements(
     name: str, t: Tensor, x: DTensor
 ) -> tuple[Sequence[Placement], Sequence[Placement]]:
-    """Of an operand and of its gradient, beside x."""
+    """Return the placements of an operand and of its gradient, to fit x."""
     if name in ("x", "residual"):
         return x.placements, x.placements
     rows = t.shape[0] if t.ndim > 1 else 1

@@ -1,8 +1,8 @@
-"""PyTorch's own group_norm and elementwise operations, with what is wrong on the CPU repaired.
+"""PyTorch's own group_norm and elementwise operations, with its mistakes on the CPU repaired.
 
-Tracers, compilers and transforms get PyTorch's operators alone. Where at most an activation is
-fused and nothing is repaired, the result is PyTorch's to the bit: in 16 bits it would take longer
-to compute in float32 and round once, as calls with more operands do.
+Tracers, compilers and transforms get PyTorch's operators alone. With at most an activation fused and
+nothing to repair, the result is PyTorch's to the bit. Calls with more operands compute in float32
+and round once; for an activation alone that would take longer than PyTorch's two operations.
 """
 
 import math
@@ -17,11 +17,11 @@ from triton_gn.ops import context, layout
 from triton_gn.ops.call import Call
 from triton_gn.reference import ACTIVATIONS, Operands
 
-# largest |mean| / std of a group that PyTorch's channels-last kernel is trusted with: its variance,
-# E[x^2] - E[x]^2, loses as many roundings as the square of it
+# Largest |mean| / std of a group for which PyTorch's channels-last kernel is trusted: its variance,
+# E[x^2] - E[x]^2, loses digits as the square of this ratio.
 _FAR_FROM_ZERO = 16.0
-# variance of a group, over eps, below which PyTorch's contiguous kernel is not trusted: of a
-# constant x it leaves what x / sqrt(eps) rounds by
+# Variance of a group over eps below which PyTorch's contiguous kernel is not trusted: a constant x
+# comes out as the rounding error of x / sqrt(eps) instead of 0.
 _NEARLY_CONSTANT = 0.01
 _IMAGE_FORMATS = {4: torch.channels_last, 5: torch.channels_last_3d}
 
@@ -57,7 +57,7 @@ def _in_context(x: Tensor, call: Call, weight: Tensor | None, bias: Tensor | Non
 
 
 def _on_cpu(x: Tensor, call: Call, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """group_norm on the CPU, in x's memory format, nobody but dispatch modes looking on."""
+    """Return group_norm on the CPU in x's memory format; only dispatch modes may look on."""
     if weight is None or bias is None or not weight.dtype is x.dtype is bias.dtype:
         x, weight, bias = _parameters(x, weight, bias)
     if (x.is_contiguous() and x.stride(1) != 1) or _is_image(x):
@@ -87,7 +87,7 @@ def _is_image(x: Tensor) -> bool:
 
 
 def _repaired(x: Tensor, call: Call, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """PyTorch's group_norm on the CPU, or the formulas where it is not to be trusted."""
+    """Run PyTorch's group_norm on the CPU, or the formulas if its result is not to be trusted."""
     n, channels = x.shape[:2]
     weight = None if weight is None else weight.contiguous()
     bias = None if bias is None else bias.contiguous()
@@ -114,8 +114,10 @@ def _repaired(x: Tensor, call: Call, weight: Tensor | None, bias: Tensor | None)
 
 
 class _ChannelsLast(torch.autograd.Function):
-    """PyTorch's channels-last CPU kernels. Its own backward crashes where parameters ask for
-    gradients and x does not."""
+    """Autograd function of PyTorch's channels-last CPU kernels.
+
+    PyTorch's own crashes if the parameters need gradients and x does not.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -164,7 +166,7 @@ def _parameters(
 
 
 def _empty(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """y of an empty x; the gradients of weight and bias are then 0, where PyTorch's may be NaN."""
+    """Return y of an empty x. The gradients of weight and bias are 0; PyTorch's may be NaN."""
     y = x.clone()
     for parameter in (weight, bias):
         if parameter is not None:

@@ -27,7 +27,7 @@ _recorded: list["Prepared"] | None = None
 
 @contextmanager
 def recording() -> "Iterator[list[Prepared]]":
-    """The calls that are made, in all threads, while it is the active context."""
+    """Record the calls of all threads while this context is active."""
     global _recorded
     before, _recorded = _recorded, []
     try:
@@ -37,10 +37,10 @@ def recording() -> "Iterator[list[Prepared]]":
 
 
 class Prepared:
-    """The launches of a call, made on tensors without memory, to be bound to real ones.
+    """The launches of a signature, described on tensors without memory, to be bound to real ones.
 
-    ``templates``: the tensors of the call that the launches' arguments are made of; what else these
-    hold must be a ``Workspace``.
+    ``templates`` are the tensors of the call in the launches' arguments. Any other tensor there must
+    be a ``Workspace``, which is allocated at each call.
     """
 
     def __init__(
@@ -146,7 +146,7 @@ def _hooks() -> Any:
 
 
 def _is_observed() -> bool:
-    """Whether a profiler wants to hear of launches: Triton's own way tells it."""
+    """Return True if a profiler hooks launches: Triton's own way of launching calls the hooks."""
     hooks = _hooks()
     enter, leave = hooks.launch_enter_hook, hooks.launch_exit_hook
     # chains of hooks, unless somebody has put one hook or None in their place
@@ -305,6 +305,6 @@ def _config(
 
 
 def forget() -> None:
-    """Plan the next calls anew: tables of plans have changed."""
+    """Empty the cache, so that calls are planned anew: tables of plans have changed."""
     prepare_forward.cache_clear()
     prepare_backward.cache_clear()

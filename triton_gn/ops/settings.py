@@ -1,4 +1,4 @@
-"""What a user sets for a thread: backend, autocast, batch invariance, parts of the plan."""
+"""Settings of a thread: backend, autocast policy, batch invariance, plan override."""
 
 import functools
 import json
@@ -48,7 +48,7 @@ def current() -> Settings:
 
 @functools.cache
 def to_text(settings: Settings) -> str:
-    """As an operator's argument; ``from_text`` takes it back."""
+    """Encode settings as an operator's argument; ``from_text`` decodes them."""
     return json.dumps(asdict(settings))
 
 
@@ -60,9 +60,9 @@ def from_text(text: str) -> Settings:
 
 
 def when_compiled() -> tuple[str, str, str]:
-    """For torch.compile, which cannot look into a thread's state: the settings while it traces.
+    """Return backend, autocast policy and all settings as text, for torch.compile.
 
-    Backend, autocast policy and all of them as text.
+    It cannot look into a thread's state, so it keeps the settings of the time when it traces.
     """
     settings = current()
     return settings.backend, settings.autocast_policy, to_text(settings)
@@ -73,7 +73,7 @@ when_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class Setting:
-    """A setting just made. As a context manager it restores, on exit, what was set before."""
+    """A setting that has just taken effect; as a context manager it restores the old one on exit."""
 
     def __init__(self, changes: Mapping[str, Any]) -> None:
         before = _thread.current

@@ -1,5 +1,5 @@
-"""group_norm of an input whose pixels are shared out among processes: the two halves of split, with
-one small collective between them."""
+"""group_norm of a spatially sharded input: the two halves of split with one small collective
+between them."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -21,7 +21,7 @@ _TENSORS = len(Operands._fields)
 
 
 class Step(NamedTuple):
-    """What a process knows of a call: with x not empty, and dy and stats in backward."""
+    """A call of one process: its part of the operands and, in a backward, dy and stats."""
 
     operands: Operands
     call: Call
@@ -30,26 +30,28 @@ class Step(NamedTuple):
 
 
 class Way(Protocol):
-    """How a process does its own part."""
+    """How a process computes on its own part: by kernels or by formulas."""
 
     def moments(self, step: Step) -> Tensor:
-        """(4, N, G): count, mean, mean_lo, m2."""
+        """Return count, mean, mean_lo and m2: (4, N, G)."""
 
     def apply(self, step: Step, parts: Tensor, with_stats: bool) -> tuple[Tensor, Tensor | None]:
-        """y and, if asked for, stats, from the parts' moments (N, G, 4, parts)."""
+        """Return y and, if asked for, stats, from the moments of all parts (N, G, 4, parts)."""
 
     def backward_reduce(
         self, step: Step, needs: Sequence[bool]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Both sums (N, G, 2), and gradients but those of the input, in the compute dtype."""
+        """Return both sums (N, G, 2), and all gradients but the input's, in the compute dtype."""
 
     def backward_apply(self, step: Step, sums: Tensor, needs: Sequence[bool]) -> dict[str, Tensor]:
-        """Gradients of the input, pre_add's in the compute dtype; the sums are divided by the
-        elements that a group has here."""
+        """Return the input's gradients; pre_add's is in the compute dtype.
+
+        ``sums`` are divided by the elements that a group has in this process.
+        """
 
 
 class ByKernels:
-    """Under settings of split."""
+    """Run the kernels, under settings of split."""
 
     def moments(self, step: Step) -> Tensor:
         return own_moments(step.operands, step.call)
@@ -80,7 +82,7 @@ class ByKernels:
 
 
 class ByFormulas:
-    """In plain PyTorch."""
+    """Run the formulas in plain PyTorch."""
 
     def moments(self, step: Step) -> Tensor:
         operands = step.operands
@@ -126,8 +128,10 @@ def _x_hat(step: Step) -> Tensor:
 
 
 def _of_affine(step: Step, x_hat: Tensor, needs: Sequence[bool]) -> list[Tensor]:
-    """Gradients of x_hat, in the place of x, and of those operands that ``needs`` names; in the
-    compute dtype, but the residual's."""
+    """Return the gradients of x_hat, in the place of x, and of the operands that ``needs`` names.
+
+    All but the residual's are in the compute dtype.
+    """
 
     def formulas(*tensors: Tensor | None) -> Tensor:
         given = Operands._make(tensors)
@@ -140,7 +144,7 @@ def _of_affine(step: Step, x_hat: Tensor, needs: Sequence[bool]) -> list[Tensor]
 
 
 def gathered(moments: Tensor, shards: Shards) -> Tensor:
-    """(N, G, 4, parts) of all processes, from the (4, N, G) of each."""
+    """Gather the (4, N, G) moments of each process to (N, G, 4, parts)."""
     _, n, groups = moments.shape
     # of the same meaning; the second name is deprecated where there is the first
     all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -152,7 +156,7 @@ def gathered(moments: Tensor, shards: Shards) -> Tensor:
 
 
 def summed(tensors: Sequence[Tensor], shards: Shards) -> list[Tensor]:
-    """Each of them over all processes, in one message."""
+    """Sum each tensor over all processes, in one message."""
     if not tensors:
         return []
     message = torch.cat([t.reshape(-1) for t in tensors])
@@ -163,7 +167,7 @@ def summed(tensors: Sequence[Tensor], shards: Shards) -> list[Tensor]:
 
 
 def group_norm(operands: Operands, call: Call, way: Way, shards: Shards) -> Tensor:
-    """y of this process's x, which may be empty; ``call`` with settings of split."""
+    """Return y of this process's x, which may be empty; the call has settings of split."""
     if context.records(operands):
         y_recorded: Tensor = _ShardedFunction.apply(*operands, call, way, shards)
         return y_recorded
@@ -174,7 +178,7 @@ def group_norm(operands: Operands, call: Call, way: Way, shards: Shards) -> Tens
 
 
 def _exchanged(step: Step, way: Way, shards: Shards) -> tuple[Tensor, Tensor]:
-    """Moments of this process's part, (4, N, G), and of all parts, (N, G, 4, parts)."""
+    """Return the moments of this process's part (4, N, G) and of all parts (N, G, 4, parts)."""
     x = step.operands.x
     if x.numel():
         own = way.moments(step)
@@ -185,7 +189,7 @@ def _exchanged(step: Step, way: Way, shards: Shards) -> tuple[Tensor, Tensor]:
 
 
 def _applied(step: Step, way: Way, parts: Tensor, with_stats: bool) -> tuple[Tensor, Tensor | None]:
-    """y and, if asked for, stats."""
+    """Return y and, if asked for, stats."""
     x = step.operands.x
     if x.numel():
         return way.apply(step, parts, with_stats)
@@ -232,7 +236,7 @@ class _ShardedFunction(torch.autograd.Function):
 def _backward(
     step: Step, share: Tensor, way: Way, shards: Shards, needs: list[bool]
 ) -> dict[str, Tensor]:
-    """Gradients of the operands that ``needs`` names, those that processes share summed up."""
+    """Return the gradients that ``needs`` names, summed over processes if the operand is shared."""
     operands, is_empty = step.operands, not step.operands.x.numel()
     of_input = [n and name in _OF_INPUT for n, name in zip(needs, Operands._fields, strict=True)]
     others = [n and not of_x for n, of_x in zip(needs, of_input, strict=True)]
@@ -259,7 +263,7 @@ def _backward(
 
 
 def _zeros(operands: Operands, needs: Iterable[bool]) -> dict[str, Tensor]:
-    """Gradients of an empty x."""
+    """Return the gradients of an empty x."""
     wide = compute_dtype(operands.x)
     return {
         name: torch.zeros_like(t, dtype=wide)

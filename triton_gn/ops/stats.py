@@ -23,7 +23,7 @@ _TENSORS = len(Operands._fields)
 
 @functools.cache
 def split_settings(settings: Settings) -> Settings:
-    """The settings with plans of split only."""
+    """Return the settings with plans restricted to split."""
     fixed = dict(settings.plan_override)
     if fixed.pop("strategy", "split") != "split":
         fixed = {}  # the other fields are those of the other strategy
@@ -98,7 +98,7 @@ def apply(operands: Operands, given: Moments, call: Call) -> Tensor:
 
 
 def _packed(given: Moments) -> Tensor:
-    """(N, G, 4, 1), as the partials of split; NaN where there is nothing to normalise by."""
+    """Return moments as one partial of split, (N, G, 4, 1); NaN for groups without elements."""
     mean = given.mean.masked_fill(given.count == 0, torch.nan)
     # a part without elements would be passed over
     fields = given.count.clamp(min=1).to(mean.dtype), mean, given.mean_lo, given.m2
@@ -133,7 +133,7 @@ class _ApplyFunction(torch.autograd.Function):
 def _apply_backward(
     dy: Tensor, stats: Tensor, operands: Operands, given: Moments, call: Call, needs: list[bool]
 ) -> list[Tensor]:
-    """Gradients of those of the operands, mean and m2 that ``needs`` names."""
+    """Return the gradients of the operands, mean and m2 that ``needs`` names."""
     *of_operands, needs_mean, needs_m2 = needs
     operands = autograd.native(operands)
     grads = autograd.empty_gradients(operands, of_operands)
@@ -153,7 +153,7 @@ def _apply_backward(
 def _differentiable_apply_backward(
     dy: Tensor, stats: Tensor, operands: Operands, given: Moments, call: Call, needs: list[bool]
 ) -> list[Tensor]:
-    """``_apply_backward`` by the formulas."""
+    """Run ``_apply_backward`` by the formulas, so that autograd can differentiate it."""
 
     def formulas(*tensors: Tensor | None) -> Tensor:
         *values, mean, m2 = tensors
