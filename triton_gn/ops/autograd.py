@@ -175,7 +175,7 @@ class TransformedGroupNormFunction(torch.autograd.Function):
 
 
 class BackwardFunction(torch.autograd.Function):
-    """``backward`` as a function: differentiable by the formulas in plain PyTorch, and under vmap."""
+    """``backward`` as an autograd function: differentiable by the formulas, and under vmap."""
 
     @staticmethod
     def forward(

@@ -39,7 +39,7 @@ def is_tracing() -> bool:
 
 
 def wants_pytorch() -> bool:
-    """Return True under torch.jit.trace and torch.onnx.export, which know only PyTorch's operators."""
+    """Return True under torch.jit.trace and torch.onnx.export: they know PyTorch's operators only."""
     return is_tracing() or (is_compiling() and torch.onnx.is_in_onnx_export())
 
 
@@ -66,7 +66,7 @@ def has_subclass(tensors: Iterable[Tensor | None]) -> bool:
 
 
 def is_expanded_weight(t: object) -> bool:
-    """Return True for a parameter of torch.nn.utils' gradients per sample, which loads its module."""
+    """Return True for a parameter of torch.nn.utils' per-sample gradients."""
     module = sys.modules.get("torch.nn.utils._expanded_weights.expanded_weights_impl")
     return module is not None and isinstance(t, module.ExpandedWeight)
 

@@ -15,8 +15,8 @@ def group_norm(operands: Operands, num_groups: int, eps: float, activation: str)
     """Return y with the placements of x, for operands that ``functional`` has checked.
 
     Along each dimension of the mesh x is replicated or sharded. Over the batch or over whole groups
-    of channels nothing is sent; over pixels statistics are. Other operands are redistributed to fit;
-    plain tensors are taken to be the same on all ranks.
+    of channels nothing is sent; over pixels statistics are. Other operands are redistributed to
+    fit; plain tensors are taken to be the same on all ranks.
     """
     x = _supported(operands.x, num_groups)
     mesh, dims = x.device_mesh, [_sharded_dim(p) for p in x.placements]

@@ -73,7 +73,7 @@ when_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class Setting:
-    """A setting that has just taken effect; as a context manager it restores the old one on exit."""
+    """A setting that has taken effect; as a context manager it restores the old one on exit."""
 
     def __init__(self, changes: Mapping[str, Any]) -> None:
         before = _thread.current
