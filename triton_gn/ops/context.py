@@ -39,7 +39,7 @@ def is_tracing() -> bool:
 
 
 def wants_pytorch() -> bool:
-    """Return True under torch.jit.trace and torch.onnx.export: they know PyTorch's operators only."""
+    """Return True under torch.jit.trace and ONNX export, which know only PyTorch's operators."""
     return is_tracing() or (is_compiling() and torch.onnx.is_in_onnx_export())
 
 

@@ -1,8 +1,8 @@
 """PyTorch's own group_norm and elementwise operations, with its mistakes on the CPU repaired.
 
 Tracers, compilers and transforms get PyTorch's operators alone. With at most an activation fused
-and nothing to repair, the result is PyTorch's to the bit. Calls with more operands compute in float32
-and round once; for an activation alone that would take longer than PyTorch's two operations.
+and nothing to repair, the result is PyTorch's to the bit. Calls with more operands compute in
+float32 and round once; for an activation alone that would take longer than PyTorch's operations.
 """
 
 import math

@@ -39,8 +39,8 @@ def recording() -> "Iterator[list[Prepared]]":
 class Prepared:
     """The launches of a signature: described on tensors without memory, then bound to real ones.
 
-    ``templates`` are the tensors of the call in the launches' arguments. Any other tensor there must
-    be a ``Workspace``, which is allocated at each call.
+    ``templates`` are the tensors of the call in the launches' arguments. Any other tensor there
+    must be a ``Workspace``, which is allocated at each call.
     """
 
     def __init__(
