@@ -16,13 +16,7 @@ import torch
 from rich.console import Console
 
 from perf import common, records
-from perf.implementations import (
-    IMPLEMENTATIONS,
-    PARTS,
-    bytes_minimum,
-    checked,
-    speed_of_light,
-)
+from perf.implementations import IMPLEMENTATIONS, PARTS, bytes_minimum, checked, speed_of_light
 from perf.records import DIRECTIONS, OURS, REFERENCES, Record, case
 from triton_gn.ops.device import gpu_of
 from triton_gn.plan import (
@@ -164,10 +158,8 @@ class Bench:
         references = {REFERENCES[part]: part for part in PARTS[direction]}
         for name, part in references.items():
             count = bytes_minimum(workload, part)
-            fields[name], calls[name] = (
-                {"bytes_minimum": count},
-                speed_of_light(part, count, self.device),
-            )
+            fields[name] = {"bytes_minimum": count}
+            calls[name] = speed_of_light(part, count, self.device)
         for cache in self.caches:
             cold = cache == "cold"
             times = stopwatch.measure(list(calls.values()), self.device, cold=cold)
