@@ -233,12 +233,12 @@ def report(new: list[Record], path: Path) -> None:
     present = [one for one in IMPLEMENTATIONS if one.name in names]
     peers = [one.name for one in present[1:] if not one.is_fixed]
     first, others = present[0].name, peers or [one.name for one in present[1:]]
-    titles = [f"{first}\nus", "light", *(name.removeprefix(OURS) for name in others)]
+    titles = [f"{first}\nus", "speed\nof light", *(name.removeprefix(OURS) for name in others)]
     table = common.table(
         ["workload", "call, L2"],
         [title.replace("torch_", "torch\n") for title in titles],
         title=new[0].device + ", predicted, not measured" * (not new[0].measured),
-        caption=f"light: time of a copy (forward) or an addition (backward) over {first}'s\n"
+        caption=f"speed of light: time of a copy (forward) or an addition (backward) over {first}'s\n"
         f"right of it: time of the others over {first}'s",
         show_edge=True,
         expand=True,
@@ -248,7 +248,7 @@ def report(new: list[Record], path: Path) -> None:
     rows: dict[Any, dict[str, Record]] = {}
     for record in new:
         rows.setdefault(case(record), {})[record.implementation] = record
-    columns: list[list[float]] = [[] for _ in ("light", *others)]
+    columns: list[list[float]] = [[] for _ in ("speed of light", *others)]
     for row in rows.values():
         ours = row[first]
         ratios = [ours.share_of_copy, *(_ratio(row.get(name), ours) for name in others)]
