@@ -238,7 +238,8 @@ def report(new: list[Record], path: Path) -> None:
         ["workload", "call, L2"],
         [title.replace("torch_", "torch\n") for title in titles],
         title=new[0].device + ", predicted, not measured" * (not new[0].measured),
-        caption=f"speed of light: time of a copy (forward) or an addition (backward) over {first}'s\n"
+        caption="speed of light: time of a copy (forward) or an addition (backward) over "
+        f"{first}'s\n"
         f"right of it: time of the others over {first}'s",
         show_edge=True,
         expand=True,
