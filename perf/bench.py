@@ -16,13 +16,7 @@ import torch
 from rich.console import Console
 
 from perf import common, records
-from perf.implementations import (
-    IMPLEMENTATIONS,
-    PARTS,
-    bytes_minimum,
-    checked,
-    speed_of_light,
-)
+from perf.implementations import IMPLEMENTATIONS, PARTS, bytes_minimum, checked, speed_of_light
 from perf.records import DIRECTIONS, OURS, REFERENCES, Record, case
 from triton_gn.ops.device import gpu_of
 from triton_gn.plan import (
@@ -164,10 +158,8 @@ class Bench:
         references = {REFERENCES[part]: part for part in PARTS[direction]}
         for name, part in references.items():
             count = bytes_minimum(workload, part)
-            fields[name], calls[name] = (
-                {"bytes_minimum": count},
-                speed_of_light(part, count, self.device),
-            )
+            fields[name] = {"bytes_minimum": count}
+            calls[name] = speed_of_light(part, count, self.device)
         for cache in self.caches:
             cold = cache == "cold"
             times = stopwatch.measure(list(calls.values()), self.device, cold=cold)
@@ -241,12 +233,13 @@ def report(new: list[Record], path: Path) -> None:
     present = [one for one in IMPLEMENTATIONS if one.name in names]
     peers = [one.name for one in present[1:] if not one.is_fixed]
     first, others = present[0].name, peers or [one.name for one in present[1:]]
-    titles = [f"{first}\nus", "light", *(name.removeprefix(OURS) for name in others)]
+    titles = [f"{first}\nus", "speed\nof light", *(name.removeprefix(OURS) for name in others)]
     table = common.table(
         ["workload", "call, L2"],
         [title.replace("torch_", "torch\n") for title in titles],
         title=new[0].device + ", predicted, not measured" * (not new[0].measured),
-        caption=f"light: time of a copy (forward) or an addition (backward) over {first}'s\n"
+        caption="speed of light: time of a copy (forward) or an addition (backward) over "
+        f"{first}'s\n"
         f"right of it: time of the others over {first}'s",
         show_edge=True,
         expand=True,
@@ -256,7 +249,7 @@ def report(new: list[Record], path: Path) -> None:
     rows: dict[Any, dict[str, Record]] = {}
     for record in new:
         rows.setdefault(case(record), {})[record.implementation] = record
-    columns: list[list[float]] = [[] for _ in ("light", *others)]
+    columns: list[list[float]] = [[] for _ in ("speed of light", *others)]
     for row in rows.values():
         ours = row[first]
         ratios = [ours.share_of_copy, *(_ratio(row.get(name), ours) for name in others)]

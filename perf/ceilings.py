@@ -11,6 +11,7 @@ from perf.implementations import speed_of_light
 from perf.records import DIRECTIONS, REFERENCES, Record, folder_of, save
 from triton_gn.ops.device import gpu_of
 from triton_gn.tools import stopwatch
+from triton_gn.tools.workloads import Workload
 
 _SMALLEST = 2**20  # bytes
 _IN_L2 = 1.25  # speed over the largest copy from DRAM: above it, most bytes came from L2
@@ -27,16 +28,16 @@ def run(options: argparse.Namespace, device: torch.device | None = None) -> int:
     device = device or common.current_gpu("python -m perf bench --predict sm_90")
     gpu = gpu_of(device)
     sizes = _sizes(options.largest)
-    found = [
+    rows = [
         record
         for direction in DIRECTIONS[: len(REFERENCES)]
         for cold in (True, False)
         for record in _records(direction, sizes, device, cold)
     ]
     path = (options.out or folder_of(gpu.name, measured=True)) / "ceilings.jsonl"
-    save(path, found, anew=True)
-    report(found)
-    print(f"{len(found)} records in {path}")
+    save(path, rows, anew=True)
+    report(rows)
+    print(f"{len(rows)} records in {path}")
     return 0
 
 
@@ -58,13 +59,7 @@ def _records(
         Record(
             **base,
             **common.fields_of_times(time, cold),
-            workload="ceiling",
-            shape=f"1x{size // 4}",
-            groups=1,
-            dtype="float32",
-            param_dtype="float32",
-            layout="contiguous",
-            activation="none",
+            **common.fields_of_workload(Workload("ceiling", 1, size // 4, 1, (), "float32")),
             direction=direction,
             implementation=REFERENCES[direction],
             cache="cold" if cold else "warm",
@@ -75,12 +70,12 @@ def _records(
     ]
 
 
-def effective_l2(found: Sequence[Record]) -> int:
+def effective_l2(rows: Sequence[Record]) -> int:
     """Return the most bytes of a warm copy that still comes mostly from L2; 0 if none does."""
-    copies = [one for one in found if one.implementation == REFERENCES["forward"]]
-    dram = max((one for one in copies if one.cache == "cold"), key=lambda one: one.bytes_minimum)
+    copies = [row for row in rows if row.implementation == REFERENCES["forward"]]
+    dram = max((row for row in copies if row.cache == "cold"), key=lambda row: row.bytes_minimum)
     fast = _IN_L2 * (dram.gb_per_s or 0)
-    held = (one.bytes_minimum for one in copies if one.cache == "warm" and _speed(one) >= fast)
+    held = (row.bytes_minimum for row in copies if row.cache == "warm" and _speed(row) >= fast)
     return max(held, default=0)
 
 
@@ -88,14 +83,14 @@ def _speed(record: Record) -> float:
     return record.gb_per_s or 0
 
 
-def report(found: Sequence[Record]) -> None:
+def report(rows: Sequence[Record]) -> None:
     """Print the speeds by size, and how much L2 holds."""
-    kinds = list(dict.fromkeys((one.implementation, one.cache) for one in found))
+    kinds = list(dict.fromkeys((row.implementation, row.cache) for row in rows))
     titles = ["MiB moved", *(f"{name}, {cache} L2" for name, cache in kinds)]
-    table = common.table([], titles, title=f"{found[0].device}: GB/s")
-    speeds = {(one.implementation, one.cache, one.bytes_minimum): _speed(one) for one in found}
-    for size in sorted({one.bytes_minimum for one in found}):
+    table = common.table([], titles, title=f"{rows[0].device}: GB/s")
+    speeds = {(row.implementation, row.cache, row.bytes_minimum): _speed(row) for row in rows}
+    for size in sorted({row.bytes_minimum for row in rows}):
         row = (f"{speeds[*kind, size]:.0f}" for kind in kinds)
         table.add_row(f"{size / 2**20:g}", *row)
     Console().print(table)
-    print(f"Effective L2: {effective_l2(found) / 2**20:g} MiB read and written")
+    print(f"Effective L2: {effective_l2(rows) / 2**20:g} MiB read and written")

@@ -15,7 +15,8 @@ from rich.text import Text
 
 from perf.records import FIGURES, PREDICTED, RESULTS
 from triton_gn.plan import Device
-from triton_gn.tools import stopwatch, tune
+from triton_gn.tools import stopwatch
+from triton_gn.tools.provenance import output_of, provenance
 from triton_gn.tools.stopwatch import Times
 from triton_gn.tools.workloads import Workload
 
@@ -65,7 +66,7 @@ def listed(text: str, allowed: Iterable[str]) -> list[str]:
 
 def origin(command: str, device: Device, measured: bool) -> dict[str, Any]:
     """Return the fields that all records of a run share."""
-    known = tune.provenance()
+    known = provenance()
     names = ("driver", "runtime", "torch", "triton", "triton_gn")
     versions = {name: known[name] for name in names if known[name]}
     return {
@@ -80,7 +81,7 @@ def origin(command: str, device: Device, measured: bool) -> dict[str, Any]:
 def commit(name: str) -> str:
     """Append "-dirty" to a commit if files other than results and figures have changed."""
     status = "git", "-C", str(_ROOT), "status", "--porcelain", "--untracked-files=no", "--"
-    changed = name and tune.output_of(*status, ".", f":!{RESULTS}", f":!{FIGURES}")
+    changed = name and output_of(*status, ".", f":!{RESULTS}", f":!{FIGURES}")
     return f"{name}-dirty" if changed else name
 
 

@@ -60,7 +60,7 @@ def run(options: argparse.Namespace) -> int:
     if not pairs:
         raise ValueError("the two have no call in common: nothing can be compared.")
     report(pairs)
-    return int(any(one.verdict == "slower" and one.ratio > options.fail_over for one in pairs))
+    return int(any(p.verdict == "slower" and p.ratio > options.fail_over for p in pairs))
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def spread(record: Record) -> tuple[float, float]:
 def paired(old: Iterable[Record], new: Iterable[Record]) -> list[Pair]:
     """Pair the newest times of the calls that both have."""
     before, after = (
-        records.newest((one for one in run if one.command == "bench" and one.ms_p50), _key)
+        records.newest((r for r in run if r.command == "bench" and r.ms_p50), _key)
         for run in (old, new)
     )
     return [Pair(record, after[key]) for key, record in before.items() if key in after]
@@ -134,18 +134,18 @@ def _run(command: Sequence[str], folder: Path) -> None:
         raise ValueError(f"`{shlex.join(command)}` failed with exit status {status} in {folder}.")
 
 
-def merged(found: Iterable[Record]) -> list[Record]:
+def merged(rows: Iterable[Record]) -> list[Record]:
     """Merge the records of each call: the median of medians, the widest spread."""
     calls: dict[Any, list[Record]] = defaultdict(list)
-    for one in found:
-        if one.ms_p50:
-            calls[_key(one)].append(one)
+    for record in rows:
+        if record.ms_p50:
+            calls[_key(record)].append(record)
     return [
         replace(
             same[-1],
-            ms_p20=min(spread(one)[0] for one in same),
-            ms_p50=median(one.ms_p50 or 0 for one in same),
-            ms_p80=max(spread(one)[1] for one in same),
+            ms_p20=min(spread(record)[0] for record in same),
+            ms_p50=median(record.ms_p50 or 0 for record in same),
+            ms_p80=max(spread(record)[1] for record in same),
         )
         for same in calls.values()
     ]

@@ -8,40 +8,29 @@ import argparse
 import ctypes
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
-from torch.nn import functional as F
 
-import triton_gn
 from perf import common
-from triton_gn.tools.workloads import LAYOUTS
+from perf.implementations import Call, ours, torchs, unfused
+from triton_gn.tools.workloads import LAYOUTS, Workload
 
-
-class Layer(NamedTuple):
-    """A layer of a real model that takes some milliseconds.
-
-    Small layers would show the cost of the checks of a call instead (docs/measured.md).
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    groups: int = 32
-
-
+# layers of real models that take some milliseconds: small ones would show the cost of the checks of
+# a call instead (docs/measured.md)
 LAYERS = (
-    Layer("SD1.5 64x64", (4, 320, 64, 64)),
-    Layer("SD1.5 32x32", (8, 640, 32, 32)),
-    Layer("SD VAE 256x256", (1, 128, 256, 256)),
-    Layer("ResNet 28x28", (32, 128, 28, 28)),
-    Layer("ResNet 14x14", (64, 256, 14, 14)),
-    Layer("video 17x32x32", (1, 256, 17, 32, 32)),
-    Layer("medical 64x64x64", (1, 32, 64, 64, 64), 8),
-    Layer("audio 8192", (4, 256, 8192)),
+    Workload("SD1.5 64x64", 4, 320, 32, (64, 64), activation="silu"),
+    Workload("SD1.5 32x32", 8, 640, 32, (32, 32), activation="silu"),
+    Workload("SD VAE 256x256", 1, 128, 32, (256, 256), activation="silu"),
+    Workload("ResNet 28x28", 32, 128, 32, (28, 28), activation="silu"),
+    Workload("ResNet 14x14", 64, 256, 32, (14, 14), activation="silu"),
+    Workload("video 17x32x32", 1, 256, 32, (17, 32, 32), activation="silu"),
+    Workload("medical 64x64x64", 1, 32, 8, (64, 64, 64), activation="silu"),
+    Workload("audio 8192", 4, 256, 32, (8192,), activation="silu"),
 )
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DTYPES = ("float32", "bfloat16", "float16")
 GOAL = 1.1
 
 
@@ -60,13 +49,13 @@ def run(options: argparse.Namespace) -> int:
     for threads in sorted({1, all_threads}):
         torch.set_num_threads(threads)
         title = f"forward / and backward, over PyTorch, {threads} thread{'s'[: threads > 1]}"
-        dtypes = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
-        table = common.table(["layer", "layout"], dtypes, title=title)
+        table = common.table(["layer", "layout"], DTYPES, title=title)
         for layer in LAYERS:
             for layout in LAYOUTS:
                 cells = []
                 for dtype in DTYPES:
-                    pair = [ratio_of(layer, layout, dtype, b, options.seconds) for b in (0, 1)]
+                    workload = replace(layer, dtype=dtype, param_dtype=dtype, layout=layout)
+                    pair = [ratio_of(workload, d, options.seconds) for d in ("forward", "both")]
                     cells.append(f"{pair[0]:.2f} / {pair[1]:.2f}")
                     ratios += pair
                 table.add_row(layer.name, layout.replace("_", "-"), *cells)
@@ -79,39 +68,23 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _keep_memory() -> None:
-    """Let glibc keep freed memory: new pages take as long as a layer, and not every call gets new
-    ones."""
+    """Let glibc keep freed memory: new pages take as long as a layer, and only some calls get
+    them."""
     if hasattr(library := ctypes.CDLL(None), "mallopt"):
         library.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
         library.mallopt(-4, 0)  # M_MMAP_MAX
 
 
-def ratio_of(layer: Layer, layout: str, dtype: torch.dtype, backward: int, seconds: float) -> float:
+def ratio_of(workload: Workload, direction: str, seconds: float) -> float:
     """Return the time of triton_gn's call over that of PyTorch's two."""
-    x, dy = (laid(torch.randn(layer.shape, dtype=dtype), layout) for _ in range(2))
-    weight, bias = torch.randn(2, layer.shape[1], dtype=dtype)
-    if backward:
-        x, weight, bias = (t.requires_grad_() for t in (x, weight.clone(), bias.clone()))
-
-    def ours() -> Tensor:
-        return triton_gn.group_norm(x, layer.groups, weight, bias, activation="silu")
-
-    def theirs() -> Tensor:
-        return F.silu(F.group_norm(x, layer.groups, weight, bias))
-
-    def and_backward(forward: Callable[[], Tensor]) -> Callable[[], Any]:
-        return lambda: torch.autograd.grad(forward(), (x, weight, bias), dy)
-
-    calls = [and_backward(ours), and_backward(theirs)] if backward else [ours, theirs]
+    operands = workload.operands("cpu")
+    dy = torch.randn_like(operands.x)
+    computes = ours(workload), unfused(torchs, workload)
+    calls = [Call(compute, operands, dy, direction) for compute in computes]
     best = fastest(calls, seconds)
     if best[0] > GOAL * best[1]:  # a longer run takes noise out of both
         best = list(map(min, best, fastest(calls, 5 * seconds)))
     return best[0] / best[1]
-
-
-def laid(x: Tensor, layout: str) -> Tensor:
-    """Return x, or a copy with channels innermost."""
-    return x if layout == "contiguous" else x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def fastest(calls: Sequence[Callable[[], Any]], seconds: float) -> list[float]:

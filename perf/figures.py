@@ -38,8 +38,8 @@ MAX_SLOWDOWN = 4  # end of the colour scale of a sweep
 
 def copy_share(records: list[Record]) -> Figure | None:
     """Draw the share of copy speed: a row per workload or, of many, each implementation's curve."""
-    scope = [one for one in cold(records) if one.implementation not in REFERENCES.values()]
-    drawn = [one for one in scope if one.share_of_copy]
+    scope = [r for r in cold(records) if r.implementation not in REFERENCES.values()]
+    drawn = [record for record in scope if record.share_of_copy]
     if not drawn:
         return None
     names = labels(drawn)
@@ -61,9 +61,9 @@ def draw_rows(axes: Axes, records: list[Record], names: dict[Any, str]) -> None:
     axes.axvline(1, **reference())
     rows = list(names)
     for implementation in reversed(implementations(records)):  # ours on top
-        mine = [one for one in records if one.implementation == implementation]
-        heights = [rows.index(workload(one)) for one in mine]
-        shares = [one.share_of_copy or 0 for one in mine]
+        mine = [record for record in records if record.implementation == implementation]
+        heights = [rows.index(workload(record)) for record in mine]
+        shares = [record.share_of_copy or 0 for record in mine]
         axes.plot(shares, heights, clip_on=False, **look(implementation))
     axes.set_xlabel(f"{REFERENCES[records[0].direction]} = 1")
     name_rows(axes, names.values())
@@ -72,9 +72,8 @@ def draw_rows(axes: Axes, records: list[Record], names: dict[Any, str]) -> None:
 def draw_curves(axes: Axes, records: list[Record], names: dict[Any, str]) -> None:
     axes.axhline(1, **reference())
     for implementation in reversed(implementations(records)):
-        shares = sorted(
-            one.share_of_copy or 0 for one in records if one.implementation == implementation
-        )
+        mine = [r for r in records if r.implementation == implementation]
+        shares = sorted(record.share_of_copy or 0 for record in mine)
         steps = [100 * (step + 0.5) / len(shares) for step in range(len(shares))]
         axes.plot(steps, shares, **look(implementation) | {"linestyle": "-", "markevery": 0.1})
     axes.set_xlabel(f"% of {len(names)} workloads, slowest first")
@@ -83,24 +82,26 @@ def draw_curves(axes: Axes, records: list[Record], names: dict[Any, str]) -> Non
 
 def speedup(records: list[Record]) -> Figure | None:
     """Draw PyTorch's times over triton_gn's, with their geometric means."""
-    scope = [one for one in records if one.implementation in (OURS, *PYTORCH)]
-    ours = {case(one): one for one in scope if one.implementation == OURS}
-    drawn = [one for one in scope if one.implementation != OURS and ratio(one, ours, "ms_p50")]
+    scope = [record for record in records if record.implementation in (OURS, *PYTORCH)]
+    ours = {case(record): record for record in scope if record.implementation == OURS}
+    drawn = [r for r in scope if r.implementation != OURS and ratio(r, ours, "ms_p50")]
     if not drawn:
         return None
     figure = sheet(
         "Speed-up: time of PyTorch over time of triton_gn",
         scope,
-        3.4 * len({one.cache for one in drawn}),
+        3.4 * len({record.cache for record in drawn}),
         notes=["beside the names: geometric means"],
     )
     for axes, here in panels(figure, drawn, pad=32):
         axes.axhline(1, **reference())
         for peer in implementations(here):
-            mine = [one for one in here if one.implementation == peer]
-            speedups = [ratio(one, ours, "ms_p50") for one in mine]
+            mine = [record for record in here if record.implementation == peer]
+            speedups = [ratio(record, ours, "ms_p50") for record in mine]
             label = f"{peer} {statistics.geometric_mean(speedups):.2f}×"
-            axes.plot([one.bytes_minimum for one in mine], speedups, label=label, **look(peer))
+            axes.plot(
+                [record.bytes_minimum for record in mine], speedups, label=label, **look(peer)
+            )
         axes.legend(loc="lower left", bbox_to_anchor=(0, 1.02))
         log_axes(axes, drawn, "times as fast", base=2, steps=(1, 1.5))
     return figure
@@ -114,21 +115,21 @@ def ratio(record: Record, ours: dict[Any, Record], field: str) -> float:
 
 def roofline(records: list[Record]) -> Figure | None:
     """Draw the speed of every workload below that of the copies or additions of its run."""
-    scope = [one for one in cold(records) if one.implementation in (OURS, *REFERENCES.values())]
-    drawn = [one for one in scope if one.implementation == OURS and one.gb_per_s]
+    scope = [r for r in cold(records) if r.implementation in (OURS, *REFERENCES.values())]
+    drawn = [record for record in scope if record.implementation == OURS and record.gb_per_s]
     if not drawn:
         return None
     title = "Throughput of triton_gn beside that of a copy or an addition"
     figure = sheet(title, scope, 3.4, handles=roofline_key(drawn))
     for axes, here in panels(figure, drawn):
         roof = defaultdict(list)
-        for one in scope:
-            if one.implementation == REFERENCES[here[0].direction] and one.gb_per_s:
-                roof[one.bytes_minimum].append(one.gb_per_s)
+        for record in scope:
+            if record.implementation == REFERENCES[here[0].direction] and record.gb_per_s:
+                roof[record.bytes_minimum].append(record.gb_per_s)
         sizes = sorted(roof)
         axes.plot(sizes, [statistics.median(roof[size]) for size in sizes], **reference())
-        for one in here:
-            axes.plot(one.bytes_minimum, one.gb_per_s or 0, **point_look(one))
+        for record in here:
+            axes.plot(record.bytes_minimum, record.gb_per_s or 0, **point_look(record))
         log_axes(axes, drawn, "GB/s", base=10, steps=(1, 2, 5))
     return figure
 
@@ -144,12 +145,12 @@ def roofline_key(records: list[Record]) -> list[Line2D]:
     """Return the legend of the strategies, layouts and bounds that occur, and of the roof."""
     swatch = {"marker": "", "linestyle": "-", "linewidth": 5}
     plain = reference() | {"linestyle": "none", "marker": "o"}
-    by_strategy = sorted(records, key=lambda one: str(one.strategy))
-    layouts = sorted({one.layout for one in records})
-    bounds = sorted({one.bound for one in records if one.bound})
+    by_strategy = sorted(records, key=lambda record: str(record.strategy))
+    layouts = sorted({record.layout for record in records})
+    bounds = sorted({record.bound for record in records if record.bound})
     roof = " or ".join(REFERENCES[name] for name in directions(records))
     looks = {
-        **{str(one.strategy): point_look(one) | swatch for one in by_strategy},
+        **{str(record.strategy): point_look(record) | swatch for record in by_strategy},
         roof: reference(),
         **{layout: plain | {"marker": LAYOUTS[layout]} for layout in layouts},
         **{f"bound: {bound}": plain | {"fillstyle": BOUNDS[bound]} for bound in bounds},
@@ -159,18 +160,18 @@ def roofline_key(records: list[Record]) -> list[Line2D]:
 
 def memory(records: list[Record]) -> Figure | None:
     """Draw the peak memory of PyTorch's forward and backward over that of triton_gn's."""
-    scope = [one for one in cold(records, "both") if one.implementation in (OURS, "torch_eager")]
-    ours = {case(one): one for one in scope if one.implementation == OURS}
-    drawn = [one for one in scope if one.implementation != OURS and ratio(one, ours, "peak_bytes")]
+    scope = [r for r in cold(records, "both") if r.implementation in (OURS, "torch_eager")]
+    ours = {case(record): record for record in scope if record.implementation == OURS}
+    drawn = [r for r in scope if r.implementation != OURS and ratio(r, ours, "peak_bytes")]
     if not drawn:
         return None
     names = labels(drawn)
     title = "Peak memory of PyTorch over that of triton_gn, forward and backward"
     figure = sheet(title, scope, 0.6 + 0.2 * len(names), notes=["the smallest tensor on top"])
     axes = figure.add_subplot()
-    for row, one in enumerate(sorted(drawn, key=tensor_bytes)):
-        saved = ratio(one, ours, "peak_bytes")
-        peaks = " → ".join(size(peak.peak_bytes or 0) for peak in (one, ours[case(one)]))
+    for row, record in enumerate(sorted(drawn, key=tensor_bytes)):
+        saved = ratio(record, ours, "peak_bytes")
+        peaks = " → ".join(size(peak.peak_bytes or 0) for peak in (record, ours[case(record)]))
         axes.barh(row, saved, color="C0", height=0.6)
         axes.text(saved, row, f" {saved:.2f}×: {peaks}", va="center", fontsize="small")
     axes.axvline(1, **reference())
@@ -186,12 +187,12 @@ def size(count: int) -> str:
 
 def sweep(records: list[Record], name: str) -> Figure | None:
     """Draw the time of each block and number of warps over the best time of all."""
-    timed = sorted((one for one in records if one.ms_p50), key=milliseconds)
+    timed = sorted((record for record in records if record.ms_p50), key=milliseconds)
     if not timed:
         return None
     cells = defaultdict(list)
-    for one in timed:
-        cells[block(one), setting(one, "num_warps")].append(one)
+    for record in timed:
+        cells[block(record), setting(record, "num_warps")].append(record)
     blocks, warps = (sorted(set(values)) for values in zip(*cells, strict=True))
     best = timed[0]
     settings = (best.config or {}).items()
@@ -209,8 +210,8 @@ def sweep(records: list[Record], name: str) -> Figure | None:
         ],
     )
     axes = figure.add_subplot()
-    for (row, column), found in cells.items():
-        draw_cell(axes, warps.index(column), blocks.index(row), found, best)
+    for (row, column), cell in cells.items():
+        draw_cell(axes, warps.index(column), blocks.index(row), cell, best)
     axes.grid(visible=False)
     axes.set(xlim=(-0.5, len(warps) - 0.5), xlabel="num_warps")
     axes.set_xticks(range(len(warps)), map(str, warps))

@@ -28,9 +28,7 @@ from triton_gn.ops.device import gpu_of
 _PASSED = (0, 5)  # 5: pytest found no test, since all of a file need the interpreter
 _SANITIZED = "tests/kernels/test_bits.py"
 _MODULES = ("pytest", "xdist", "hypothesis", "numpy", "filelock", "matplotlib")
-_NAMES = ",".join(
-    one.name for one in IMPLEMENTATIONS if one.is_fixed or one.name in (OURS, "torch_eager")
-)
+_NAMES = ",".join(i.name for i in IMPLEMENTATIONS if i.is_fixed or i.name in (OURS, "torch_eager"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -98,9 +96,9 @@ def run(options: argparse.Namespace) -> int:
     Returns:
         The exit status: 0 if all have passed, 1 if one has not, 130 after Ctrl-C.
     """
-    wanted = [one for one in steps() if options.match in one.name]
+    wanted = [step for step in steps() if options.match in step.name]
     if options.list:
-        print(*(f"{one.name}: {shlex.join(one.command)}" for one in wanted), sep="\n")
+        print(*(f"{step.name}: {shlex.join(step.command)}" for step in wanted), sep="\n")
         return 0
     if missing := [name for name in _MODULES if find_spec(name) is None]:
         raise ValueError(
@@ -110,19 +108,19 @@ def run(options: argparse.Namespace) -> int:
     gpu = gpu_of(common.current_gpu("python -m perf gpu --list"))
     path = (options.out or folder_of(gpu.name, measured=True)) / "steps.json"
     commit = common.origin("gpu", gpu, measured=True)["commit"]
-    done = {one.name: one for one in _read(path) if one.commit == commit}
+    done = {step.name: step for step in _read(path) if step.commit == commit}
     interrupted = 0
     try:
         for step in wanted:
             if done.get(step.name, step).status not in _PASSED:
                 done[step.name] = step.run(commit, options.timeout)
-                text = json.dumps([asdict(one) for one in done.values()], indent=1)
+                text = json.dumps([asdict(step) for step in done.values()], indent=1)
                 records.replace(path, f"{text}\n")
     except KeyboardInterrupt:
         interrupted = common.interrupted()
-    results = [done.get(one.name, one) for one in wanted]
+    results = [done.get(step.name, step) for step in wanted]
     report(results, gpu.name)
-    return interrupted or int(any(one.status not in _PASSED for one in results))
+    return interrupted or int(any(step.status not in _PASSED for step in results))
 
 
 def _read(path: Path) -> list[Step]:
@@ -136,7 +134,7 @@ def report(done: Sequence[Step], device: str) -> None:
     """Print the result of each step."""
     table = common.table(["step"], ["status", "seconds"], title=device)
     words = {None: "not run", 0: "passed", 5: "no tests", 124: "timed out"}
-    for one in done:
-        status = words.get(one.status, f"failed ({one.status})")
-        table.add_row(one.name, status, f"{one.seconds:.0f}" if one.seconds else "")
+    for step in done:
+        status = words.get(step.status, f"failed ({step.status})")
+        table.add_row(step.name, status, f"{step.seconds:.0f}" if step.seconds else "")
     Console().print(table)

@@ -10,7 +10,7 @@ import timeit
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from statistics import median
-from typing import Any, TypedDict
+from typing import Any
 from unittest import mock
 
 import torch
@@ -40,11 +40,6 @@ Calls = Mapping[str, Call]
 Costs = dict[str, list[float]]  # microseconds of each call by round
 
 
-class _Placement(TypedDict):
-    device: torch.device
-    dtype: torch.dtype
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the command."""
     parser.add_argument("--calls", type=int, default=2000, metavar="N", help="calls in a round")
@@ -64,12 +59,11 @@ def run(options: argparse.Namespace) -> int:
             title = f"{direction}, {WORKLOAD.shape_text}, {WORKLOAD.dtype}, silu\non {name}"
             report_launching(title, costs(launching(WORKLOAD, direction, device)))
     launcher.forget()
-    tiny: _Placement = {"device": torch.device("cpu"), "dtype": torch.float32}
-    report_on_small("on the CPU, 2x6x2x2, float32", on_small((2, 6, 2, 2), 2, tiny), costs)
+    calls = on_small((2, 6, 2, 2), 2, device="cpu", dtype=torch.float32)
+    report_on_small("on the CPU, 2x6x2x2, float32", calls, costs)
     if has_gpu:
-        small: _Placement = {"device": device, "dtype": torch.bfloat16}
-        title = f"on {name}, 2x320x16x16, bfloat16"
-        report_on_small(title, on_small((2, 320, 16, 16), 32, small), costs)
+        calls = on_small((2, 320, 16, 16), 32, device=device, dtype=torch.bfloat16)
+        report_on_small(f"on {name}, 2x320x16x16, bfloat16", calls, costs)
     return 0
 
 
@@ -134,10 +128,10 @@ def by_triton(launches: Sequence[Launch], device: torch.device) -> Callable[[], 
     """Return a function that calls ``kernel[grid]`` for each launch."""
     nvidia = device.type == "cuda" and torch.version.hip is None
     calls = []
-    for one in launches:
-        arguments = one.arguments_on(nvidia)
-        values = [arguments[name] for name in one.kernel.arg_names]
-        calls.append(partial(one.kernel[(one.grid,)], *values, **one.options(nvidia)))
+    for launch in launches:
+        arguments = launch.arguments_on(nvidia)
+        values = [arguments[name] for name in launch.kernel.arg_names]
+        calls.append(partial(launch.kernel[(launch.grid,)], *values, **launch.options(nvidia)))
 
     def run_all() -> None:
         for call in calls:
@@ -159,9 +153,7 @@ def report_launching(title: str, costs: Costs) -> None:
     print(f"The look-up takes {share:.3f} of {COPY}; at most 0.2 is asked for.\n")
 
 
-def on_small(
-    shape: tuple[int, ...], groups: int, placement: _Placement
-) -> dict[str, tuple[Call, Call]]:
+def on_small(shape: tuple[int, ...], groups: int, **placement: Any) -> dict[str, tuple[Call, Call]]:
     """Return calls of PyTorch and of triton_gn on a tensor so small that only host time counts."""
     channels, dy = shape[1], torch.randn(shape, **placement)
     pairs: dict[str, tuple[Call, Call]] = {}
@@ -171,8 +163,8 @@ def on_small(
         fused = triton_gn.GroupNorm(groups, channels, **placement, activation="silu")
         unfused = nn.Sequential(torchs, nn.SiLU())
         x = torch.randn(shape, **placement)
-        for one in (torchs, mine, fused, x):
-            one.requires_grad_(kind != "no gradient")
+        for leaf in (torchs, mine, fused, x):
+            leaf.requires_grad_(kind != "no gradient")
         arguments = x, groups, torchs.weight, torchs.bias
         call = _and_backward if kind == "and backward" else _forward
         for name, theirs, ours, inputs in (

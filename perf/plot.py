@@ -44,24 +44,24 @@ def load(paths: Sequence[Path]) -> list[Record]:
     Raises:
         ValueError: there is no such path, there are no records, or a line is not a record.
     """
-    found = [one for path in paths for one in records.read(path)]
-    if not found:
+    rows = [record for path in paths for record in records.read(path)]
+    if not rows:
         raise ValueError(
             f"there must be records to draw; got none in {', '.join(map(str, paths))}. "
             "Run `python -m perf bench` first."
         )
-    return found
+    return rows
 
 
-def draw(found: list[Record], folder: Path, only: str = "") -> list[Path]:
+def draw(rows: list[Record], folder: Path, only: str = "") -> list[Path]:
     """Write all figures of the records, or those of one command; return the paths.
 
     Print which figures have no data.
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
-    for device, measured in sorted({(one.device, one.measured) for one in found}):
-        chosen = [one for one in found if (one.device, one.measured) == (device, measured)]
+    for device, measured in sorted({(record.device, record.measured) for record in rows}):
+        chosen = [r for r in rows if (r.device, r.measured) == (device, measured)]
         kind = "" if measured else "predicted-"
         for name, command, plot in plots(chosen):
             if only not in ("", command):
@@ -73,9 +73,9 @@ def draw(found: list[Record], folder: Path, only: str = "") -> list[Path]:
     return paths
 
 
-def plots(found: list[Record]) -> Iterator[tuple[str, str, Callable[[], Figure | None]]]:
+def plots(rows: list[Record]) -> Iterator[tuple[str, str, Callable[[], Figure | None]]]:
     """Return each figure's name, the command that measures its data, and a function to draw it."""
-    benched, sweeps = divide(found)
+    benched, sweeps = divide(rows)
     for plot in copy_share, speedup, roofline, memory:
         yield plot.__name__.replace("_", "-"), "bench", partial(plot, benched)
     names = labels(swept[0] for swept in sweeps)
@@ -111,18 +111,18 @@ def shrink(png: Path) -> None:
     figure.save(png, optimize=True)
 
 
-def divide(found: list[Record]) -> tuple[list[Record], list[list[Record]]]:
+def divide(rows: list[Record]) -> tuple[list[Record], list[list[Record]]]:
     """Return the bench records and the sweeps, the newest of each call."""
 
-    def call(one: Record) -> tuple[Any, ...]:
-        plan = json.dumps(one.config, sort_keys=True) if one.command == "sweep" else ""
-        return one.command, case(one), one.implementation, plan
+    def call(record: Record) -> tuple[Any, ...]:
+        plan = json.dumps(record.config, sort_keys=True) if record.command == "sweep" else ""
+        return record.command, case(record), record.implementation, plan
 
     benched: list[Record] = []
     sweeps: dict[Any, list[Record]] = defaultdict(list)
-    for one in records.newest(found, call).values():
-        if one.command == "sweep":
-            sweeps[case(one)].append(one)
-        elif one.command == "bench":
-            benched.append(one)
+    for record in records.newest(rows, call).values():
+        if record.command == "sweep":
+            sweeps[case(record)].append(record)
+        elif record.command == "bench":
+            benched.append(record)
     return benched, list(sweeps.values())

@@ -68,7 +68,7 @@ class Record:
     @classmethod
     def from_json(cls, line: str) -> Self:
         """Read a line of a results file, without fields of other versions."""
-        known = {one.name for one in fields(cls)}
+        known = {column.name for column in fields(cls)}
         values = {name: value for name, value in json.loads(line).items() if name in known}
         return cls(**values | {"fused": tuple(values.get("fused", ()))})
 
@@ -105,26 +105,26 @@ def read(path: Path) -> Iterator[Record]:
                 ) from error
 
 
-def newest(found: Iterable[Record], key: Callable[[Record], Any]) -> dict[Any, Record]:
+def newest(rows: Iterable[Record], key: Callable[[Record], Any]) -> dict[Any, Record]:
     """Return the newest record for each key."""
-    return {key(one): one for one in sorted(found, key=attrgetter("date"))}
+    return {key(record): record for record in sorted(rows, key=attrgetter("date"))}
 
 
-def save(path: Path, found: Iterable[Record], anew: bool = False) -> None:
+def save(path: Path, rows: Iterable[Record], anew: bool = False) -> None:
     """Append records to a file, or replace it.
 
     Raises:
         ValueError: predictions would lie among measurements, or the other way round.
     """
-    found = list(found)
+    rows = list(rows)
     among_predictions = PREDICTED.name in path.parts
-    if any(one.measured is among_predictions for one in found):
+    if any(record.measured is among_predictions for record in rows):
         kind = "measured ones" if among_predictions else "predicted ones elsewhere"
         raise ValueError(
             f"predicted records, and no others, lie below a folder {PREDICTED.name!r}; got {kind}: "
             f"{path}. Remedy: another --out."
         )
-    text = "".join(f"{one.to_json()}\n" for one in found)
+    text = "".join(f"{record.to_json()}\n" for record in rows)
     if anew:
         replace(path, text)
         return

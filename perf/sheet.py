@@ -82,17 +82,16 @@ def sheet(
     handles: Sequence[Line2D] = (),
     notes: Sequence[str] = (),
 ) -> Figure:
-    """Return a figure with its texts and legend, and room between them, of a height in inches.
+    """Return a figure with texts, a legend and room for axes of a height in inches.
 
-    The texts say what it shows, where that comes from, and how many records are not drawn.
+    The texts are the title, the origin of the records, and the number of records not drawn.
     """
     titles = textwrap.wrap(title, 72)
-    if not all(one.measured for one in records):
+    if not all(record.measured for record in records):
         titles.append("predicted, not measured")
-    skipped = Counter(one.implementation for one in records if one.skipped)
-    missing = ", ".join(
-        f"{name} {skipped[name]}" for name in implementations(records) if skipped[name]
-    )
+    skipped = Counter(record.implementation for record in records if record.skipped)
+    names = (name for name in implementations(records) if skipped[name])
+    missing = ", ".join(f"{name} {skipped[name]}" for name in names)
     footnotes = [*notes, f"not drawn: {missing}"] if missing else notes
     origins = textwrap.wrap(" · ".join(origin(records, about)), 116)
     footers = textwrap.wrap(" · ".join(footnotes), 116)
@@ -115,60 +114,59 @@ def sheet(
 
 
 def origin(records: list[Record], about: str) -> list[str]:
-    """Return where records come from: devices, dates, protocols, versions."""
-    dates = sorted({one.date[:10] for one in records})
-    caches = " and ".join(sorted({one.cache for one in records}))
+    """Return the origin of records: devices, dates, protocols, versions."""
+    dates = sorted({record.date[:10] for record in records})
+    caches = " and ".join(sorted({record.cache for record in records}))
     versions = {
-        f"{name} {one.versions[name]}"
-        for one in records
+        f"{name} {record.versions[name]}"
+        for record in records
         for name in ("torch", "triton")
-        if name in one.versions
+        if name in record.versions
     }
-    said = [
+    texts = [
         about,
         records[0].device,
         " to ".join(sorted({dates[0], dates[-1]})),
         f"{caches} L2",
-        *sorted({one.protocol for one in records}),
+        *sorted({record.protocol for record in records}),
         ", ".join(sorted(versions)),
     ]
-    return [words for words in said if words]
+    return [text for text in texts if text]
 
 
 def panels(
     figure: Figure, records: list[Record], pad: float = 6
 ) -> Iterator[tuple[Axes, list[Record]]]:
     """Return the panels and their records: directions side by side, caches below each other."""
-    across, down = directions(records), sorted({one.cache for one in records})
+    across, down = directions(records), sorted({record.cache for record in records})
     grid = figure.subplots(len(down), len(across), sharex=True, sharey=True, squeeze=False)
     for row, cache in zip(grid, down, strict=True):
         for axes, direction in zip(row, across, strict=True):
             axes.set_title(f"{direction}, {cache} L2", pad=pad)
-            yield axes, [one for one in records if (one.direction, one.cache) == (direction, cache)]
+            yield axes, [r for r in records if (r.direction, r.cache) == (direction, cache)]
 
 
 def cold(records: list[Record], *among: str) -> list[Record]:
     wanted = among or REFERENCES
-    return [one for one in records if one.cache == "cold" and one.direction in wanted]
+    return [record for record in records if record.cache == "cold" and record.direction in wanted]
 
 
 def directions(records: list[Record]) -> list[str]:
-    return [name for name in DIRECTIONS if any(one.direction == name for one in records)]
+    return [name for name in DIRECTIONS if any(record.direction == name for record in records)]
 
 
 def implementations(records: list[Record]) -> list[str]:
-    found = {one.implementation for one in records}
-    return [name for name in IMPLEMENTATIONS if name in found] + sorted(
-        found - set(IMPLEMENTATIONS)
-    )
+    names = {record.implementation for record in records}
+    others = sorted(names - set(IMPLEMENTATIONS))
+    return [name for name in IMPLEMENTATIONS if name in names] + others
 
 
 def labels(records: Iterable[Record]) -> dict[Any, str]:
-    """Return the workloads by size, each with its name and what tells it from its namesakes."""
-    said = {workload(one): words(one) for one in sorted(records, key=tensor_bytes)}
+    """Return the workloads by size, each with its name and what differs from its namesakes."""
+    fields = {workload(record): words(record) for record in sorted(records, key=tensor_bytes)}
     names = {}
-    for key, mine in said.items():
-        namesakes = [theirs for theirs in said.values() if theirs[0] == mine[0]]
+    for key, mine in fields.items():
+        namesakes = [theirs for theirs in fields.values() if theirs[0] == mine[0]]
         columns = zip(*namesakes, strict=True)
         different = [len(set(column)) > 1 for column in columns]
         names[key] = ", ".join([mine[0], *itertools.compress(mine, different)])
@@ -176,7 +174,7 @@ def labels(records: Iterable[Record]) -> dict[Any, str]:
 
 
 def words(record: Record) -> list[str]:
-    """Return the fields of a workload, said so that they need no heading."""
+    """Return the fields of a workload as texts that need no heading."""
     fused = " ".join(["fused", *record.fused]) if record.fused else "nothing fused"
     sizes = [record.shape, f"{record.groups} groups"]
     types = [record.dtype, f"{record.param_dtype} parameters", record.layout]
@@ -189,12 +187,8 @@ def tensor_bytes(record: Record) -> int:
 
 
 def look(implementation: str) -> dict[str, Any]:
-    """Return how an implementation is drawn: ours is the largest, a strategy of ours hollow."""
-    index = (
-        IMPLEMENTATIONS.index(implementation)
-        if implementation in IMPLEMENTATIONS
-        else len(IMPLEMENTATIONS)
-    )
+    """Return an implementation's style: ours is the largest, its strategies are hollow."""
+    index = [*IMPLEMENTATIONS, implementation].index(implementation)
     return {
         "color": f"C{index}",
         "fillstyle": "none" if "[" in implementation else "full",
@@ -205,7 +199,7 @@ def look(implementation: str) -> dict[str, Any]:
 
 
 def reference() -> dict[str, Any]:
-    """Return how a line to compare with is drawn."""
+    """Return the style of a reference line."""
     return {"color": matplotlib.rcParams["text.color"], "linestyle": "--", "linewidth": 1}
 
 
@@ -219,8 +213,8 @@ def name_rows(axes: Axes, names: Iterable[str]) -> None:
 def log_axes(
     axes: Axes, records: list[Record], label: str, base: float, steps: Sequence[float]
 ) -> None:
-    """Make both axes logarithmic: bytes, across two powers of ten or more, and the label's."""
-    least, most = (pick(max(1, one.bytes_minimum) for one in records) for pick in (min, max))
+    """Make both axes logarithmic: bytes, over at least two powers of ten, and the label's."""
+    least, most = (pick(max(1, record.bytes_minimum) for record in records) for pick in (min, max))
     space = max(1.5, math.sqrt(100 * least / most))
     axes.set(xscale="log", xlim=(least / space, most * space))
     axes.xaxis.set_major_formatter(EngFormatter("B"))

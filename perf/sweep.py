@@ -136,13 +136,13 @@ def _sweep(
             print(f"{sweep}: {common.NO_ROOM}\n")
             status = 1
             continue
-        found = sweep.records(results)
+        rows = sweep.records(results)
         folder = options.out or records.folder_of(sweep.gpu.name, not sweep.target)
         path = folder / f"{slug(str(sweep))}.jsonl"
-        records.save(path, found, anew=True)
-        report(found)
-        print(f"{len(found)} records in {path}\n")
-        status |= any(one.skipped is not None and _is_default(one) for one in found)
+        records.save(path, rows, anew=True)
+        report(rows)
+        print(f"{len(rows)} records in {path}\n")
+        status |= any(row.skipped is not None and _is_default(row) for row in rows)
     return int(status)
 
 
@@ -195,9 +195,9 @@ def _is_default(record: Record) -> bool:
     return "default" in (record.config or {})
 
 
-def report(found: Sequence[Record]) -> None:
+def report(rows: Sequence[Record]) -> None:
     """Print the best plans and the default config, and how many plans have no time."""
-    head = found[0]
+    head = rows[0]
     fused = "".join(f" + {name}" for name in head.fused)
     predicted = ", predicted, not measured" * (not head.measured)
     settings = [name for name in FIELDS if name not in ("strategy", "rows", "cols")]
@@ -210,16 +210,16 @@ def report(found: Sequence[Record]) -> None:
         padding=0,
     )
     table.add_column("bound")
-    timed = sorted((one for one in found if one.ms_p50), key=lambda one: one.ms_p50 or 0)
-    for rank, one in enumerate(timed, 1):
-        if rank <= _SHOWN or _is_default(one):
-            config = one.config or {}
-            mark, tile = f"{rank}{'*' * _is_default(one)}", f"{config['rows']}x{config['cols']}"
+    timed = sorted((row for row in rows if row.ms_p50), key=lambda row: row.ms_p50 or 0)
+    for rank, row in enumerate(timed, 1):
+        if rank <= _SHOWN or _is_default(row):
+            config = row.config or {}
+            mark, tile = f"{rank}{'*' * _is_default(row)}", f"{config['rows']}x{config['cols']}"
             numbers = (str(config.get(name, "")) for name in settings)
-            us, registers = f"{1e3 * (one.ms_p50 or 0):.2f}", str(one.registers or "")
-            if one.spill_bytes:
-                registers += f" and {one.spill_bytes} B spilled"
-            table.add_row(mark, str(one.strategy), tile, *numbers, us, registers, one.bound or "")
+            us, registers = f"{1e3 * (row.ms_p50 or 0):.2f}", str(row.registers or "")
+            if row.spill_bytes:
+                registers += f" and {row.spill_bytes} B spilled"
+            table.add_row(mark, str(row.strategy), tile, *numbers, us, registers, row.bound or "")
     Console().print(table)
-    for reason, count in Counter(one.skipped for one in found if one.skipped).items():
-        print(f"{count} of {len(found)} plans {reason}")
+    for reason, count in Counter(row.skipped for row in rows if row.skipped).items():
+        print(f"{count} of {len(rows)} plans {reason}")

@@ -38,7 +38,7 @@ def test_every_target_compiles(target: str) -> None:
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("workload", CORE, ids=lambda one: f"{one.shape_text}-{one.dtype}")
 def test_layers_of_real_models_compile_well(workload: Workload, direction: str) -> None:
-    """As ``make compile-all`` finds it for all of perf/workloads.csv."""
+    """``make compile-all`` checks all of perf/workloads.csv."""
     one = inspect(workload, direction, "sm_90")
     assert one.spill_bytes == 0
     assert one.access_bytes == one.widest_access_bytes

@@ -594,7 +594,7 @@ def test_sizes_of_images_share_kernels(capsys: pytest.CaptureFixture[str]) -> No
 def test_cpu_path_beside_pytorch(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cpu, "LAYERS", (cpu.Layer("tiny", (2, 8, 4, 5), 2),))
+    monkeypatch.setattr(cpu, "LAYERS", (Workload("tiny", 2, 8, 2, (4, 5), activation="silu"),))
     threads = torch.get_num_threads()
     assert cpu.run(argparse.Namespace(seconds=0.0)) == 0
     assert torch.get_num_threads() == threads

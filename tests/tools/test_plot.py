@@ -87,7 +87,7 @@ def texts(figure: Figure) -> dict[str, Text]:
 
 
 def points(figure: Figure, panel: int = 0, linestyle: str = "None") -> list[list[float]]:
-    """What the lines of a panel go through, those of one style: markers by default."""
+    """Return the points of a panel's lines of a style, by default of its markers."""
     lines = [one for one in figure.axes[panel].get_lines() if one.get_linestyle() == linestyle]
     return sorted(point for line in lines for point in np.asarray(line.get_xydata()).tolist())
 

@@ -18,7 +18,7 @@ import torch
 
 from triton_gn.plan import Device, Problem, candidates, estimate, heuristic_plan, table
 from triton_gn.plan.table import Entry
-from triton_gn.tools import stopwatch, tune
+from triton_gn.tools import provenance, stopwatch, tune
 from triton_gn.tools.workloads import Workload
 
 H100 = Device()
@@ -249,12 +249,12 @@ def test_two_processes_lose_nothing_and_readers_see_whole_files(tmp_path: Path) 
 
 
 def test_provenance_says_where_times_come_from() -> None:
-    origin = tune.provenance()
+    origin = provenance.provenance()
     assert origin["torch"] == torch.__version__
     assert origin["protocol"] == stopwatch.protocol(cold=True)
     assert origin.keys() >= {"driver", "triton", "triton_gn", "commit", "date"}
-    assert tune.output_of("no-such-command") == ""
-    assert tune.output_of(sys.executable, "-c", "raise SystemExit(1)") == ""
+    assert provenance.output_of("no-such-command") == ""
+    assert provenance.output_of(sys.executable, "-c", "raise SystemExit(1)") == ""
 
 
 def test_only_a_gpu_is_timed() -> None:

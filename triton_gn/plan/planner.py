@@ -34,9 +34,8 @@ _SPLIT_COLS = 128  # columns of a fragment: whole lines of memory, few partials
 _PIPELINED_WARPS = 4
 _MANY = 2**31  # programs: as many as there are iterations
 _EQUAL = 1.05  # ratio of times that the cost model does not distinguish
-_CLOSE = (
-    1.15  # no GPU has checked the cost model: of times within this ratio, the one that reads less
-)
+# no GPU has checked the cost model: of times within this ratio, the config that reads less wins
+_CLOSE = 1.15
 _STAGE_SHARE = 0.125  # fraction of L2 for a stage, since several are in flight
 _SEARCHED_WARPS = (1, 2, 4, 8, 16)
 _SEARCHED_SPLITS = (4, 8, 16)  # programs per multiprocessor

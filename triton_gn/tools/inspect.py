@@ -50,8 +50,8 @@ def run(options: argparse.Namespace) -> int:
         print(Totals.of(results), file=sys.stderr)
     if len(cases) > 1 and not options.allow_unverified:
         allowed = [
-            Case(one.workload, one.problem, one.target, plan_unverified(one.problem, device))
-            for one in cases
+            Case(case.workload, case.problem, case.target, plan_unverified(case.problem, device))
+            for case in cases
         ]
         total = _summed(map(inspection.traffic, allowed))
         print(f"all, were {', '.join(UNVERIFIED)} allowed: {_ratios(total)}", file=sys.stderr)

@@ -10,24 +10,20 @@ import argparse
 import itertools
 import os
 import pkgutil
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
 import torch
-import triton
 from filelock import FileLock
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from torch.utils._pytree import tree_leaves
 
-import triton_gn
 from triton_gn.ops import launcher
 from triton_gn.ops.device import gpu_of
 from triton_gn.plan import (
@@ -43,9 +39,10 @@ from triton_gn.plan import (
 from triton_gn.plan.planner import forget_plans
 from triton_gn.plan.table import Entry
 from triton_gn.tools import stopwatch, workloads
+from triton_gn.tools.provenance import provenance
 from triton_gn.tools.stopwatch import Times
 from triton_gn.tools.verify import Verifier
-from triton_gn.tools.workloads import DIRECTIONS, Workload
+from triton_gn.tools.workloads import Workload
 
 Stopwatch = Callable[..., Sequence[Times]]  # ``stopwatch.measure``, or a stand-in for it
 
@@ -316,42 +313,16 @@ def _entries_in(path: Path, gpu: Device) -> list[Entry]:
         return []
 
 
-def provenance() -> dict[str, str]:
-    """Return the versions, the commit and the protocol behind the times of this process."""
-    package = Path(triton_gn.__file__).parent
-    is_checkout = (package.parent / ".git").exists()  # not a repository around site-packages
-    driver = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return {
-        "driver": driver.partition("\n")[0],
-        "runtime": torch.version.cuda or torch.version.hip or "",
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "triton_gn": triton_gn.__version__,
-        "commit": output_of("git", "-C", str(package), "rev-parse", "HEAD") if is_checkout else "",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "protocol": stopwatch.protocol(cold=True),
-    }
-
-
-def output_of(*command: str) -> str:
-    """Return what a command prints; empty if it cannot run."""
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-
-
 def _jobs(options: argparse.Namespace) -> dict[Problem, Workload]:
     """Return the problems to tune for, each with a workload that has it."""
     if options.candidates < 2:
         raise ValueError(f"--candidates must be at least 2; got {options.candidates}.")
-    pairs: Iterable[tuple[Workload, str]]
-    if options.model is None:
-        pairs = itertools.product(workloads.from_arguments(options), DIRECTIONS)
-    else:
-        pairs = [(_workload_of(problem), problem.direction) for problem in met_by(options.model)]
-    wanted = workloads.directions_of(options)
-    return {w.problem(direction): w for w, direction in pairs if direction in wanted}
+    directions = workloads.directions_of(options)
+    if options.model is not None:
+        problems = met_by(options.model)
+        return {p: _workload_of(p) for p in problems if p.direction in directions}
+    chosen = workloads.from_arguments(options)
+    return {w.problem(direction): w for w in chosen for direction in directions}
 
 
 def _workload_of(problem: Problem) -> Workload:

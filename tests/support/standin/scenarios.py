@@ -33,7 +33,7 @@ stopwatch._flush = lambda device: lambda _: None  # it takes a CPU long, and the
 
 
 def check(operands: Operands, groups: int, activation: str, dy: Tensor) -> None:
-    """Forward and backward of a call, against float64."""
+    """Compare the forward and backward of a call with float64."""
     leaves = [None if t is None else t.detach().requires_grad_() for t in operands]
     x, weight, bias, *fused = leaves
     assert x is not None
@@ -58,7 +58,7 @@ def check(operands: Operands, groups: int, activation: str, dy: Tensor) -> None:
 
 
 def calls(strategy: str, layout: str, dtype: str, fused: str) -> None:
-    """The first call goes through Triton, later ones past it, on other memory."""
+    """Launch the first call through Triton and later calls directly, on other memory."""
     names = FUSED if fused == "fused" else ()
     workload = Workload("", 2, 24, 3, (8, 8), dtype, layout=layout, fused=names)
     kept, counts = [], []
@@ -74,7 +74,7 @@ def calls(strategy: str, layout: str, dtype: str, fused: str) -> None:
 
 
 def misaligned(strategy: str, dtype: str) -> None:
-    """Tensors that begin anywhere, after aligned ones and before them."""
+    """Use tensors that begin anywhere, after aligned tensors and before them."""
     kind = getattr(torch, dtype)
 
     def at(offset: int, *shape: int) -> Tensor:
@@ -89,7 +89,7 @@ def misaligned(strategy: str, dtype: str) -> None:
 
 
 def strided(kind: str) -> None:
-    """Operands per channel that are views of other tensors, twice each."""
+    """Use per-channel operands that are views of other tensors, twice each."""
     for _ in range(2):
         x, dy = torch.randn(2, 24, 8, 8), torch.randn(2, 24, 8, 8)
         weight, scale, shift = torch.randn(24), torch.randn(2, 24), torch.randn(2, 24)
@@ -105,14 +105,14 @@ def strided(kind: str) -> None:
 
 
 def handles() -> None:
-    """A launch past Triton keeps alive what it launches."""
+    """A direct launch keeps its compiled kernel alive."""
     workload = Workload("", 2, 24, 3, (8, 8), "float32")
     operands = workload.operands("cuda")
     for _ in range(2):
         check(operands, 3, "none", torch.randn_like(operands.x))
     for module in vars(launches._kernels()).values():
         for kernel in vars(module).values() if hasattr(module, "__file__") else ():
-            # the one that tells whether kernels can be loaded is launched by nobody
+            # empty_kernel only tests whether kernels can be loaded; it is never launched
             if hasattr(kernel, "device_caches") and kernel is not tile.empty_kernel:
                 kernel.device_caches.clear()
     gc.collect()
@@ -121,7 +121,7 @@ def handles() -> None:
 
 
 def captured() -> None:
-    """A graph launches again what it has captured, whatever else has been called since."""
+    """A graph replays its captured launches, whatever has been called since."""
     x = torch.randn(2, 24, 8, 8)
     triton_gn.group_norm(x, 3)
     graph: Any = torch.cuda.CUDAGraph()
@@ -133,18 +133,19 @@ def captured() -> None:
 
 
 def counted() -> None:
-    """As many kernels as `perf kernels` says, for sizes of an image with one tile and others."""
+    """`perf kernels` counts the kernels that calls compile, for sizes with one tile and others."""
     layers = [
         Workload("", 1, 32, 2, size, "float16", layout="channels_last", activation=activation)
         for size in ((4, 4), (3, 5), (64, 64), (60, 90))
         for activation in ("silu", "none")
     ]
-    found = {plan(layer.problem("forward"), TARGETS["sm_90"]).strategy for layer in layers}
-    assert found == {"resident", "split"}, found
+    strategies = {plan(layer.problem("forward"), TARGETS["sm_90"]).strategy for layer in layers}
+    assert strategies == {"resident", "split"}, strategies
     for layer in layers:
-        given = layer.operands("cuda")
-        leaves = [t.requires_grad_() for t in given if t is not None]
-        y = triton_gn.group_norm(*given[:1], layer.groups, *given[1:3], activation=layer.activation)
+        operands = layer.operands("cuda")
+        leaves = [t.requires_grad_() for t in operands if t is not None]
+        x, weight, bias = operands[:3]
+        y = triton_gn.group_norm(x, layer.groups, weight, bias, activation=layer.activation)
         torch.autograd.grad(y, leaves, torch.ones_like(y))
     caches = [
         value.device_caches[0][0]
@@ -157,7 +158,7 @@ def counted() -> None:
 
 
 def refused(how: str) -> None:
-    """Where no kernel can be built or loaded, PyTorch computes, and explain says why."""
+    """If no kernel can be built or loaded, PyTorch computes, and explain says why."""
     if how == "no compiler":
         os.environ["CC"] = "/nowhere/gcc"
     elif how == "no image":
