@@ -484,8 +484,8 @@ OBSTACLES: dict[str, tuple[Callable[[nn.Module], object], str]] = {
         "is followed by SiLU(), which has hooks or its forward replaced",
     ),
     "another activation": (
-        lambda block: setattr(block, "nonlinearity", nn.ELU()),
-        "is followed by ELU(alpha=1.0), which cannot be folded",
+        lambda block: setattr(block, "nonlinearity", nn.ELU(2.0)),
+        "is followed by ELU(alpha=2.0), which cannot be folded",
     ),
     "replaced forward": (
         lambda block: setattr(block, "forward", functools.partial(block.forward)),

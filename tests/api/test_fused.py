@@ -5,7 +5,7 @@ import inspect
 import itertools
 import math
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import triton_gn
-from tests.support.pairs import pairwise
+from tests.support.pairs import each_pair, pairwise
 from triton_gn.reference import ACTIVATIONS
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -28,14 +28,7 @@ SHAPE, GROUPS = (2, 6, 5, 4), 3
 
 
 def short(value: object) -> str:
-    if isinstance(value, tuple) and all(isinstance(part, str) for part in value):
-        return "+".join(value) or "alone"
-    return str(value).split(".")[-1]
-
-
-def pairs(names: str, *values: Sequence[Any]) -> pytest.MarkDecorator:
-    """Parametrise a test so that any two values of different parameters meet."""
-    return pytest.mark.parametrize(names.split(), pairwise(*values), ids=short)
+    return "+".join(value) or "alone" if isinstance(value, tuple) else str(value).split(".")[-1]
 
 
 LAYOUTS = (False, True)
@@ -146,7 +139,7 @@ def worst(result: Tensor, expected: Tensor) -> float:
 # Values and gradients
 
 
-@pairs("activation names channels_last dtype", tuple(ACTIVATIONS), SUBSETS, LAYOUTS, DTYPES)
+@each_pair("activation names channels_last dtype", tuple(ACTIVATIONS), SUBSETS, LAYOUTS, DTYPES)
 def test_as_exact_as_the_operations_one_by_one(
     activation: str, names: tuple[str, ...], channels_last: bool, dtype: torch.dtype
 ) -> None:
@@ -172,7 +165,7 @@ def test_as_exact_as_the_operations_one_by_one(
             assert worst(ours[name], value) <= limit, name
 
 
-@pairs("activation names channels_last dtype", tuple(ACTIVATIONS), SUBSETS, LAYOUTS, DTYPES[:2])
+@each_pair("activation names channels_last dtype", tuple(ACTIVATIONS), SUBSETS, LAYOUTS, DTYPES[:2])
 def test_16_bits_round_less_than_the_operations_one_by_one(
     activation: str, names: tuple[str, ...], channels_last: bool, dtype: torch.dtype
 ) -> None:
@@ -199,7 +192,7 @@ def trailing_ones(rank: int) -> list[tuple[int, ...]]:
     return [(6,), *rows]
 
 
-@pairs(
+@each_pair(
     "name rank_and_shape channels_last",
     PER_SAMPLE,
     [(rank, shape) for rank in (2, 3, 4, 5) for shape in trailing_ones(rank)],
@@ -325,7 +318,7 @@ def test_input_has_any_strides(view: Callable[[Tensor], Tensor]) -> None:
     torch.testing.assert_close(step(fused, "mish", operands, dy), in_float64("mish", operands, dy))
 
 
-@pairs(
+@each_pair(
     "shape activation dtype channels_last",
     [(0, 6, 5), (2, 6, 0), (2, 6, 0, 4), (2, 0, 5), (0, 6)],
     ["none", "silu"],
@@ -359,7 +352,7 @@ def test_infinities_and_nans_are_those_of_the_operations_one_by_one(dtype: torch
 # Autograd
 
 
-@pairs(
+@each_pair(
     "name activation dtype channels_last",
     OPERANDS,
     ["none", "silu"],
@@ -383,7 +376,7 @@ def test_each_operand_alone_gets_its_gradient(
     torch.testing.assert_close(grad.double(), expected, rtol=2e-3, atol=1e-5)
 
 
-@pairs("name activation channels_last", OPERANDS, ["none", "silu"], LAYOUTS)
+@each_pair("name activation channels_last", OPERANDS, ["none", "silu"], LAYOUTS)
 def test_no_second_derivative_is_detached(name: str, activation: str, channels_last: bool) -> None:
     operands = make_operands(channels_last=channels_last, dtype=torch.float64)
     operands[name].requires_grad_()

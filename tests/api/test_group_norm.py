@@ -6,7 +6,7 @@ import inspect
 import io
 import math
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import triton_gn
-from tests.support.pairs import pairwise
+from tests.support.pairs import each_pair
 from triton_gn import reference
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -30,11 +30,6 @@ def short(dtype: torch.dtype) -> str:
 
 
 LAYOUTS = (False, True)
-
-
-def pairs(names: str, *values: Sequence[Any]) -> pytest.MarkDecorator:
-    """Parametrise a test so that any two values of different parameters meet."""
-    return pytest.mark.parametrize(names.split(), pairwise(*values), ids=str)
 
 
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=short)
@@ -147,7 +142,7 @@ def assert_as_exact_as_pytorch(
 # The oracle
 
 
-@pairs("shape affine num_groups", SHAPES, AFFINES, [1, 2, 6])
+@each_pair("shape affine num_groups", SHAPES, AFFINES, [1, 2, 6])
 def test_reference_is_pytorchs_float64(
     shape: tuple[int, ...], affine: tuple[bool, bool], num_groups: int
 ) -> None:
@@ -161,7 +156,7 @@ def test_reference_is_pytorchs_float64(
 # Values and gradients
 
 
-@pairs("shape channels_last dtype affine", SHAPES, LAYOUTS, DTYPES, AFFINES)
+@each_pair("shape channels_last dtype affine", SHAPES, LAYOUTS, DTYPES, AFFINES)
 def test_as_exact_as_pytorch(
     shape: tuple[int, ...], channels_last: bool, dtype: torch.dtype, affine: tuple[bool, bool]
 ) -> None:
@@ -169,7 +164,7 @@ def test_as_exact_as_pytorch(
     assert_as_exact_as_pytorch(make_input(shape, channels_last, dtype), 2, weight, bias)
 
 
-@pairs("dtype weight_dtype bias_dtype channels_last", DTYPES, DTYPES, DTYPES, LAYOUTS)
+@each_pair("dtype weight_dtype bias_dtype channels_last", DTYPES, DTYPES, DTYPES, LAYOUTS)
 def test_dtypes_mix(
     dtype: torch.dtype, weight_dtype: torch.dtype, bias_dtype: torch.dtype, channels_last: bool
 ) -> None:
@@ -221,7 +216,7 @@ def test_strides_do_not_matter(
     assert_as_exact_as_pytorch(x, 2, *make_parameters(6, dtype, dtype))
 
 
-@pairs("shape channels_last bias_dtype", SHAPES, LAYOUTS, [None, torch.float32, torch.bfloat16])
+@each_pair("shape channels_last bias_dtype", SHAPES, LAYOUTS, [None, torch.float32, torch.bfloat16])
 def test_output_has_the_inputs_strides(
     shape: tuple[int, ...], channels_last: bool, bias_dtype: torch.dtype | None
 ) -> None:
@@ -328,7 +323,7 @@ def test_no_grad_detaches() -> None:
         assert not triton_gn.group_norm(x, 2).requires_grad
 
 
-@pairs(
+@each_pair(
     "shape affine channels_last dtype",
     [(0, 6, 5), (2, 0, 5), (2, 6, 0), (2, 6, 0, 4), (0, 6)],
     AFFINES,
@@ -354,7 +349,7 @@ def test_changing_the_input_before_backward_raises() -> None:
         y.sum().backward()
 
 
-@pairs("shape affine channels_last", [(2, 4, 3), (1, 4, 2, 2)], AFFINES, LAYOUTS)
+@each_pair("shape affine channels_last", [(2, 4, 3), (1, 4, 2, 2)], AFFINES, LAYOUTS)
 def test_gradients_of_first_and_second_order(
     shape: tuple[int, ...], affine: tuple[bool, bool], channels_last: bool
 ) -> None:

@@ -54,10 +54,14 @@ def flat(value: Any) -> list[Any]:
     return [leaf for one in value for leaf in flat(one)] if isinstance(value, tuple) else [value]
 
 
+# the full product of strategies and directions: each has launches of its own
 @pytest.mark.parametrize("strategy", ["resident", "pipelined", "split"])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("fused", [(), FUSED], ids=["plain", "fused"])
-@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    ("fused", "memory_format"),
+    [((), "contiguous"), (FUSED, "channels_last")],
+    ids=["plain", "fused"],
+)
 def test_a_repeated_call_launches_what_the_first_did(
     launched: Launches, strategy: str, direction: str, fused: tuple[str, ...], memory_format: str
 ) -> None:

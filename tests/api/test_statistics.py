@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import triton_gn
-from tests.support.pairs import pairwise
+from tests.support.pairs import each_pair
 from triton_gn import GroupNormStats, group_norm_apply, group_norm_stats, reference
 from triton_gn.reference import Operands
 
@@ -87,11 +87,7 @@ def assert_exact(stats: GroupNormStats, x: Tensor, bound: float = 1e-6) -> None:
 # Both halves together
 
 
-@pytest.mark.parametrize(
-    ("dtype", "shape", "fused", "channels_last"),
-    pairwise(DTYPES, SHAPES, FUSED, (False, True)),
-    ids=str,
-)
+@each_pair("dtype shape fused channels_last", DTYPES, SHAPES, FUSED, (False, True))
 def test_together_they_are_group_norm(
     dtype: torch.dtype, shape: tuple[int, ...], fused: tuple[str, ...], channels_last: bool
 ) -> None:
