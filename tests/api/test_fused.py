@@ -1,4 +1,4 @@
-"""What group_norm fuses with the normalisation, on the CPU."""
+"""Tests of the operands that group_norm fuses with the normalisation, on the CPU."""
 
 import copy
 import inspect
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import triton_gn
 from tests.support.pairs import each_pair, pairwise
+from tests.support.tensors import channels_innermost, random
 from triton_gn.reference import ACTIVATIONS
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -37,14 +38,10 @@ each_per_sample = pytest.mark.parametrize("name", PER_SAMPLE)
 OPERANDS = ["input", "weight", "bias", *FUSED]
 
 
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def lay(x: Tensor, channels_last: bool) -> Tensor:
-    """A copy of x, channels innermost or outside the pixels."""
+    """Copy x with its channels innermost or outside the pixels."""
     if channels_last:
-        return lay(x.movedim(1, -1), False).movedim(-1, 1)
+        return channels_innermost(x)
     return x.clone(memory_format=torch.contiguous_format)
 
 
@@ -212,7 +209,7 @@ def test_one_value_per_channel_takes_any_of_its_shapes(
 
 @each_per_sample
 def test_square_operands_are_per_sample(name: str) -> None:
-    """As many samples as channels: rows are samples."""
+    """With as many samples as channels, the rows are samples."""
     operands = make_operands((), dtype=torch.float64, shape=(6, 6, 5))
     operands[name] = random(6, 6, 1, seed=8)
     torch.testing.assert_close(fused("silu", operands), composed("silu", operands))
@@ -338,7 +335,7 @@ def test_empty_input_has_no_values_and_gradients_of_0(
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=short)
 def test_infinities_and_nans_are_those_of_the_operations_one_by_one(dtype: torch.dtype) -> None:
-    """In float32: there PyTorch's gelu of infinity is NaN, in 16 bits it is not."""
+    """Compare in float32: PyTorch's gelu of infinity is NaN there, but not in 16 bits."""
     operands = make_operands(dtype=dtype)
     operands["residual"][0, 0, 0, :3] = torch.tensor([math.nan, math.inf, -math.inf])
     operands["input"][1, 0, 0, 0] = math.nan
@@ -362,7 +359,7 @@ def test_infinities_and_nans_are_those_of_the_operations_one_by_one(dtype: torch
 def test_each_operand_alone_gets_its_gradient(
     name: str, activation: str, dtype: torch.dtype, channels_last: bool
 ) -> None:
-    """No result is ever detached in silence, and nobody else gets a gradient."""
+    """The operand that needs a gradient gets it, and the others get none."""
     operands = make_operands(channels_last=channels_last, dtype=dtype)
     operands[name].requires_grad_()
     y = fused(activation, operands)

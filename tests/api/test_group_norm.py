@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import triton_gn
 from tests.support.pairs import each_pair
+from tests.support.tensors import channels_innermost, random
 from triton_gn import reference
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -35,14 +36,6 @@ LAYOUTS = (False, True)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=short)
 each_rank = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"rank{len(shape)}")
 each_layout = pytest.mark.parametrize("channels_last", [False, True], ids=["contig", "cl"])
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def channels_innermost(x: Tensor) -> Tensor:
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def make_input(
@@ -83,7 +76,7 @@ def step(
 def float64_step(
     x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """As ``step``, by the formulas of the reference in float64."""
+    """Run the formulas of the reference in float64, and return what ``step`` does."""
     dy = random(*x.shape, seed=3).to(x.dtype).double()
     operands = {"x": x, "weight": weight, "bias": bias}
     leaves = {n: t.detach().double().requires_grad_() for n, t in operands.items() if t is not None}

@@ -31,6 +31,7 @@ from torch.utils import checkpoint
 
 import triton_gn
 from tests.support.pairs import each_pair
+from tests.support.tensors import channels_innermost, random
 
 # PyTorch's own compiler and forward-mode formulas use what PyTorch warns of
 pytestmark = pytest.mark.filterwarnings(
@@ -44,12 +45,8 @@ ACTIVATIONS, LAYOUTS = (None, "silu"), (False, True)
 each_fusion = pytest.mark.parametrize("activation", ACTIVATIONS, ids=["plain", "fused"])
 
 
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def lay(x: Tensor, channels_last: bool) -> Tensor:
-    return x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x
+    return channels_innermost(x) if channels_last else x
 
 
 def make_operands(
@@ -564,7 +561,7 @@ def separate_layer() -> nn.Module:
 
 
 class Separate(nn.GroupNorm):
-    """With the same names in its state_dict as the fused layer."""
+    """A layer whose state_dict has the names of the fused layer's."""
 
     def forward(self, input: Tensor) -> Tensor:
         return F.silu(super().forward(input))
@@ -608,7 +605,7 @@ PARALLEL = {"DDP": parallel_ddp, "FSDP": parallel_fsdp}
 
 
 def shifted(network: nn.Module) -> nn.Module:
-    """As if trained."""
+    """Fill the parameters as if they were trained."""
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.1)
@@ -633,7 +630,7 @@ def work(rank: int, folder: Path) -> None:
 
 
 def test_parallel_training_is_that_of_one_process(tmp_path: Path) -> None:
-    """From and to the state_dict of PyTorch's layers."""
+    """Load and save state_dicts of PyTorch's layers."""
     alone = shifted(make_network(separate_layer))
     train(alone, make_batch())
     context = spawn(work, (tmp_path,), nprocs=2, join=False)

@@ -1,4 +1,4 @@
-"""What launchers get, from Triton's own way of launching and from ours: no GPU is needed."""
+"""Compare what Triton's launch and ours hand to the launcher. No GPU is needed."""
 
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -151,7 +151,7 @@ def test_a_profiler_hears_of_each_launch(launched: Launches, hook: str) -> None:
 def test_a_plain_hook_or_none_is_borne(
     launched: Launches, hook: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In place of Triton's chain of them."""
+    """A user may replace Triton's chain of hooks by one hook or None."""
     from triton import knobs
 
     monkeypatch.setattr(knobs.runtime, "launch_enter_hook", hook)
