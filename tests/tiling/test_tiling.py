@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import triton_gn
+from tests.support.pairs import each_pair
 from tests.support.tensors import random
 from triton_gn.ops import settings
 from triton_gn.tiling import NotExactError, exact_tiles, spatial
@@ -142,10 +143,8 @@ def test_norms(norm: Callable[..., Tensor]) -> None:
     check(norm, random(2, 4, 7, 5) + 50, random(4))
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 5])
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("dilation", [1, 2])
-@pytest.mark.parametrize("padding", [0, 1, 2, 3])
+# in one dimension test_windows_and_tiles_of_any_size takes all combinations
+@each_pair("size stride dilation padding", [1, 2, 3, 5], [1, 2], [1, 2], [0, 1, 2, 3])
 def test_convolutions(size: int, stride: int, dilation: int, padding: int) -> None:
     layer = fill(nn.Conv2d(4, 4, size, stride, padding, dilation, groups=2))
     check(layer, random(2, 4, 32, 30), tile_size=11)
