@@ -10,6 +10,12 @@ MATRIX := $(TRITON_VERSIONS:%=matrix-%)
 # pytest runs one process per core: more threads in each would only compete.
 TEST_ENV := env -u TRITON_INTERPRET OMP_NUM_THREADS=1
 
+FAST_TESTS := tests/support $(addprefix tests/api/test_, architecture.py conversion.py fused.py \
+  group_norm.py layout.py settings.py statistics.py)
+# every strategy, layout and direction, each kernel's answers against float64
+FAST_KERNEL_TESTS := tests/kernels/test_activations.py tests/kernels/test_forward_backward.py \
+  -k "float32 and (matches_float64 or activations)"
+
 define CHECK_PYTHON
 import sys
 if sys.version_info < (3, 11):
@@ -52,7 +58,7 @@ esac
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format compile-all figures gpu matrix $(MATRIX) wheel clean
+.PHONY: help demo test test-fast lint format compile-all figures gpu matrix $(MATRIX) wheel clean
 
 help: ## List these targets
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 12
@@ -64,6 +70,10 @@ demo: .venv/.installed ## Train with PyTorch's GroupNorm and with triton_gn's, t
 
 test: .venv/.installed ## Run all tests; ARGS="-k name" selects some
 	$(call run_tests,$(BIN)/python,tests --ignore=tests/kernels)
+
+test-fast: .venv/.installed ## Run the tests of the API, the layers and each kernel in float32, in a minute
+	@$(TEST_ENV) $(BIN)/python -m pytest -n auto $(FAST_TESTS)
+	@$(TEST_ENV) TRITON_INTERPRET=1 $(BIN)/python -m pytest -n auto $(FAST_KERNEL_TESTS)
 
 lint: .venv/.installed ## Check style, format and types
 	$(BIN)/ruff check

@@ -3,6 +3,7 @@
 import ast
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from triton_gn.activations import TABLE
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "triton_gn"
@@ -182,3 +185,10 @@ def test_bare_checkout_works_without_metadata_and_gpu(tmp_path: Path) -> None:
         CUDA_VISIBLE_DEVICES="",
     )
     assert Path(location) == tmp_path / "triton_gn" / "__init__.py"
+
+
+def test_docs_have_a_line_for_each_activation() -> None:
+    text = (ROOT / "docs" / "math.md").read_text(encoding="utf-8")
+    section = text.partition("## Activations")[2].partition("\n## ")[0]
+    documented = re.findall(r"^\| (\w+)", section, re.MULTILINE)
+    assert documented == [name for name in TABLE if name != "none"]

@@ -339,7 +339,7 @@ def test_norm_in_two_places_is_not_folded() -> None:
 
 
 def test_parent_in_two_places_is_folded() -> None:
-    """It runs its norm and its activation together wherever it is."""
+    """A shared parent runs its norm and its activation together in each place."""
     block = make_net(nn.SiLU())
     model = nn.ModuleDict({"a": block, "b": block})
     assert convert(model).folded == [("a.1", "silu")]
@@ -384,11 +384,11 @@ def test_sequence_keeps_its_places() -> None:
 
 
 class Derived(nn.GroupNorm):
-    """Has no forward of its own."""
+    """A subclass without a forward of its own."""
 
 
 class Overriding(nn.GroupNorm):
-    """Has one."""
+    """A subclass with a forward of its own."""
 
     def forward(self, input: Tensor) -> Tensor:
         return super().forward(input) + 1
@@ -635,7 +635,7 @@ def test_layer_wrapped_since_is_not_taken_back(wrap: Callable[[nn.Module], objec
 def test_hooked_folded_activation_is_not_taken_back(
     add_hook: Callable[[nn.Module], Any],
 ) -> None:
-    """Its hooks would be lost with it."""
+    """Taking the activation back would lose its hooks."""
     net = make_net(nn.SiLU())
     convert(net)
     handle = add_hook(net[2])
@@ -647,7 +647,7 @@ def test_hooked_folded_activation_is_not_taken_back(
 
 
 def wrap_forward(module: nn.Module) -> None:
-    """As accelerate and diffusers do it."""
+    """Replace the forward of a module as accelerate and diffusers do."""
     vars(module)["before"] = module.forward
     vars(module)["forward"] = functools.partial(type(module).forward, module)
 
@@ -657,7 +657,7 @@ def unwrap_forward(module: nn.Module) -> None:
 
 
 def test_wrapped_layers_are_left_until_they_are_unwrapped() -> None:
-    """Whoever unwraps them leaves their own forward behind, bound to the class of that time."""
+    """Unwrapping leaves a forward behind that is bound to the class of that time."""
     net, x = make_net(nn.SiLU()), make_input()
     before = step(net, x)
     for module in net.modules():
@@ -684,7 +684,7 @@ def test_wrapped_layers_are_left_until_they_are_unwrapped() -> None:
 
 
 def per_sample_gradients(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    """Of the sum of squares, (N, *), one sample after another."""
+    """Compute the gradients of the sum of squares, (N, *), sample by sample."""
     parameters = dict(model.named_parameters())
     per_sample = [
         torch.autograd.grad(model(sample[None]).square().sum(), list(parameters.values()))
@@ -912,7 +912,7 @@ def test_script_says_what_to_do_and_changes_nothing() -> None:
 
 
 def test_replicas_work() -> None:
-    """Of nn.DataParallel."""
+    """nn.DataParallel makes replicas of each module."""
     net = make_net(nn.SiLU())
     expected = net(make_input())
     convert(net)

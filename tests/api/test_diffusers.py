@@ -158,7 +158,7 @@ CASES = {
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread() -> Iterator[None]:
-    """On layers this small, threads mostly wait for each other."""
+    """Run on one thread: on layers this small, threads mostly wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -169,7 +169,7 @@ each_case = pytest.mark.parametrize("case", CASES.values(), ids=list(CASES))
 
 
 def prepare(model: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """With noise in all parameters, some of which start at 0 and hide gradients, and no dropout."""
+    """Add noise to all parameters, because zeros hide gradients, and switch dropout off."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -230,7 +230,7 @@ def count_activations(monkeypatch: pytest.MonkeyPatch) -> list[torch.Size]:
 
 
 def check_both_ways(model: nn.Module, case: Case, x: Tensor) -> None:
-    """It computes the same when converted, and bit by bit so when that is taken back."""
+    """Compare the converted model with the original, and the restored one bit by bit."""
     kinds = [type(module) for module in model.modules()]
     names = [sorted(vars(module)) for module in model.modules()]
     before = step(model, case.run, x)
@@ -484,8 +484,8 @@ OBSTACLES: dict[str, tuple[Callable[[nn.Module], object], str]] = {
         "is followed by SiLU(), which has hooks or its forward replaced",
     ),
     "another activation": (
-        lambda block: setattr(block, "nonlinearity", nn.ELU()),
-        "is followed by ELU(alpha=1.0), which cannot be folded",
+        lambda block: setattr(block, "nonlinearity", nn.ELU(2.0)),
+        "is followed by ELU(alpha=2.0), which cannot be folded",
     ),
     "replaced forward": (
         lambda block: setattr(block, "forward", functools.partial(block.forward)),
@@ -552,7 +552,7 @@ def test_offloaded_model_computes_the_same_in_both_orders(kind: str) -> None:
 
 
 def test_block_wrapped_since_is_not_taken_back() -> None:
-    """As FSDP2 does it, which derives a class of its own from that of the block."""
+    """Derive a class from that of the block, as FSDP2 does."""
     block = make_block()
     convert(block)
     fused = type(block)

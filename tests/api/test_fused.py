@@ -1,11 +1,11 @@
-"""What group_norm fuses with the normalisation, on the CPU."""
+"""Tests of the operands that group_norm fuses with the normalisation, on the CPU."""
 
 import copy
 import inspect
 import itertools
 import math
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import triton_gn
-from tests.support.pairs import pairwise
+from tests.support.pairs import each_pair, pairwise
+from tests.support.tensors import channels_innermost, random
 from triton_gn.reference import ACTIVATIONS
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -28,14 +29,7 @@ SHAPE, GROUPS = (2, 6, 5, 4), 3
 
 
 def short(value: object) -> str:
-    if isinstance(value, tuple) and all(isinstance(part, str) for part in value):
-        return "+".join(value) or "alone"
-    return str(value).split(".")[-1]
-
-
-def pairs(names: str, *values: Sequence[Any]) -> pytest.MarkDecorator:
-    """Parametrise a test so that any two values of different parameters meet."""
-    return pytest.mark.parametrize(names.split(), pairwise(*values), ids=short)
+    return "+".join(value) or "alone" if isinstance(value, tuple) else str(value).split(".")[-1]
 
 
 LAYOUTS = (False, True)
@@ -44,14 +38,10 @@ each_per_sample = pytest.mark.parametrize("name", PER_SAMPLE)
 OPERANDS = ["input", "weight", "bias", *FUSED]
 
 
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def lay(x: Tensor, channels_last: bool) -> Tensor:
-    """A copy of x, channels innermost or outside the pixels."""
+    """Copy x with its channels innermost or outside the pixels."""
     if channels_last:
-        return lay(x.movedim(1, -1), False).movedim(-1, 1)
+        return channels_innermost(x)
     return x.clone(memory_format=torch.contiguous_format)
 
 
@@ -146,7 +136,7 @@ def worst(result: Tensor, expected: Tensor) -> float:
 # Values and gradients
 
 
-@pairs("activation names channels_last dtype", tuple(ACTIVATIONS), SUBSETS, LAYOUTS, DTYPES)
+@each_pair("activation names channels_last dtype", tuple(ACTIVATIONS), SUBSETS, LAYOUTS, DTYPES)
 def test_as_exact_as_the_operations_one_by_one(
     activation: str, names: tuple[str, ...], channels_last: bool, dtype: torch.dtype
 ) -> None:
@@ -172,7 +162,7 @@ def test_as_exact_as_the_operations_one_by_one(
             assert worst(ours[name], value) <= limit, name
 
 
-@pairs("activation names channels_last dtype", tuple(ACTIVATIONS), SUBSETS, LAYOUTS, DTYPES[:2])
+@each_pair("activation names channels_last dtype", tuple(ACTIVATIONS), SUBSETS, LAYOUTS, DTYPES[:2])
 def test_16_bits_round_less_than_the_operations_one_by_one(
     activation: str, names: tuple[str, ...], channels_last: bool, dtype: torch.dtype
 ) -> None:
@@ -199,7 +189,7 @@ def trailing_ones(rank: int) -> list[tuple[int, ...]]:
     return [(6,), *rows]
 
 
-@pairs(
+@each_pair(
     "name rank_and_shape channels_last",
     PER_SAMPLE,
     [(rank, shape) for rank in (2, 3, 4, 5) for shape in trailing_ones(rank)],
@@ -219,7 +209,7 @@ def test_one_value_per_channel_takes_any_of_its_shapes(
 
 @each_per_sample
 def test_square_operands_are_per_sample(name: str) -> None:
-    """As many samples as channels: rows are samples."""
+    """With as many samples as channels, the rows are samples."""
     operands = make_operands((), dtype=torch.float64, shape=(6, 6, 5))
     operands[name] = random(6, 6, 1, seed=8)
     torch.testing.assert_close(fused("silu", operands), composed("silu", operands))
@@ -325,7 +315,7 @@ def test_input_has_any_strides(view: Callable[[Tensor], Tensor]) -> None:
     torch.testing.assert_close(step(fused, "mish", operands, dy), in_float64("mish", operands, dy))
 
 
-@pairs(
+@each_pair(
     "shape activation dtype channels_last",
     [(0, 6, 5), (2, 6, 0), (2, 6, 0, 4), (2, 0, 5), (0, 6)],
     ["none", "silu"],
@@ -345,7 +335,7 @@ def test_empty_input_has_no_values_and_gradients_of_0(
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=short)
 def test_infinities_and_nans_are_those_of_the_operations_one_by_one(dtype: torch.dtype) -> None:
-    """In float32: there PyTorch's gelu of infinity is NaN, in 16 bits it is not."""
+    """Compare in float32: PyTorch's gelu of infinity is NaN there, but not in 16 bits."""
     operands = make_operands(dtype=dtype)
     operands["residual"][0, 0, 0, :3] = torch.tensor([math.nan, math.inf, -math.inf])
     operands["input"][1, 0, 0, 0] = math.nan
@@ -359,7 +349,7 @@ def test_infinities_and_nans_are_those_of_the_operations_one_by_one(dtype: torch
 # Autograd
 
 
-@pairs(
+@each_pair(
     "name activation dtype channels_last",
     OPERANDS,
     ["none", "silu"],
@@ -369,7 +359,7 @@ def test_infinities_and_nans_are_those_of_the_operations_one_by_one(dtype: torch
 def test_each_operand_alone_gets_its_gradient(
     name: str, activation: str, dtype: torch.dtype, channels_last: bool
 ) -> None:
-    """No result is ever detached in silence, and nobody else gets a gradient."""
+    """The operand that needs a gradient gets it, and the others get none."""
     operands = make_operands(channels_last=channels_last, dtype=dtype)
     operands[name].requires_grad_()
     y = fused(activation, operands)
@@ -383,7 +373,7 @@ def test_each_operand_alone_gets_its_gradient(
     torch.testing.assert_close(grad.double(), expected, rtol=2e-3, atol=1e-5)
 
 
-@pairs("name activation channels_last", OPERANDS, ["none", "silu"], LAYOUTS)
+@each_pair("name activation channels_last", OPERANDS, ["none", "silu"], LAYOUTS)
 def test_no_second_derivative_is_detached(name: str, activation: str, channels_last: bool) -> None:
     operands = make_operands(channels_last=channels_last, dtype=torch.float64)
     operands[name].requires_grad_()

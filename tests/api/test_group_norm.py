@@ -6,7 +6,7 @@ import inspect
 import io
 import math
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import triton_gn
-from tests.support.pairs import pairwise
+from tests.support.pairs import each_pair
+from tests.support.tensors import channels_innermost, random
 from triton_gn import reference
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -32,22 +33,9 @@ def short(dtype: torch.dtype) -> str:
 LAYOUTS = (False, True)
 
 
-def pairs(names: str, *values: Sequence[Any]) -> pytest.MarkDecorator:
-    """Parametrise a test so that any two values of different parameters meet."""
-    return pytest.mark.parametrize(names.split(), pairwise(*values), ids=str)
-
-
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=short)
 each_rank = pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"rank{len(shape)}")
 each_layout = pytest.mark.parametrize("channels_last", [False, True], ids=["contig", "cl"])
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def channels_innermost(x: Tensor) -> Tensor:
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def make_input(
@@ -88,7 +76,7 @@ def step(
 def float64_step(
     x: Tensor, num_groups: int, weight: Tensor | None = None, bias: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """As ``step``, by the formulas of the reference in float64."""
+    """Run the formulas of the reference in float64, and return what ``step`` does."""
     dy = random(*x.shape, seed=3).to(x.dtype).double()
     operands = {"x": x, "weight": weight, "bias": bias}
     leaves = {n: t.detach().double().requires_grad_() for n, t in operands.items() if t is not None}
@@ -147,7 +135,7 @@ def assert_as_exact_as_pytorch(
 # The oracle
 
 
-@pairs("shape affine num_groups", SHAPES, AFFINES, [1, 2, 6])
+@each_pair("shape affine num_groups", SHAPES, AFFINES, [1, 2, 6])
 def test_reference_is_pytorchs_float64(
     shape: tuple[int, ...], affine: tuple[bool, bool], num_groups: int
 ) -> None:
@@ -161,7 +149,7 @@ def test_reference_is_pytorchs_float64(
 # Values and gradients
 
 
-@pairs("shape channels_last dtype affine", SHAPES, LAYOUTS, DTYPES, AFFINES)
+@each_pair("shape channels_last dtype affine", SHAPES, LAYOUTS, DTYPES, AFFINES)
 def test_as_exact_as_pytorch(
     shape: tuple[int, ...], channels_last: bool, dtype: torch.dtype, affine: tuple[bool, bool]
 ) -> None:
@@ -169,7 +157,7 @@ def test_as_exact_as_pytorch(
     assert_as_exact_as_pytorch(make_input(shape, channels_last, dtype), 2, weight, bias)
 
 
-@pairs("dtype weight_dtype bias_dtype channels_last", DTYPES, DTYPES, DTYPES, LAYOUTS)
+@each_pair("dtype weight_dtype bias_dtype channels_last", DTYPES, DTYPES, DTYPES, LAYOUTS)
 def test_dtypes_mix(
     dtype: torch.dtype, weight_dtype: torch.dtype, bias_dtype: torch.dtype, channels_last: bool
 ) -> None:
@@ -221,7 +209,7 @@ def test_strides_do_not_matter(
     assert_as_exact_as_pytorch(x, 2, *make_parameters(6, dtype, dtype))
 
 
-@pairs("shape channels_last bias_dtype", SHAPES, LAYOUTS, [None, torch.float32, torch.bfloat16])
+@each_pair("shape channels_last bias_dtype", SHAPES, LAYOUTS, [None, torch.float32, torch.bfloat16])
 def test_output_has_the_inputs_strides(
     shape: tuple[int, ...], channels_last: bool, bias_dtype: torch.dtype | None
 ) -> None:
@@ -328,7 +316,7 @@ def test_no_grad_detaches() -> None:
         assert not triton_gn.group_norm(x, 2).requires_grad
 
 
-@pairs(
+@each_pair(
     "shape affine channels_last dtype",
     [(0, 6, 5), (2, 0, 5), (2, 6, 0), (2, 6, 0, 4), (0, 6)],
     AFFINES,
@@ -354,7 +342,7 @@ def test_changing_the_input_before_backward_raises() -> None:
         y.sum().backward()
 
 
-@pairs("shape affine channels_last", [(2, 4, 3), (1, 4, 2, 2)], AFFINES, LAYOUTS)
+@each_pair("shape affine channels_last", [(2, 4, 3), (1, 4, 2, 2)], AFFINES, LAYOUTS)
 def test_gradients_of_first_and_second_order(
     shape: tuple[int, ...], affine: tuple[bool, bool], channels_last: bool
 ) -> None:

@@ -30,6 +30,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
 import triton_gn
+from tests.support.pairs import each_pair
+from tests.support.tensors import channels_innermost, random
 
 # PyTorch's own compiler and forward-mode formulas use what PyTorch warns of
 pytestmark = pytest.mark.filterwarnings(
@@ -39,30 +41,12 @@ pytestmark = pytest.mark.filterwarnings(
 GROUPS = 2
 NAMES = ("input", "weight", "bias", "scale", "shift", "pre_add", "residual")
 each_layout = pytest.mark.parametrize("channels_last", [False, True], ids=["contig", "cl"])
-each_fusion = pytest.mark.parametrize("activation", [None, "silu"], ids=["plain", "fused"])
-
-
-def each_pair(name: str, values: dict[str, Any]) -> pytest.MarkDecorator:
-    """A parameter of what takes long: any two of value, layout and fusion meet, in half of the
-    tests that all three of them would take."""
-    cases = {
-        f"{key}-{layout}-{fusion}": (value, layout == "cl", "silu" if fusion == "fused" else None)
-        for i, (key, value) in enumerate(values.items())
-        for layout, fusion in zip(
-            ("contig", "cl"), ("plain", "fused") if i % 2 else ("fused", "plain"), strict=True
-        )
-    }
-    return pytest.mark.parametrize(
-        (name, "channels_last", "activation"), cases.values(), ids=list(cases)
-    )
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+ACTIVATIONS, LAYOUTS = (None, "silu"), (False, True)
+each_fusion = pytest.mark.parametrize("activation", ACTIVATIONS, ids=["plain", "fused"])
 
 
 def lay(x: Tensor, channels_last: bool) -> Tensor:
-    return x.movedim(1, -1).contiguous().movedim(-1, 1) if channels_last else x
+    return channels_innermost(x) if channels_last else x
 
 
 def make_operands(
@@ -124,7 +108,7 @@ SHAPES = ((2, 4, 5, 3), (2, 4, 7, 3), (3, 4, 7, 6))
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@each_pair("dynamic", {"static": False, "dynamic": True})
+@each_pair("activation channels_last dynamic", ACTIVATIONS, LAYOUTS, [False, True])
 def test_compiled_is_eager(activation: str | None, channels_last: bool, dynamic: bool) -> None:
     eager = functools.partial(group_norm, activation)
     compiled = torch.compile(eager, backend="aot_eager", fullgraph=True, dynamic=dynamic)
@@ -148,7 +132,7 @@ def test_inductor_is_eager() -> None:
 
 
 @pytest.mark.usefixtures("fresh_dynamo")
-@each_pair("dynamic", {"dynamic": True, "learnt": None, "static": False})
+@each_pair("activation channels_last dynamic", ACTIVATIONS, LAYOUTS, [True, None, False])
 def test_another_size_is_not_compiled_again(
     activation: str | None, channels_last: bool, dynamic: bool | None
 ) -> None:
@@ -225,7 +209,7 @@ class Norm(nn.Module):
         return group_norm(self.activation, *operands)
 
 
-@each_pair("strict", {"strict": True, "not strict": False})
+@each_pair("activation channels_last strict", ACTIVATIONS, LAYOUTS, [True, False])
 def test_exported_takes_other_sizes(
     activation: str | None, channels_last: bool, strict: bool
 ) -> None:
@@ -264,9 +248,7 @@ def test_grad_is_autograds(activation: str | None, channels_last: bool) -> None:
     torch.testing.assert_close(ours, theirs)
 
 
-@each_fusion
-@each_layout
-@pytest.mark.parametrize("dim", [0, 2])
+@each_pair("activation channels_last dim", ACTIVATIONS, LAYOUTS, [0, 2])
 def test_vmap_is_a_loop(activation: str | None, channels_last: bool, dim: int) -> None:
     one_by_one = [make_operands(activation, channels_last, (2, 4, 5, size)) for size in (3, 3, 3)]
     one_by_one = [tuple(t + i for t in operands) for i, operands in enumerate(one_by_one)]
@@ -367,9 +349,9 @@ def test_jvp_and_dual_numbers(activation: str | None, channels_last: bool) -> No
 # Modes
 
 
-@each_fusion
-@each_layout
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@each_pair(
+    "activation channels_last mode", ACTIVATIONS, LAYOUTS, [torch.no_grad, torch.inference_mode]
+)
 def test_nothing_is_recorded(
     mode: Callable[[], AbstractContextManager[None]], activation: str | None, channels_last: bool
 ) -> None:
@@ -399,10 +381,13 @@ def on_meta(operands: tuple[Tensor, ...]) -> list[Tensor]:
     return [operand.to("meta") for operand in operands]
 
 
-@each_fusion
-@each_layout
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("emptied", [faked, on_meta])
+@each_pair(
+    "activation channels_last dtype emptied",
+    ACTIVATIONS,
+    LAYOUTS,
+    [torch.bfloat16, torch.float32],
+    [faked, on_meta],
+)
 def test_without_memory_there_are_shapes_dtypes_and_strides(
     emptied: Callable[[tuple[Tensor, ...]], list[Tensor]],
     dtype: torch.dtype,
@@ -418,7 +403,9 @@ def test_without_memory_there_are_shapes_dtypes_and_strides(
     assert [g.shape for g in grads] == [t.shape for t in operands]
 
 
-@each_pair("tracing_mode", {mode: mode for mode in ("real", "fake", "symbolic")})
+@each_pair(
+    "activation channels_last tracing_mode", ACTIVATIONS, LAYOUTS, ["real", "fake", "symbolic"]
+)
 def test_traced_with_its_gradients(
     tracing_mode: Literal["real", "fake", "symbolic"], activation: str | None, channels_last: bool
 ) -> None:
@@ -487,10 +474,13 @@ def test_checkpoint_gives_the_same_bits(
     )
 
 
-@each_fusion
-@each_layout
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-@pytest.mark.parametrize("autocast", [torch.float16, torch.bfloat16])
+@each_pair(
+    "activation channels_last dtype autocast",
+    ACTIVATIONS,
+    LAYOUTS,
+    [torch.float16, torch.bfloat16, torch.float32, torch.float64],
+    [torch.float16, torch.bfloat16],
+)
 def test_autocast_gives_the_dtype_of_the_operations_one_by_one(
     activation: str | None, channels_last: bool, dtype: torch.dtype, autocast: torch.dtype
 ) -> None:
@@ -571,7 +561,7 @@ def separate_layer() -> nn.Module:
 
 
 class Separate(nn.GroupNorm):
-    """With the same names in its state_dict as the fused layer."""
+    """A layer whose state_dict has the names of the fused layer's."""
 
     def forward(self, input: Tensor) -> Tensor:
         return F.silu(super().forward(input))
@@ -615,7 +605,7 @@ PARALLEL = {"DDP": parallel_ddp, "FSDP": parallel_fsdp}
 
 
 def shifted(network: nn.Module) -> nn.Module:
-    """As if trained."""
+    """Fill the parameters as if they were trained."""
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.1)
@@ -640,7 +630,7 @@ def work(rank: int, folder: Path) -> None:
 
 
 def test_parallel_training_is_that_of_one_process(tmp_path: Path) -> None:
-    """From and to the state_dict of PyTorch's layers."""
+    """Load and save state_dicts of PyTorch's layers."""
     alone = shifted(make_network(separate_layer))
     train(alone, make_batch())
     context = spawn(work, (tmp_path,), nprocs=2, join=False)

@@ -1,4 +1,4 @@
-"""What launchers get, from Triton's own way of launching and from ours: no GPU is needed."""
+"""Compare what Triton's launch and ours hand to the launcher. No GPU is needed."""
 
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -56,10 +56,14 @@ def flat(value: Any) -> list[Any]:
     return [leaf for one in value for leaf in flat(one)] if isinstance(value, tuple) else [value]
 
 
+# the full product of strategies and directions: each has launches of its own
 @pytest.mark.parametrize("strategy", ["resident", "pipelined", "split"])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("fused", [(), FUSED], ids=["plain", "fused"])
-@pytest.mark.parametrize("memory_format", ["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    ("fused", "memory_format"),
+    [((), "contiguous"), (FUSED, "channels_last")],
+    ids=["plain", "fused"],
+)
 def test_a_repeated_call_launches_what_the_first_did(
     launched: Launches, strategy: str, direction: str, fused: tuple[str, ...], memory_format: str
 ) -> None:
@@ -149,7 +153,7 @@ def test_a_profiler_hears_of_each_launch(launched: Launches, hook: str) -> None:
 def test_a_plain_hook_or_none_is_borne(
     launched: Launches, hook: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In place of Triton's chain of them."""
+    """A user may replace Triton's chain of hooks by one hook or None."""
     from triton import knobs
 
     monkeypatch.setattr(knobs.runtime, "launch_enter_hook", hook)

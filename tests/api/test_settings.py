@@ -49,7 +49,7 @@ def restore() -> Iterator[None]:
 
 
 def changes() -> dict[str, Any]:
-    """What differs from the defaults in this thread."""
+    """Return the settings of this thread that differ from the defaults."""
     current, defaults = vars(settings.current()), vars(settings.Settings())
     return {name: value for name, value in current.items() if value != defaults[name]}
 
@@ -182,7 +182,7 @@ def test_torch_backend_works() -> None:
 
 @pytest.fixture
 def kernels_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As under TRITON_INTERPRET=1; explain() launches nothing."""
+    """Pretend that TRITON_INTERPRET=1 is set; explain() launches nothing."""
     monkeypatch.setattr(settings, "INTERPRETED", True)
 
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 import triton_gn
-from tests.support.pairs import pairwise
+from tests.support.pairs import each_pair
+from tests.support.tensors import channels_innermost, random
 from triton_gn import GroupNormStats, group_norm_apply, group_norm_stats, reference
 from triton_gn.reference import Operands
 
@@ -17,14 +18,6 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 SHAPES = ((3, 12), (2, 12, 7), (2, 12, 5, 4), (2, 12, 3, 2, 3))
 FUSED = ((), ("pre_add",), ("scale", "shift"), ("scale", "shift", "pre_add", "residual"))
 GROUPS = 3
-
-
-def random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def channels_innermost(x: Tensor) -> Tensor:
-    return x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def make_operands(
@@ -87,11 +80,7 @@ def assert_exact(stats: GroupNormStats, x: Tensor, bound: float = 1e-6) -> None:
 # Both halves together
 
 
-@pytest.mark.parametrize(
-    ("dtype", "shape", "fused", "channels_last"),
-    pairwise(DTYPES, SHAPES, FUSED, (False, True)),
-    ids=str,
-)
+@each_pair("dtype shape fused channels_last", DTYPES, SHAPES, FUSED, (False, True))
 def test_together_they_are_group_norm(
     dtype: torch.dtype, shape: tuple[int, ...], fused: tuple[str, ...], channels_last: bool
 ) -> None:
@@ -160,7 +149,7 @@ def test_unequal_tiles_merge_to_the_whole(mean: float, std: float) -> None:
 
 @pytest.mark.parametrize("parts", [*itertools.permutations(range(4))], ids=str)
 def test_the_order_does_not_matter(parts: tuple[int, ...]) -> None:
-    """Nor does a part far from all the others: what is relative to it is not small."""
+    """A part far from all others is no worse as the reference of the merge than another."""
     x = random(1, 4, 600)
     x[..., :2] += 1e5
     sizes = (2, 98, 0, 500)
@@ -253,7 +242,7 @@ def test_numerical_gradients() -> None:
 
 
 def test_numerical_gradients_of_statistics() -> None:
-    """Of mean and m2, of each part on its own."""
+    """Check the gradients of mean and m2 by each part alone."""
     parts = [random(2, 6, size, seed=size).requires_grad_() for size in (2, 0, 3)]
     pre_add = random(6, seed=1).requires_grad_()
 

@@ -1,4 +1,4 @@
-"""What is around a call: scalars of other kinds, in-place neighbours, hooks, tracers, subclasses.
+"""Calls in unusual surroundings: other scalars, in-place neighbours, hooks, tracers, subclasses.
 
 Here on PyTorch's path; tests/kernels runs the same on the kernels.
 """
@@ -149,7 +149,7 @@ def test_converted_model_with_in_place_activations_trains(
 
 
 def offloaded(t: Tensor) -> Tensor:
-    """As save_on_cpu does with pinned memory."""
+    """Copy a saved tensor as save_on_cpu does with pinned memory."""
     return torch.empty(t.size(), dtype=t.dtype, layout=t.layout).copy_(t)
 
 
@@ -281,7 +281,7 @@ def test_modes_see_each_public_function() -> None:
 
 
 class Tagged(Tensor):
-    """Its class hears of every function."""
+    """A subclass that intercepts every function."""
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -81,7 +81,7 @@ def test_shards_of_other_means(ranks: Ranks) -> None:
 
 
 def some_gradients(rank: int, group: dist.ProcessGroup) -> None:
-    """Those that are asked for alone are those that are asked for together."""
+    """A gradient asked for alone equals the same gradient asked for together with others."""
     torch.manual_seed(rank)
     x, weight = torch.randn(2, 4, 5), torch.ones(4)
 

@@ -19,7 +19,7 @@ FINITE = torch.cat(
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_values_and_derivatives_match_pytorch(
     device: str, activation: str, dtype: torch.dtype
 ) -> None:

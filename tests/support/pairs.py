@@ -4,6 +4,19 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
+
+
+def each_pair(names: str, *values: Sequence[Any]) -> pytest.MarkDecorator:
+    """Parametrise a test by ``names`` so that any two values of different parameters meet."""
+    return pytest.mark.parametrize(names.split(), pairwise(*values), ids=_id)
+
+
+def _id(value: object) -> str:
+    if isinstance(value, tuple) and all(isinstance(part, str) for part in value):
+        return "+".join(value) or "alone"
+    return getattr(value, "__name__", str(value)).removeprefix("torch.").replace(" ", "")
+
 
 def pairwise(*parameters: Sequence[Any]) -> list[tuple[Any, ...]]:
     """Choose cases in which any two values of different parameters meet at least once.

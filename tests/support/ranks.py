@@ -61,7 +61,7 @@ class Ranks:
         self._answers(size)
 
     def run(self, function: Callable[..., Any], n: int, *arguments: Any) -> list[Any]:
-        """What ``function(rank, group, *arguments)`` returns on each of the first ``n`` ranks."""
+        """Run ``function(rank, group, *arguments)`` on the first ``n`` ranks; list the results."""
         for commands in self._commands[:n]:
             commands.send((function, n, arguments))
         return self._answers(n)

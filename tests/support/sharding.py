@@ -17,7 +17,7 @@ ALL = ("scale", "shift", "pre_add", "residual")
 
 @dataclass(frozen=True)
 class Step:
-    """What all ranks know: the whole input, and how ``dim`` of it is cut."""
+    """The whole input and how its ``dim`` is cut, known to all ranks."""
 
     shape: tuple[int, ...]
     cut: tuple[int, ...]
@@ -68,7 +68,7 @@ class Step:
         )
 
     def part(self, t: Tensor, rank: int) -> Tensor:
-        """Of a tensor like x: the rank's own, in memory of its own and the same format."""
+        """Copy the rank's shard of a tensor like x, in the same memory format."""
         part: Tensor = t.split(self.cut, self.dim)[rank]
         if self.channels_last:
             return part.movedim(1, -1).contiguous().movedim(-1, 1)
@@ -76,7 +76,7 @@ class Step:
 
 
 def run_step(rank: int, group: dist.ProcessGroup, step: Step) -> dict[str, Any]:
-    """On one rank: y and all gradients, as float64 NumPy arrays with their dtypes."""
+    """Return one rank's y and gradients as float64 NumPy arrays with their dtypes."""
     whole = step.case()
     parts = {name: step.part(getattr(whole, name), rank) for name in ("x", "dy")}
     if whole.residual is not None:

@@ -1,3 +1,5 @@
+"""The helper that chooses the cases of other tests."""
+
 import itertools
 
 from tests.support.pairs import pairwise

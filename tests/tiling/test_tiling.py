@@ -20,13 +20,10 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import triton_gn
+from tests.support.pairs import each_pair
+from tests.support.tensors import random
 from triton_gn.ops import settings
 from triton_gn.tiling import NotExactError, exact_tiles, spatial
-
-
-def random(*shape: int, dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
 
 
 def fill(model: nn.Module, mean: float = 0.0, dtype: torch.dtype = torch.float64) -> nn.Module:
@@ -62,7 +59,7 @@ def check(
     tile_size: int | tuple[int, ...] = 3,
     bound: float = 1e-12,
 ) -> Tensor:
-    """What the model gives tile by tile, which is what it gives in one piece."""
+    """Run the model tile by tile and compare with one piece; return the output."""
     model = model if isinstance(model, nn.Module) else Run(model)
     expected = model(*args)
     with exact_tiles(model, tile_size):
@@ -103,7 +100,7 @@ def test_sequential_decoder(tile_size: int | tuple[int, ...]) -> None:
 
 
 def test_naive_tiles_differ() -> None:
-    """So that the tests above can fail: neither statistics nor borders are right."""
+    """The tests above can fail: naive tiles have other statistics and other borders."""
     decoder, x = make_decoder(), random(2, 3, 8, 6)
     naive = torch.cat([decoder(part) for part in x.split(4, 2)], 2)
     assert difference(naive, decoder(x)) > 1e-2
@@ -146,10 +143,8 @@ def test_norms(norm: Callable[..., Tensor]) -> None:
     check(norm, random(2, 4, 7, 5) + 50, random(4))
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 5])
-@pytest.mark.parametrize("stride", [1, 2])
-@pytest.mark.parametrize("dilation", [1, 2])
-@pytest.mark.parametrize("padding", [0, 1, 2, 3])
+# in one dimension test_windows_and_tiles_of_any_size takes all combinations
+@each_pair("size stride dilation padding", [1, 2, 3, 5], [1, 2], [1, 2], [0, 1, 2, 3])
 def test_convolutions(size: int, stride: int, dilation: int, padding: int) -> None:
     layer = fill(nn.Conv2d(4, 4, size, stride, padding, dilation, groups=2))
     check(layer, random(2, 4, 32, 30), tile_size=11)
@@ -305,7 +300,7 @@ def test_masks_beside_cut_batches_and_uncut_tokens() -> None:
 
 
 def test_sums_over_all_pixels() -> None:
-    """Of a product, as in linear attention; each tile may change its own copy."""
+    """Linear attention sums a product over all pixels; each tile may change its own copy."""
 
     def attend(x: Tensor) -> Tensor:
         tokens = x.flatten(2).relu()
@@ -631,7 +626,7 @@ def test_tensors_from_elsewhere_are_refused() -> None:
 
 
 def test_pixels_as_parameters_are_refused() -> None:
-    """Of what is itself not cut, and so would not be looked at."""
+    """The other operand is not cut, so only the parameter shows that pixels are involved."""
     uncut = random(3, 3, 3, 3)
 
     def masked(x: Tensor, u: Tensor) -> Tensor:
@@ -1122,7 +1117,7 @@ def test_waiting_tiles_are_offloaded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_offloaded_autoencoder() -> None:
-    """With attention, whose keys and values must stay, and views of one storage."""
+    """The model has attention, whose keys and values stay, and views of one storage."""
     vae = make_autoencoder(torch.float64)
     latents = random(2, 4, 9, 7)
     expected = vae.decode(latents).sample
