@@ -102,7 +102,7 @@ class GroupNormStats(NamedTuple):
 
     count: Tensor  # type: ignore[assignment]  # elements of a group; replaces a method of tuple
     mean: Tensor
-    mean_lo: Tensor  # rounding error of mean: the exact mean is mean + mean_lo
+    mean_lo: Tensor  # rounding error of mean: the accurate mean is mean + mean_lo
     m2: Tensor  # sum of squared deviations; the biased variance is m2 / count
 
     def merge(self, *others: "GroupNormStats") -> "GroupNormStats":

@@ -105,7 +105,7 @@ def affine(x_hat: Tensor, operands: Operands, activation: str) -> Tensor:
 
 
 def group_norm(operands: Operands, num_groups: int, eps: float, activation: str) -> Tensor:
-    """Return y in the compute dtype."""
+    """Normalise with all operands fused in; return y in the compute dtype."""
     x = prologue(operands.x, operands.pre_add)
     return affine(normalise(x, num_groups, eps), operands, activation)
 

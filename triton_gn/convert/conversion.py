@@ -152,7 +152,8 @@ def convert(
         else:
             fates[module] = "left", reason
     if process_group is not None:
-        _warn_of_unsharded([names[module] for module in fates if not _is_sharded(module)])
+        unsharded = [module for module in fates if not isinstance(module, ShardedGroupNorm)]
+        _warn_of_unsharded([names[module] for module in unsharded])
     if fold_activations:
         places = _places(names)
         for parent in names:
@@ -232,10 +233,6 @@ def _is_group_norm(module: nn.Module) -> bool:
     if isinstance(module, torch.jit.ScriptModule):
         return getattr(module, "original_name", None) == "GroupNorm"
     return isinstance(module, nn.GroupNorm)
-
-
-def _is_sharded(module: nn.Module) -> bool:
-    return isinstance(module, ShardedGroupNorm)
 
 
 def _warn_of_unsharded(names: list[str]) -> None:

@@ -262,12 +262,12 @@ class _Mode(TorchFunctionMode):
         tile, rule = self._tile, RULES.get(func)
         tensors = list(leaves((args, kwargs), Tensor))
         tile.check(func, tensors)
-        is_cut = any(map(tile.is_cut, tensors))
+        has_cut_tensor = any(map(tile.is_cut, tensors))
         changed = (args[:1] or tensors[:1]) if _is_in_place(func) else kwargs.get("out")
         tile.check_changes(func, changed)
-        if is_cut and rule is None:
+        if has_cut_tensor and rule is None:
             refuse(func, "is not known to need pixels of its own tile only")
-        if rule is not None and (is_cut or rule in ALWAYS_ASKED):
+        if rule is not None and (has_cut_tensor or rule in ALWAYS_ASKED):
             named = {ALIASES.get(name, name): value for name, value in kwargs.items()}
             try:
                 return rule(tile, func, *args, **named)

@@ -69,7 +69,7 @@ def dropout(
     training: bool = True,
     inplace: bool = False,
 ) -> Any:
-    """Do nothing in evaluation; refuse training."""
+    """Apply dropout in evaluation, where it does nothing; refuse training."""
     if training and p:
         refuse(func, "draws random numbers in training", NO_DROPOUT)
     return tile.mark(func(input, p, False), tile.layout(input))
@@ -238,7 +238,7 @@ def shape(tile: Tile, func: Any, input: Tensor, dim: int | None = None) -> Any:
 
 
 def raise_if_illegal(tile: Tile, func: Any, args: Any, kwargs: Any, error: Exception) -> None:
-    """Raise the error of a call that also fails in one piece, tried on the meta device."""
+    """Call the function on whole tensors of the meta device; raise if that call fails too."""
 
     def whole_of(part: Tensor) -> Tensor:
         return torch.empty(shape(tile, func, part), dtype=part.dtype, device="meta")
@@ -247,7 +247,7 @@ def raise_if_illegal(tile: Tile, func: Any, args: Any, kwargs: Any, error: Excep
     try:
         func(*whole_args, **whole_kwargs)
     except (NotImplementedError, ArithmeticError):
-        pass  # says nothing about real values
+        pass  # a call on real values may succeed
     except Exception as whole_error:
         raise (error if isinstance(error, RuntimeError) else whole_error) from None
 
