@@ -1,1 +1,1 @@
-"""Examples; a regular package, so that none of another project's takes its name."""
+"""Examples, as a regular package, so that no other package named ``examples`` shadows it."""

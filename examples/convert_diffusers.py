@@ -1,4 +1,4 @@
-"""Convert a small UNet of diffusers in one line, and compare what it computes before and after.
+"""Convert a small UNet of diffusers in one line, and compare its results before and after.
 
 The weights are random: nothing is downloaded.
 """
@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from triton_gn import convert
 
-# Relative to the largest value: float32 itself errs by 1e-6 here, and one SiLU too few or too many
-# moves the output by 2e-1.
+# Relative to the largest value. The float32 error is 1e-6 here; one SiLU too few or too many moves
+# the output by 2e-1.
 LIMIT = 1e-5
 
 
@@ -41,7 +41,7 @@ def make_unet() -> nn.Module:
 
 
 def step(unet: nn.Module) -> tuple[Tensor, Tensor]:
-    """Return the predicted noise and its gradient by the weights of the first convolution."""
+    """Return the predicted noise, and the weight gradient of the first convolution."""
     torch.manual_seed(1)
     noisy, text, dy = torch.randn(2, 4, 16, 16), torch.randn(2, 7, 16), torch.randn(2, 4, 16, 16)
     noise: Tensor = unet(noisy, torch.tensor([10, 900]), text, return_dict=False)[0]

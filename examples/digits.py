@@ -19,11 +19,11 @@ import triton_gn
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPOCHS, BATCH = 6, 64
-# Rounding alone moves the test logits by some 4e-6 in this training, and an error of 1e-6 in every
-# output element by 2e-5; a variance over n - 1 instead of n elements moves them by 7e-2.
+# Rounding alone moves the test logits by about 4e-6 in this training. An error of 1e-6 in every
+# output element moves them by 2e-5, and a variance over n - 1 instead of n elements by 7e-2.
 TRAINING_LIMIT = 1e-4
-# Relative to the largest exact value. Float32 arithmetic errs by 1e-7 to 3e-7 on this batch, and an
-# eps of 1e-4 instead of 1e-5 by 4e-4.
+# Relative to the largest exact value. The float32 error is 1e-7 to 3e-7 on this batch; an eps of
+# 1e-4 instead of 1e-5 causes an error of 4e-4.
 KERNEL_LIMIT = 2e-6
 
 
@@ -73,7 +73,10 @@ def train(net: nn.Module, images: Tensor, labels: Tensor) -> list[float]:
 
 
 def compare_training() -> tuple[nn.Sequential, bool]:
-    """Train both networks, print their results side by side and say whether they agree."""
+    """Train both networks and print their results side by side.
+
+    Return the network with triton_gn.GroupNorm, and whether the results agree.
+    """
     train_images, test_images, train_labels, test_labels = load_data()
     nets = [make_net(nn.GroupNorm), make_net(triton_gn.GroupNorm)]
     curves = [train(net, train_images, train_labels) for net in nets]
@@ -95,16 +98,16 @@ def compare_training() -> tuple[nn.Sequential, bool]:
 
 
 def capture_batch(net: nn.Sequential) -> dict[str, Tensor]:
-    """Return what the GroupNorm with 10 channels per group gets from one batch, dy included."""
+    """Return x, weight, bias and dy of the GroupNorm with 10 channels per group, for one batch."""
     images, _, labels, _ = load_data()
     layer = net[4]
     assert isinstance(layer, nn.GroupNorm)
-    seen: dict[str, Tensor] = {}
-    hook = layer.register_forward_hook(lambda _, inputs, y: seen.update(x=inputs[0], y=y))
+    captured: dict[str, Tensor] = {}
+    hook = layer.register_forward_hook(lambda _, inputs, y: captured.update(x=inputs[0], y=y))
     loss = F.cross_entropy(net(images[:BATCH]), labels[:BATCH])
     hook.remove()
-    (dy,) = torch.autograd.grad(loss, seen["y"])
-    batch = {"x": seen["x"], "weight": layer.weight, "bias": layer.bias, "dy": dy}
+    (dy,) = torch.autograd.grad(loss, captured["y"])
+    batch = {"x": captured["x"], "weight": layer.weight, "bias": layer.bias, "dy": dy}
     return {name: tensor.detach() for name, tensor in batch.items()}
 
 
@@ -119,7 +122,7 @@ def run_layer(
 
 
 def check_kernels(batch: dict[str, Tensor]) -> bool:
-    """Print the kernels' errors on the batch beside PyTorch's and say whether they are small."""
+    """Print the kernels' errors on the batch beside PyTorch's; return whether they are small."""
     exact = run_layer(F.group_norm, batch, torch.float64)
     theirs = run_layer(F.group_norm, batch, torch.float32)
     with triton_gn.backend("triton"):
@@ -139,7 +142,7 @@ def check_kernels(batch: dict[str, Tensor]) -> bool:
 
 
 def check_kernels_interpreted(batch: dict[str, Tensor]) -> bool:
-    """Do the same in a process of its own, as Triton chooses its interpreter when imported."""
+    """Run ``check_kernels`` in a new process: Triton chooses its interpreter when imported."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "batch.pt")
         torch.save(batch, path)
@@ -149,12 +152,12 @@ def check_kernels_interpreted(batch: dict[str, Tensor]) -> bool:
 
 
 def main() -> None:
-    """Run both comparisons; a saved batch as the only argument asks for the kernels alone."""
-    # In a network this small, a second thread costs more waiting than it saves.
+    """Run both comparisons, or only that of the kernels if the argument names a saved batch."""
+    # In a network this small, a second thread costs more time than it saves.
     torch.set_num_threads(1)
     if len(sys.argv) == 2:
         sys.exit(not check_kernels(torch.load(sys.argv[1])))
-    # Rounding to TF32 and run-to-run differences of the convolutions would hide GroupNorm's own.
+    # TF32 and nondeterministic convolutions would hide the differences between the GroupNorms.
     torch.backends.cudnn.allow_tf32 = False
     torch.backends.cudnn.deterministic = True
     net, training_agrees = compare_training()

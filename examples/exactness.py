@@ -1,6 +1,7 @@
-"""Errors of the Triton kernels and of PyTorch's group_norm against float64, as a table.
+"""Print the errors of the Triton kernels and of PyTorch's group_norm against float64, as a table.
 
-On the GPU or, with TRITON_INTERPRET=1, in Triton's interpreter. PyTorch runs on the same device.
+The kernels run on the GPU or, with TRITON_INTERPRET=1, in Triton's interpreter. PyTorch runs on the
+same device.
 """
 
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import triton_gn
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GROUPS = 2
-SHAPES = {"4,096": (2, 16, 16, 32), "262,144": (1, 8, 256, 256)}  # by elements of a group
+SHAPES = {"4,096": (2, 16, 16, 32), "262,144": (1, 8, 256, 256)}  # elements per group: shape
 DISTRIBUTIONS = ((0.0, 1.0), (1e4, 0.1))  # mean, standard deviation
 
 
@@ -44,7 +45,7 @@ def main() -> None:
         memory_format = torch.channels_last if channels_last else torch.contiguous_format
         x, dy = (t.contiguous(memory_format=memory_format) for t in (x, dy))
         operands = [tensor.to(DEVICE) for tensor in (x, weight, bias, dy)]
-        # contiguous: PyTorch's channels-last CPU kernel cancels in float64 as well
+        # contiguous: PyTorch's channels-last CPU kernel loses digits to cancellation in float64 too
         exact = step(F.group_norm, [t.contiguous() for t in operands], torch.float64)
         theirs = step(F.group_norm, operands, torch.float32)
         with triton_gn.backend("triton"):

@@ -1,14 +1,14 @@
 """Decode an image on four processes, each with some of its rows, and compare with one process.
 
-``python examples/sharded_decoder.py`` needs no GPU and downloads nothing: a small AutoencoderKL of
-diffusers with random weights. Three kinds of layers reach beyond the rows of a process:
+``python examples/sharded_decoder.py`` needs no GPU and downloads nothing: the model is a small
+AutoencoderKL of diffusers with random weights. Three kinds of layers need rows of other processes:
 
-- GroupNorm for statistics, which ``triton_gn.convert(decoder, process_group=group)`` merges;
-- convolutions for the rows next to its own: HaloConv2d;
-- attentions for keys and values: GatheredAttention.
+- GroupNorm for its statistics: ``triton_gn.convert(decoder, process_group=group)`` merges them;
+- convolutions for the neighbouring rows: HaloConv2d;
+- attention for keys and values: GatheredAttention.
 
-All else, such as nearest upsampling, concerns single rows. To do so with your decoder on GPUs copy
-what is above make_vae, run under ``torchrun --nproc-per-node 4``, and in each process::
+All other layers, such as nearest upsampling, work on single rows. To shard your own decoder on
+GPUs, copy the code above make_vae, run ``torchrun --nproc-per-node 4``, and in each process::
 
     torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl")
@@ -18,8 +18,8 @@ what is above make_vae, run under ``torchrun --nproc-per-node 4``, and in each p
     triton_gn.convert(vae.decoder, process_group=group)
     rows = vae.decode(latent.tensor_split(group.size(), dim=2)[group.rank()]).sample
 
-Gradients pass through all of it. Those of GroupNorm's parameters come out summed over the
-processes; those of others are this process's share, to be summed by dist.all_reduce.
+Gradients flow through all of these layers. The gradients of GroupNorm's parameters are summed over
+the processes already; sum those of all other parameters by dist.all_reduce yourself.
 """
 
 import multiprocessing
@@ -37,16 +37,16 @@ from torch.nn import functional as F
 
 import triton_gn
 
-CUT = (5, 1, 7, 3)  # rows of the latent in each process: they need not be equal
-# Relative to the largest value: float32 itself errs by 1e-6 here.
+CUT = (5, 1, 7, 3)  # rows of the latent in each process; they may differ
+# Relative to the largest value. The float32 error is 1e-6 here.
 LIMIT = 1e-5
 
 
 class Swap(Function):
-    """Give ``up`` to the process above and ``down`` to the one below; return what these give.
+    """Exchange of rows between neighbours: send ``up`` and ``down``, receive those of neighbours.
 
-    Each is (N, C, rows, W); beyond the true top and bottom there are zeros. Gradients go back to
-    where the rows came from, which is the same swap.
+    All tensors are (N, C, rows, W). Beyond the image's top and bottom the rows are zeros. Backward
+    is the same exchange: gradients return to the process that sent the rows.
     """
 
     @staticmethod
@@ -55,13 +55,13 @@ class Swap(Function):
         ctx.group = group
         transfers, received = [], []
         for peer, rows in ((group.rank() - 1, up), (group.rank() + 1, down)):
-            # channels last on the way: torch.cat then keeps either format of the own rows
+            # sent as channels-last: torch.cat then keeps the memory format of the own rows
             sent = rows.movedim(1, -1).contiguous()
-            got = torch.zeros_like(sent)
-            received.append(got.movedim(-1, 1))
+            buffer = torch.zeros_like(sent)
+            received.append(buffer.movedim(-1, 1))
             if 0 <= peer < group.size():
                 transfers.append(dist.P2POp(dist.isend, sent, group=group, group_peer=peer))
-                transfers.append(dist.P2POp(dist.irecv, got, group=group, group_peer=peer))
+                transfers.append(dist.P2POp(dist.irecv, buffer, group=group, group_peer=peer))
         for transfer in dist.batch_isend_irecv(transfers) if transfers else ():
             transfer.wait()
         return tuple(received)
@@ -76,16 +76,16 @@ swap: Any = Swap.apply
 
 
 class HaloConv2d(nn.Conv2d):
-    """An nn.Conv2d that keeps the height, of an image whose rows are shared out among processes.
+    """nn.Conv2d that keeps the height, for an image whose rows are sharded among processes.
 
-    Needs from each process as many rows as the kernel reaches for on one side, else the one that
-    has fewer raises ValueError: torchrun then ends the others.
+    Each process needs at least as many rows as the kernel reaches to one side. A process with fewer
+    rows raises ValueError; torchrun then ends the others.
     """
 
     group: dist.ProcessGroup
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return own rows (N, out_channels, rows, W) of own rows (N, C, rows, W)."""
+        """Return the output's own rows (N, out_channels, rows, W) from own rows (N, C, rows, W)."""
         halo, width = map(int, self.padding)
         if x.shape[2] < halo:
             raise ValueError(
@@ -100,44 +100,44 @@ class HaloConv2d(nn.Conv2d):
 
 
 class Gather(Function):
-    """(N, all rows, *) in each process, from the (N, own rows, *) of each."""
+    """All-gather of unequal shards: (N, own rows, *) of each process to (N, all rows, *) in all."""
 
     @staticmethod
-    def forward(ctx: Any, own: Tensor, group: dist.ProcessGroup) -> Any:
-        """Return the rows of all."""
-        count = torch.tensor(own.shape[1], device=own.device)
+    def forward(ctx: Any, shard: Tensor, group: dist.ProcessGroup) -> Any:
+        """Return the rows of all processes."""
+        count = torch.tensor(shard.shape[1], device=shard.device)
         counts = [torch.empty_like(count) for _ in range(group.size())]
         dist.all_gather(counts, count, group)
-        rows = [int(one) for one in counts]
-        # all_gather wants equal parts
-        padded = own.new_zeros(own.shape[0], max(rows), *own.shape[2:])
-        padded[:, : own.shape[1]] = own
-        parts = [torch.empty_like(padded) for _ in rows]
-        dist.all_gather(parts, padded, group)
-        ctx.group, ctx.own = group, (sum(rows[: group.rank()]), own.shape[1])
-        return torch.cat([part[:, :n] for part, n in zip(parts, rows, strict=True)], 1)
+        rows = [int(count) for count in counts]
+        # all_gather needs shards of equal size
+        padded = shard.new_zeros(shard.shape[0], max(rows), *shard.shape[2:])
+        padded[:, : shard.shape[1]] = shard
+        shards = [torch.empty_like(padded) for _ in rows]
+        dist.all_gather(shards, padded, group)
+        ctx.group, ctx.own_rows = group, (sum(rows[: group.rank()]), shard.shape[1])
+        return torch.cat([shard[:, :n] for shard, n in zip(shards, rows, strict=True)], 1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        """Return the gradient of the own rows, summed over all who have used them."""
+        """Return the gradient of the own rows, summed over all processes."""
         grad = grads[0].clone(memory_format=torch.contiguous_format)
         dist.all_reduce(grad, group=ctx.group)
-        return grad.narrow(1, *ctx.own), None
+        return grad.narrow(1, *ctx.own_rows), None
 
 
 gather: Any = Gather.apply
 
 
 class GatheredAttention:
-    """For ``attention.set_processor``: the own pixels attend to the pixels of all processes."""
+    """Processor for ``attention.set_processor``: own pixels attend to pixels of all processes."""
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group = group
 
     def __call__(self, attention: Any, x: Tensor, temb: Any = None, **others: Any) -> Tensor:
-        """Return (N, C, rows, W) of x, of the same shape, as diffusers' own processor does."""
-        refused = attention.spatial_norm, attention.norm_q, attention.norm_k, *others.values()
-        if any(one is not None for one in refused):
+        """Return the attention of x (N, C, rows, W), of the same shape, as diffusers' processor."""
+        unsupported = attention.spatial_norm, attention.norm_q, attention.norm_k, *others.values()
+        if any(value is not None for value in unsupported):
             raise ValueError(
                 "GatheredAttention is for the self-attention of AutoencoderKL, without a mask and "
                 f"without norms but a group_norm; got {attention}. Extend it for yours."
@@ -156,7 +156,7 @@ class GatheredAttention:
 
 
 def share_rows(decoder: nn.Module, group: dist.ProcessGroup) -> None:
-    """Let convolutions and attentions, in place, reach for the rows of other processes."""
+    """Make convolutions and attentions use the rows of other processes, in place."""
     from diffusers.models.attention_processor import Attention
 
     for layer in decoder.modules():
@@ -164,8 +164,8 @@ def share_rows(decoder: nn.Module, group: dist.ProcessGroup) -> None:
             layer.set_processor(GatheredAttention(group))
         elif isinstance(layer, nn.modules.conv._ConvNd):
             reach = layer.dilation[0] * (layer.kernel_size[0] - 1)
-            same = layer.stride[0] == 1 and 2 * layer.padding[0] == reach
-            if type(layer) is not nn.Conv2d or not same or layer.padding_mode != "zeros":
+            keeps_height = layer.stride[0] == 1 and 2 * layer.padding[0] == reach
+            if type(layer) is not nn.Conv2d or not keeps_height or layer.padding_mode != "zeros":
                 raise ValueError(
                     "share_rows needs an nn.Conv2d of stride 1 with numbers of zeros as padding "
                     f"that keep the height; got {layer}. Keep it outside of what is sharded."
@@ -196,7 +196,7 @@ def make_vae() -> Any:
 
 
 def work(rank: int, meeting: str, latent: Tensor, images: Tensor) -> None:
-    """Be one of the processes; the first fills ``images``."""
+    """Decode this process's rows, unsharded and sharded; the first process fills ``images``."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=len(CUT))
     group = dist.group.WORLD
@@ -209,7 +209,7 @@ def work(rank: int, meeting: str, latent: Tensor, images: Tensor) -> None:
         return image
 
     share_rows(vae.decoder, group)
-    local = decode()  # each GroupNorm still takes its statistics from the own rows
+    local = decode()  # each GroupNorm still uses the statistics of its own rows
     triton_gn.convert(vae.decoder, process_group=group)
     sharded = decode()
     if rank == 0:
@@ -218,7 +218,7 @@ def work(rank: int, meeting: str, latent: Tensor, images: Tensor) -> None:
 
 
 def main() -> None:
-    """Print how far the image of four processes is from that of one."""
+    """Print the difference between the images of four processes and of one process."""
     # imported once, not by each process
     multiprocessing.set_forkserver_preload(["diffusers.models.autoencoders.autoencoder_kl"])
     latent = torch.randn(1, 4, sum(CUT), 16, generator=torch.Generator().manual_seed(1))

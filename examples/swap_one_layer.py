@@ -1,6 +1,6 @@
-"""Replace one GroupNorm and its SiLU by a layer that does both, and take the weights across.
+"""Replace one GroupNorm and its SiLU by a layer that does both, and keep the weights.
 
-What convert does to whole models, by hand, for a network that you write yourself.
+``convert`` does so for whole models. This example does it by hand, for a network of your own.
 """
 
 import sys
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 import triton_gn
 
-# Relative to the largest value: a few roundings of float32. Without the SiLU it would be 9e-1.
+# Relative to the largest value: a few float32 roundings. Without the SiLU the error would be 9e-1.
 LIMIT = 1e-5
 
 
 def make_old() -> nn.Sequential:
-    """Return the network as it was."""
+    """Return the network with two layers."""
     return nn.Sequential(
         nn.Conv2d(3, 32, 3, padding=1),
         nn.GroupNorm(8, 32),
@@ -25,7 +25,7 @@ def make_old() -> nn.Sequential:
 
 
 def make_new() -> nn.Sequential:
-    """Return the network with both in one layer; nn.Identity keeps the names of what follows."""
+    """Return the network with one fused layer; nn.Identity keeps the names of later layers."""
     return nn.Sequential(
         nn.Conv2d(3, 32, 3, padding=1),
         triton_gn.GroupNorm(8, 32, activation="silu"),
@@ -43,7 +43,7 @@ def step(net: nn.Sequential, x: Tensor, dy: Tensor) -> dict[str, Tensor]:
 
 
 def main() -> None:
-    """Load the old network's weights into the new one and print how far their results differ."""
+    """Load the old network's weights into the new one and print the differences of the results."""
     torch.manual_seed(0)
     old, new = make_old(), make_new()
     new.load_state_dict(old.state_dict())

@@ -1,7 +1,7 @@
-"""Tune for the layers of your own model: write a factory, name it to ``python -m triton_gn tune``.
+"""Tune the layers of your own model: write a factory and pass it to ``python -m triton_gn tune``.
 
-On a GPU this file does so for its ``make`` and shows the plans before and after. Without one it
-shows the plans that the rule would take on an H100: to time them needs the GPU itself.
+On a GPU, this file tunes the model of its ``make`` and shows the plans before and after. Without a
+GPU, it shows the heuristic's plans for an H100; only a GPU can time them.
 """
 
 import sys
@@ -43,16 +43,16 @@ def make() -> tuple[nn.Module, tuple[Tensor]]:
 
 
 def show_plans() -> None:
-    """Print which plan each GroupNorm of the model takes, and why."""
+    """Print the plan of each GroupNorm of the model, and the reason for it."""
     model, arguments = make()
 
     def show(name: str, layer: triton_gn.GroupNorm, x: Tensor) -> None:
         print(f"\n{name}, {tuple(x.shape)}, {layer.activation}")
         for direction in ("forward", "backward"):
-            told = triton_gn.explain(
+            explanation = triton_gn.explain(
                 x, layer.num_groups, direction=direction, activation=layer.activation
             )
-            print(told)
+            print(explanation)
 
     for name, layer in model.named_modules():
         if isinstance(layer, triton_gn.GroupNorm):
@@ -62,7 +62,7 @@ def show_plans() -> None:
 
 
 def main() -> None:
-    """Show the plans and, on a GPU, tune for them and show what has changed."""
+    """Show the plans. On a GPU, tune them and show the new plans."""
     show_plans()
     if DEVICE == "cpu":
         print("\nOn a GPU: python -m triton_gn tune --model examples.tune_own_model:make")

@@ -1,4 +1,4 @@
-"""Every check of a call's arguments. An error gives the rule, the received value and the remedy."""
+"""Check the arguments of a call. An error gives the rule, the received value and the remedy."""
 
 import operator
 from collections.abc import Iterable, Sequence
@@ -17,7 +17,7 @@ PER_SAMPLE = ("scale", "shift", "pre_add")  # may differ from sample to sample
 
 
 def checked_groups(num_groups: Any) -> int:
-    """num_groups as PyTorch takes it: an int, or what has its index, such as NumPy's integers."""
+    """Return num_groups as an int; like PyTorch, accept integers of other types such as NumPy's."""
     if type(num_groups) is int or isinstance(num_groups, torch.SymInt):
         return num_groups  # type: ignore[return-value]
     try:
@@ -32,11 +32,11 @@ def checked_groups(num_groups: Any) -> int:
 
 
 def checked_eps(eps: Any) -> float:
-    """Return eps as a float. PyTorch decides what is one; a tensor is read now."""
+    """Return eps as a float. PyTorch decides which types are floats; a tensor is read now."""
     if type(eps) is float:
         return eps
     try:
-        torch.group_norm(torch.empty(1, 1, 0), 1, None, None, eps)  # says what that is
+        torch.group_norm(torch.empty(1, 1, 0), 1, None, None, eps)  # raises for other types
     except TypeError:
         raise TypeError(
             f"group_norm: eps must be a float; got {eps!r} of type {type(eps).__name__}."
@@ -86,7 +86,7 @@ def check(
         shape = operand.shape
         per_channel = len(shape) == 1 and name != "residual"
         if not (shape[0] == channels if per_channel else _fits(name, shape, input.shape)):
-            # the text only here: under torch.compile, text of a size would fix the size
+            # format sizes only on failure: torch.compile specialises on a size that becomes text
             rule = _rule(name, input.shape)
             raise ValueError(f"group_norm: {name} must have {rule}; got {tuple(operand.shape)}.")
         if operand.device != input.device:
@@ -102,7 +102,7 @@ def check(
 
 
 def check_activation(activation: str | None) -> None:
-    """Raise unless ``activation`` names one of ours."""
+    """Raise unless ``activation`` is None or a known name."""
     if activation is None or (isinstance(activation, str) and activation in ACTIVATIONS):
         return
     if not isinstance(activation, str):
@@ -160,7 +160,7 @@ def _rule(name: str, input_shape: Sequence[int]) -> str:
 
 
 def _missing_batch(operands: Operands, num_groups: int) -> str:
-    """A remedy where the first dimension looks like the channels."""
+    """Return a remedy if the first dimension looks like the channels, else ""."""
     shape, weight = operands.x.shape, operands.weight
     is_likely = shape[0] % num_groups == 0 if weight is None else weight.shape == shape[:1]
     hint = f" If {tuple(shape)} lacks the batch dimension, add it with input.unsqueeze(0)."
@@ -168,7 +168,7 @@ def _missing_batch(operands: Operands, num_groups: int) -> str:
 
 
 def _nearest(channels: int, num_groups: int) -> str:
-    """The divisors of ``channels`` next to ``num_groups``, below and above."""
+    """Return the divisors of ``channels`` next to ``num_groups``, below and above."""
     divisors = [d for d in range(1, channels + 1) if channels % d == 0]
     below = [d for d in divisors if d < num_groups][-1:]
     above = [d for d in divisors if d > num_groups][:1]
@@ -186,7 +186,7 @@ def _described(tensor: Tensor) -> str:
 
 
 def check_parts(stats: Any, others: Iterable[Any]) -> None:
-    """Raise unless the others are statistics that merge with these."""
+    """Raise unless the others are statistics that can be merged with ``stats``."""
     for other in others:
         if not isinstance(other, type(stats)):
             raise TypeError(
@@ -204,14 +204,14 @@ def check_parts(stats: Any, others: Iterable[Any]) -> None:
 
 @context.untraced
 def check_stats(stats: Any, input: Tensor) -> None:
-    """Raise unless the statistics are those of an input of this shape, dtype and device."""
+    """Raise unless the statistics fit the input's shape, dtype and device."""
     n, channels = input.shape[:2]
     dtype = reference.compute_dtype(input)
     for field, tensor in zip(stats._fields, stats, strict=True):
-        wanted = torch.int64 if field == "count" else dtype
-        if tensor.dtype is not wanted or tensor.device != input.device:
+        expected = torch.int64 if field == "count" else dtype
+        if tensor.dtype is not expected or tensor.device != input.device:
             raise ValueError(
-                f"group_norm_apply: stats.{field} must be {wanted} on {input.device} for this "
+                f"group_norm_apply: stats.{field} must be {expected} on {input.device} for this "
                 f"{input.dtype} input; got {_described(tensor)}. Take stats of parts like input."
             )
         groups = tensor.shape[1] if tensor.ndim == 2 else 0
@@ -222,8 +222,8 @@ def check_stats(stats: Any, input: Tensor) -> None:
                 f"the same for all and a divisor of the {channels} channels; "
                 f"got {tuple(tensor.shape)}. Take stats of parts with all of input's channels."
             )
-    is_known = input.is_cpu and input.numel() > 0 and context.is_eager((input, *stats))
-    if is_known and not stats.count.all():
+    can_read_counts = input.is_cpu and input.numel() > 0 and context.is_eager((input, *stats))
+    if can_read_counts and not stats.count.all():
         raise ValueError(
             "group_norm_apply: every group of a non-empty input must have a count above 0; "
             f"got counts {stats.count.tolist()}. Merge the statistics of all parts first."

@@ -1,4 +1,4 @@
-"""GroupNorm of inputs whose pixels are shared out among processes, by torch.distributed."""
+"""GroupNorm of spatially sharded inputs, by torch.distributed."""
 
 import copy
 from collections.abc import Sequence
@@ -31,33 +31,33 @@ def sharded_group_norm(
     pre_add: Tensor | None = None,
     process_group: ProcessGroup = None,
 ) -> Tensor:
-    """:func:`triton_gn.group_norm` of what all processes hold together, each its own part.
+    """Compute :func:`triton_gn.group_norm` of an input that is spatially sharded among processes.
 
-    The parts are of the same N and C and share out the pixels: any spatial dimension, in any cut;
-    some may be empty. Forward sends 16 bytes per sample and group in one all_gather; backward 8 of
-    them, and 4 for each value of a gradient that is summed, in one all_reduce, and one more of
-    pre_add's gradient where it is asked for. Of float64 all of these are twice as many.
+    The shards have the same N and C. They split the pixels along any spatial dimension, evenly or
+    not; some may be empty. Per call: one all_gather of 16 N G bytes forward; one all_reduce of
+    8 N G bytes plus the summed gradients (4 bytes per value) backward, and a second all_reduce for
+    pre_add's gradient if it is needed. float64 doubles these sizes.
 
-    All processes of the group make the same calls in the same order, forward and backward, as for
-    any collective: also one whose part is empty, and with the same tensors to differentiate. What
-    is the same for all, weight, bias, scale, shift and pre_add, gets a gradient that is summed over
-    them and the same on each. There is no double backward. torch.compile breaks its graph here.
+    As for any collective, all processes of the group make the same calls in the same order, forward
+    and backward, and differentiate the same tensors, even if their shard is empty. The gradients of
+    weight, bias, scale, shift and pre_add are summed over the processes and equal on each. There is
+    no double backward (it raises). torch.compile breaks its graph here.
 
     Args:
-        input: (N, C, *), this process's part.
+        input: (N, C, *), this process's shard.
         num_groups, weight, bias, eps, activation, scale, shift, pre_add: as for ``group_norm``, the
-            same for all.
-        residual: this process's part.
-        process_group: those that share the input; None is the default group, and a DeviceMesh
+            same on all processes.
+        residual: this process's shard.
+        process_group: the processes that share the input. None is the default group; a DeviceMesh
             stands for all its dimensions.
 
     Returns:
-        This process's part of y.
+        This process's shard of y.
 
     Raises:
         TypeError, ValueError: as ``group_norm``.
-        RuntimeError: torch.distributed is not initialised; another process has died, or has not
-            come within the group's timeout.
+        RuntimeError: torch.distributed is not initialised; another process has died, or has
+            exceeded the group's timeout.
     """
     operands = Operands(input, weight, bias, scale, shift, pre_add, residual)
     num_groups, eps = checks.checked_groups(num_groups), checks.checked_eps(eps)
@@ -89,23 +89,23 @@ def _groups(process_group: ProcessGroup) -> Sequence[dist.ProcessGroup]:
 
 
 class ShardedGroupNorm(GroupNorm):
-    """A triton_gn.GroupNorm of inputs whose pixels are shared out among processes.
+    """A triton_gn.GroupNorm of spatially sharded inputs.
 
-    The same parameters and state_dict. Each process calls it with its part;
-    :func:`sharded_group_norm` says what is sent, what the processes must agree on, and what is
-    raised. Gradients of parameters are summed over ``process_group``: over no other.
+    It has the same parameters and state_dict. Each process calls it with its shard;
+    :func:`sharded_group_norm` documents the traffic, the rules for the processes and the errors.
+    Parameter gradients are summed over ``process_group`` and over no other group.
 
     Args:
-        num_groups: how many groups the channels are cut into.
+        num_groups: number of groups of channels.
         num_channels: C of the input.
         eps: added to the variance.
         affine: whether there are a weight and a bias, each (C,).
-        device: of the parameters.
-        dtype: of the parameters.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
         activation: as for :class:`triton_gn.GroupNorm`.
-        process_group: those that share each input; None is the default group, and a DeviceMesh,
+        process_group: the processes that share each input. None is the default group; a DeviceMesh,
             such as ``mesh["space"]``, stands for all its dimensions.
-        rest: what else this version of PyTorch's layer takes, such as ``bias=False``.
+        kwargs: further arguments of the installed PyTorch's layer, such as ``bias=False``.
     """
 
     process_group: ProcessGroup = None
@@ -121,10 +121,10 @@ class ShardedGroupNorm(GroupNorm):
         *,
         activation: str | None = None,
         process_group: ProcessGroup = None,
-        **rest: Any,
+        **kwargs: Any,
     ) -> None:
         super().__init__(
-            num_groups, num_channels, eps, affine, device, dtype, activation=activation, **rest
+            num_groups, num_channels, eps, affine, device, dtype, activation=activation, **kwargs
         )
         self.process_group = process_group
 
@@ -132,7 +132,7 @@ class ShardedGroupNorm(GroupNorm):
         return sharded_group_norm(*args, **kwargs, process_group=self.process_group)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ShardedGroupNorm":
-        """A copy with the same process group, which PyTorch cannot copy."""
+        """Return a copy that shares the process group, which PyTorch cannot copy."""
         copied = self.__class__.__new__(self.__class__)
         memo |= {id(self): copied, id(self.process_group): self.process_group}
         copied.__dict__.update(copy.deepcopy(self.__dict__, memo))

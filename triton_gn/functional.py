@@ -1,4 +1,4 @@
-"""The public functions: group_norm, and its statistics apart from the normalisation."""
+"""Public functions: group_norm, and its two halves, statistics and normalisation."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -34,35 +34,34 @@ def group_norm(
     residual: Tensor | None = None,
     pre_add: Tensor | None = None,
 ) -> Tensor:
-    """Normalise each group of channels of each sample, with what surrounds it in networks fused in.
+    """Normalise each group of channels of each sample, fused with the operations around it.
 
     ``n = norm(input + pre_add) * weight + bias`` and
-    ``y = activation(n * (1 + scale) + shift + residual)``, where norm takes from each group its
-    mean and divides by its standard deviation, ``sqrt(var + eps)`` with the biased variance
-    (Wu and He 2018, https://arxiv.org/abs/1803.08494). Differentiable in every tensor, twice.
+    ``y = activation(n * (1 + scale) + shift + residual)``, where norm subtracts each group's mean
+    and divides by ``sqrt(var + eps)``, with the biased variance (Wu and He 2018,
+    https://arxiv.org/abs/1803.08494). Differentiable twice in every tensor.
 
     Args:
         input: (N, C, *) of float16, bfloat16, float32 or float64, contiguous or channels-last in
             any rank; other strides are copied once. The arithmetic is float32, float64 for float64.
-        num_groups: how many groups C is cut into; must divide C.
-        weight: (C,), or None for 1. Like every tensor that follows, of any of these dtypes.
+        num_groups: number of groups; must divide C.
+        weight: (C,), or None for 1. This and all further tensors may have any of these dtypes.
         bias: (C,), or None for 0.
         eps: added to the variance.
-        activation: None, or the name of one: "silu", "gelu", "relu" and others that docs/math.md
-            lists.
+        activation: None, "silu", "gelu", "relu" or another name from the list in docs/math.md.
         scale: (C,), (1, C) or (N, C), also with trailing sizes of 1 up to input's rank.
         shift: as scale; together they are AdaGN, also known as FiLM.
-        residual: of input's shape, copied once where its strides differ.
-        pre_add: as scale; for instance a time embedding, or the bias of the convolution before.
+        residual: of input's shape, copied once if its strides differ.
+        pre_add: as scale; for instance a time embedding, or the bias of the preceding convolution.
 
     Returns:
-        y of input's shape, dtype and memory format; float32 under CUDA autocast, as PyTorch's,
-        unless ``autocast_policy("keep")`` says otherwise.
+        y of input's shape, dtype and memory format. Under CUDA autocast y is float32, as PyTorch's,
+        unless ``autocast_policy("keep")`` is set.
 
     Raises:
-        TypeError: an operand is no dense tensor of these dtypes, num_groups no integer, eps no
-            float, activation no string.
-        ValueError: the shapes or devices do not fit together, there is one value per group, or the
+        TypeError: an operand is not a dense tensor of these dtypes, num_groups not an integer, eps
+            not a float, or activation not a string.
+        ValueError: the shapes or devices do not fit together, a group has one value, or the
             activation is unknown.
     """
     tensors = input, weight, bias, scale, shift, pre_add, residual
@@ -81,10 +80,10 @@ def group_norm(
 
 
 def _overridden(tensors: Sequence[Any], num_groups: Any, eps: Any, activation: Any) -> Any:
-    """Call group_norm as a mode or the class of an operand asks for."""
-    input, weight, bias, *rest = tensors
-    fused: Any = dict(zip(Operands._fields[3:], rest, strict=True))
-    if any(map(context.is_expanded_weight, tensors)):  # it knows PyTorch's function only
+    """Call group_norm through the ``__torch_function__`` of a mode or of an operand's class."""
+    input, weight, bias, *fused_tensors = tensors
+    fused: Any = dict(zip(Operands._fields[3:], fused_tensors, strict=True))
+    if any(map(context.is_expanded_weight, tensors)):  # these support PyTorch's function only
         x = reference.prologue(input, fused["pre_add"])
         n = F.group_norm(x, num_groups, weight, bias, eps)
         n = reference.epilogue(n, Operands(input, **fused), activation or "none")
@@ -94,26 +93,26 @@ def _overridden(tensors: Sequence[Any], num_groups: Any, eps: Any, activation: A
 
 
 class GroupNormStats(NamedTuple):
-    """Statistics of the groups of an input or of a part of one; those of parts merge.
+    """Statistics of the groups of an input or of a part of it. Statistics of parts can be merged.
 
-    All (N, G) on the input's device; count int64, the others float32, float64 for float64 input.
-    mean and m2 are differentiable. The mean is one number in two parts, all of whose gradient goes
-    by the first one: mean_lo has none.
+    All fields are (N, G) on the input's device; count is int64, the others are float32, or float64
+    for float64 input. mean and m2 are differentiable. The mean is the sum of mean and mean_lo; its
+    whole gradient is that of mean, and mean_lo has none.
     """
 
-    count: Tensor  # type: ignore[assignment]  # elements of a group; no longer a tuple's method
+    count: Tensor  # type: ignore[assignment]  # elements of a group; replaces a method of tuple
     mean: Tensor
-    mean_lo: Tensor  # what float32 cannot hold of the mean: it is mean + mean_lo
+    mean_lo: Tensor  # rounding error of mean: the accurate mean is mean + mean_lo
     m2: Tensor  # sum of squared deviations; the biased variance is m2 / count
 
     def merge(self, *others: "GroupNormStats") -> "GroupNormStats":
         """Return the statistics of all parts together.
 
-        The parts are disjoint and come in any order; all are merged at once (Chan, Golub, LeVeque
-        1979), in float64. Parts of count 0 do not matter. Differentiable.
+        The parts are disjoint, and their order is free. All are merged at once in float64 (Chan,
+        Golub, LeVeque 1979). Parts of count 0 are ignored. Differentiable.
 
         Raises:
-            TypeError: another is no GroupNormStats.
+            TypeError: a part is not a GroupNormStats.
             ValueError: shapes, dtypes or devices differ.
         """
         check_parts(self, others)
@@ -128,22 +127,22 @@ def group_norm_stats(
 ) -> GroupNormStats:
     """Return the statistics of each group of ``input + pre_add``, without normalising it.
 
-    Where an input is never in one piece, those of its tiles, or of its shards, are merged
-    (:meth:`GroupNormStats.merge`) before :func:`group_norm_apply` normalises each of them.
-    Differentiable in both tensors, twice; its backward reads input once. Under torch.compile,
-    torch.func and forward mode it runs in plain PyTorch operations.
+    If an input never exists in one piece (VAE tiles, video shards), compute statistics per piece,
+    merge them (:meth:`GroupNormStats.merge`), then normalise each piece by
+    :func:`group_norm_apply`. Differentiable twice in both tensors; backward reads input once. Under
+    torch.compile, torch.func and forward mode it runs in plain PyTorch operations.
 
     Args:
         input: (N, C, *) as for :func:`group_norm`. A group may have one element, or none.
-        num_groups: how many groups C is cut into; must divide C.
+        num_groups: number of groups; must divide C.
         pre_add: as for :func:`group_norm`.
 
     Raises:
         TypeError, ValueError: as :func:`group_norm`.
     """
     if is_overridden(tensors := (input, pre_add)):
-        found = handle_torch_function(group_norm_stats, tensors, input, num_groups, pre_add)
-        return found  # of whatever class
+        stats = handle_torch_function(group_norm_stats, tensors, input, num_groups, pre_add)
+        return stats  # of any class
     num_groups = checked_groups(num_groups)
     operands = Operands(input, pre_add=pre_add)
     check(operands, num_groups, None, is_part=True)
@@ -164,27 +163,27 @@ def group_norm_apply(
     residual: Tensor | None = None,
     pre_add: Tensor | None = None,
 ) -> Tensor:
-    """Normalise by given statistics what :func:`group_norm` normalises by its own.
+    """Compute :func:`group_norm` with precomputed statistics.
 
-    With those of ``group_norm_stats(input, num_groups, pre_add)`` it is ``group_norm``, to the
-    rounding. Differentiable in every tensor but ``stats.mean_lo``, twice, so that the gradients of
-    tiles or shards by way of their merged statistics are those of the whole; input's is the sum of
-    its own and what comes by way of the statistics, each rounded to its dtype. Under torch.compile,
-    torch.func and forward mode it runs in plain PyTorch operations.
+    With the statistics ``group_norm_stats(input, num_groups, pre_add)``, the result is that of
+    ``group_norm`` up to rounding. Differentiable twice in every tensor but ``stats.mean_lo``.
+    Gradients flow through merged statistics, so tiles or shards get the gradients of the whole
+    input. Input's gradient has two terms, direct and through the statistics, each rounded to its
+    dtype. Under torch.compile, torch.func and forward mode it runs in plain PyTorch operations.
 
     Args:
-        input: (N, C, *), all that the statistics are of, or a part of it. May be empty.
-        stats: N and the number of groups are theirs; float64 for float64 input, else float32.
+        input: (N, C, *), the input of the statistics, or a part of it. May be empty.
+        stats: statistics (N, G) of the whole input; float64 for float64 input, else float32.
         weight, bias, eps, activation, scale, shift, residual: as for :func:`group_norm`.
-        pre_add: the one that the statistics were taken with.
+        pre_add: the pre_add of the statistics.
 
     Returns:
         y of input's shape, dtype and memory format, as :func:`group_norm`.
 
     Raises:
-        TypeError, ValueError: as :func:`group_norm`; stats are none, or do not fit input; on the
-            CPU, a group of a non-empty input has count 0. On a GPU, which would have to be waited
-            for, its y is NaN.
+        TypeError, ValueError: as :func:`group_norm`; stats is not a GroupNormStats, or does not fit
+            input; on the CPU, a group of a non-empty input has count 0. On a GPU this check would
+            have to synchronise: the group's y is NaN instead.
     """
     tensors = input, weight, bias, scale, shift, pre_add, residual
     fields = stats if isinstance(stats, tuple) else (stats,)
@@ -192,7 +191,7 @@ def group_norm_apply(
         fused: Any = dict(zip(Operands._fields[3:], tensors[3:], strict=True))
         arguments = ((*tensors, *fields), input, stats, weight, bias, eps)
         y = handle_torch_function(group_norm_apply, *arguments, activation=activation, **fused)
-        return y  # of whatever class
+        return y  # of any class
     eps = checked_eps(eps)
     operands = Operands(*tensors)
     if not isinstance(stats, GroupNormStats):
@@ -206,13 +205,15 @@ def group_norm_apply(
 
 
 def is_overridden(operands: Iterable[Any]) -> bool:
-    """Whether a mode or the class of an operand has its own idea of the call, as of PyTorch's
-    functions; torch.compile sees through that by itself."""
+    """Return whether a mode or an operand's class overrides the call by ``__torch_function__``.
+
+    torch.compile traces such overrides by itself.
+    """
     return has_torch_function(operands) and not torch.compiler.is_compiling()
 
 
 def in_rows(operands: Operands) -> Operands:
-    """Scale, shift and pre_add without their trailing sizes of 1."""
+    """Remove the trailing sizes of 1 from scale, shift and pre_add."""
     for name in PER_SAMPLE:
         values = getattr(operands, name)
         if values is not None and values.ndim > 2:

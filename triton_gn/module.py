@@ -1,4 +1,4 @@
-"""GroupNorm as a layer: it holds the parameters, ``functional`` does the work."""
+"""GroupNorm as a layer: it holds the parameters and calls ``functional``."""
 
 from typing import Any, NoReturn
 
@@ -12,22 +12,22 @@ from triton_gn.functional import group_norm
 class GroupNorm(nn.GroupNorm):
     """A torch.nn.GroupNorm that runs the fused kernels.
 
-    The same constructor, parameters and state_dict, so that checkpoints and code move both ways.
+    It has the same constructor, parameters and state_dict: checkpoints and code move both ways.
 
     Args:
-        num_groups: how many groups the channels are cut into.
+        num_groups: number of groups of channels.
         num_channels: C of the input.
         eps: added to the variance.
         affine: whether there are a weight and a bias, each (C,).
-        device: of the parameters.
-        dtype: of the parameters.
-        activation: applied to the output in the same kernel; the names are those of
-            :func:`triton_gn.group_norm`.
-        rest: what else this version of PyTorch's layer takes, such as ``bias=False``.
+        device: device of the parameters.
+        dtype: dtype of the parameters.
+        activation: applied to the output in the same kernel; :func:`triton_gn.group_norm` lists
+            the names.
+        kwargs: further arguments of the installed PyTorch's layer, such as ``bias=False``.
     """
 
-    activation: str | None = None  # of the class, for layers that were pickled without one
-    _group_norm = staticmethod(group_norm)  # another in ShardedGroupNorm
+    activation: str | None = None  # class attribute, for layers that were pickled without one
+    _group_norm = staticmethod(group_norm)  # ShardedGroupNorm overrides it
 
     def __init__(
         self,
@@ -39,10 +39,10 @@ class GroupNorm(nn.GroupNorm):
         dtype: torch.dtype | None = None,
         *,
         activation: str | None = None,
-        **rest: Any,
+        **kwargs: Any,
     ) -> None:
         check_activation(activation)
-        super().__init__(num_groups, num_channels, eps, affine, device, dtype, **rest)
+        super().__init__(num_groups, num_channels, eps, affine, device, dtype, **kwargs)
         self.activation = activation
 
     def forward(
@@ -71,12 +71,12 @@ class GroupNorm(nn.GroupNorm):
         )
 
     def extra_repr(self) -> str:
-        """The arguments of PyTorch's layer, and the activation if there is one."""
+        """Return the arguments of PyTorch's layer, and the activation if there is one."""
         text = super().extra_repr()
         return text if self.activation is None else f"{text}, activation={self.activation!r}"
 
     def __prepare_scriptable__(self) -> NoReturn:
-        """Raise the error of torch.jit.script, whose own does not say what to do."""
+        """Raise an error for torch.jit.script, whose own error names no remedy."""
         raise RuntimeError(
             "torch.jit.script: the modules must be TorchScript, which Triton kernels are not; got "
             f"a {type(self).__name__}. Call triton_gn.unconvert on a converted model first, or use "

@@ -1,4 +1,4 @@
-"""Replace the GroupNorm layers of a model by triton_gn's, and back."""
+"""Convert a model's GroupNorm layers to triton_gn's, and back."""
 
 from triton_gn.convert.conversion import Report, convert, unconvert
 

@@ -1,6 +1,6 @@
-"""Existing models: their GroupNorm layers replaced in place, the activations that follow folded in.
+"""Replace the GroupNorm layers of existing models in place, and fold in the activations after them.
 
-Modules change their class and keep all else, so hooks, optimizers and checkpoints stay valid.
+Modules change only their class, so hooks, optimizers and checkpoints stay valid.
 """
 
 import warnings
@@ -30,14 +30,14 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", *_BACKWARD_HOOKS)
 
 @dataclass
 class Report:
-    """What :func:`convert` did to each GroupNorm layer, as (name, reason).
+    """Result of :func:`convert` for each GroupNorm layer, as (name, reason).
 
     The names are those of ``model.named_modules()``, "" for the model itself.
 
     Attributes:
-        replaced: all that were replaced; the reason says what was folded, or why nothing was.
-        folded: those of them that take over what follows; the reason names it.
-        left: left as they were; the reason says why.
+        replaced: all replaced layers; the reason says what was folded, or why nothing was.
+        folded: the replaced layers with folded operations; the reason names the operations.
+        left: layers left unchanged; the reason says why.
     """
 
     replaced: list[tuple[str, str]] = field(default_factory=list)
@@ -45,7 +45,7 @@ class Report:
     left: list[tuple[str, str]] = field(default_factory=list)
 
     def __str__(self) -> str:
-        """A line of totals, then a line for each layer."""
+        """Return a line of totals, then a line for each layer."""
         folded = {name for name, _ in self.folded}
         rows = [
             ("folded" if name in folded else fate, name or "(the model)", reason)
@@ -67,7 +67,7 @@ def _folded(input: Tensor) -> Tensor:
 
 
 class FoldedActivation(nn.Module):
-    """Stands in the place of an activation that its norm applies, and returns its input."""
+    """Placeholder for an activation that the norm before it applies; returns its input."""
 
     activation: nn.Module
 
@@ -82,60 +82,58 @@ class FoldedActivation(nn.Module):
         return _folded(input)
 
     def extra_repr(self) -> str:
-        """The activation."""
+        """Return the activation's repr."""
         return repr(self.activation)
 
 
 class Fold(NamedTuple):
-    """Norms of one parent that could take over the activation after them.
+    """Candidate for folding: norms of one parent and the activation that follows them.
 
-    norms maps the name of each in the parent to what else of the network it takes over; activation
-    is the name of what follows, "" if there is nothing. fused is the parent's class afterwards,
-    where its forward must change. problem says why nothing can be folded.
+    The names are those of the parent's children.
     """
 
-    norms: dict[str, str]
-    activation: str
-    fused: type[nn.Module] | None = None
-    problem: str | None = None
+    norms: dict[str, str]  # name of each norm: other operations that it takes over, "" for none
+    activation: str  # name of the module after the norms, "" if nothing follows
+    fused: type[nn.Module] | None = None  # new class of the parent, if its forward must change
+    problem: str | None = None  # why nothing can be folded
 
 
 def convert(
     model: nn.Module, fold_activations: bool = True, *, process_group: ProcessGroup = None
 ) -> Report:
-    """Make a :class:`triton_gn.GroupNorm` of every torch.nn.GroupNorm in a model, in place.
+    """Turn every torch.nn.GroupNorm of a model into a :class:`triton_gn.GroupNorm`, in place.
 
-    The objects stay the same: parameters, hooks, modes and optimizers are untouched, and the keys
-    of the state_dict do not change. What a layer takes over is no longer done by the module after
-    it, whose place is kept:
+    The module objects stay the same: parameters, hooks, modes, optimizers and the keys of the
+    state_dict do not change. A layer also applies operations that follow it (folding). The module
+    that did so before keeps its place and returns its input. Folded are:
 
     - in an nn.Sequential, an activation directly after the layer, if :func:`triton_gn.group_norm`
       has it. ``inplace`` makes no difference;
     - in models of diffusers, the activation after the last norm of UNets, encoders and decoders
       and, in the residual blocks, activation and time embedding.
 
-    With a process group, each becomes a :class:`triton_gn.distributed.ShardedGroupNorm`, for models
-    whose inputs are shared out among its processes by their pixels; a triton_gn.GroupNorm too. One
-    that is left takes the statistics of its shard alone, which a warning says.
+    With a process group, each layer, also a triton_gn.GroupNorm, becomes a
+    :class:`triton_gn.distributed.ShardedGroupNorm`, for spatially sharded inputs. A layer that
+    cannot be replaced uses the statistics of its shard alone; a warning names it.
 
-    Layers with forward hooks or used in several places are replaced only. Left are subclasses of
-    torch.nn.GroupNorm and layers to which another tool has given backward hooks, modules inside or
-    another forward, because the tool may go by their class. A part of a model called by itself,
-    such as ``net[:1]``, includes what its norms took over. Convert before torch.compile, which
-    traces anew otherwise. TorchScript, ONNX, saved exports and quantisation: "When not to use it"
-    in the README.
+    Layers with forward hooks or used in several places are replaced, but nothing is folded into
+    them. Subclasses of torch.nn.GroupNorm stay unchanged, and so do layers to which another tool
+    has given backward hooks, submodules or another forward: the tool may look for their class. A
+    slice of a converted model, such as ``net[:1]``, still applies the folded operations. Convert
+    before torch.compile: a compiled model would be traced again. TorchScript, ONNX, saved exports
+    and quantisation: "When not to use it" in the README.
 
     Args:
         model: any module, which may be a GroupNorm itself.
-        fold_activations: whether the layers take over what follows them.
+        fold_activations: whether the layers take over the operations that follow them.
         process_group: a ProcessGroup, such as torch.distributed.group.WORLD, or a DeviceMesh; None
-            for inputs that are whole.
+            for unsharded inputs.
 
     Returns:
-        What was done to which layer, and why no more: ``print(convert(model))``.
+        The fate of each layer, and the reason: ``print(convert(model))``.
 
     Raises:
-        TypeError: model is no module.
+        TypeError: model is not a module.
     """
     _check_is_module("convert", model)
     names = {module: name for name, module in model.named_modules()}
@@ -144,17 +142,18 @@ def convert(
     for module in filter(_is_group_norm, names):
         kind, reason = type(module), _why_left(module, process_group is not None)
         if reason is None:
-            # what was one of ours before has its own activation, and may have been converted before
-            fresh = kind is nn.GroupNorm
+            # a triton_gn.GroupNorm has its own activation, and may have been converted before
+            is_torch_layer = kind is nn.GroupNorm
             if process_group is not None:
                 vars(module)["process_group"] = process_group
             _set_class(module, GroupNorm if process_group is None else ShardedGroupNorm)
             vars(module).setdefault("_converted", kind)
-            fates[module] = "replaced", unfolded if fresh else "was a triton_gn.GroupNorm"
+            fates[module] = "replaced", unfolded if is_torch_layer else "was a triton_gn.GroupNorm"
         else:
             fates[module] = "left", reason
     if process_group is not None:
-        _warn_of_unsharded([names[module] for module in fates if not _is_sharded(module)])
+        unsharded = [module for module in fates if not isinstance(module, ShardedGroupNorm)]
+        _warn_of_unsharded([names[module] for module in unsharded])
     if fold_activations:
         places = _places(names)
         for parent in names:
@@ -170,13 +169,13 @@ def convert(
 
 
 def unconvert(model: nn.Module) -> None:
-    """Take back in place all that :func:`convert` did to a model; others' layers stay.
+    """Undo in place all changes of :func:`convert` to a model; other triton_gn layers stay.
 
     Args:
         model: a converted model, or a copy of one; an untouched model stays as it is.
 
     Raises:
-        TypeError: model is no module.
+        TypeError: model is not a module.
         RuntimeError: a converted layer was wrapped since, so that its class cannot be restored, or
             a folded activation has hooks. Nothing has changed then.
     """
@@ -189,10 +188,10 @@ def unconvert(model: nn.Module) -> None:
             if type(child) is FoldedActivation:
                 module._modules[key] = child.activation.train(child.training)
         if "_converted" in vars(module):
-            before = vars(module).pop("_converted")
-            for attribute in ("process_group",) if before is GroupNorm else _OURS:
+            original_class = vars(module).pop("_converted")
+            for attribute in ("process_group",) if original_class is GroupNorm else _OURS:
                 vars(module).pop(attribute, None)
-            _set_class(module, before)
+            _set_class(module, original_class)
         elif hasattr(type(module), "unfused"):
             _set_class(module, type(module).unfused)
 
@@ -220,24 +219,20 @@ def _check_is_reversible(module: nn.Module, name: str) -> None:
 
 
 def _set_class(module: nn.Module, kind: type[nn.Module]) -> None:
-    vars(module).pop("forward", None)  # the old class's, where a wrapper has put it back
+    vars(module).pop("forward", None)  # the old class's forward, restored there by a wrapper
     module.__class__ = kind
 
 
 def _has_other_forward(module: nn.Module) -> bool:
-    """Whether a forward stands in for that of the module's class."""
-    own = type(module).forward.__get__(module)
-    return bool(vars(module).get("forward", own) != own)
+    """Return whether the instance overrides its class's forward."""
+    class_forward = type(module).forward.__get__(module)
+    return bool(vars(module).get("forward", class_forward) != class_forward)
 
 
 def _is_group_norm(module: nn.Module) -> bool:
     if isinstance(module, torch.jit.ScriptModule):
         return getattr(module, "original_name", None) == "GroupNorm"
     return isinstance(module, nn.GroupNorm)
-
-
-def _is_sharded(module: nn.Module) -> bool:
-    return isinstance(module, ShardedGroupNorm)
 
 
 def _warn_of_unsharded(names: list[str]) -> None:
@@ -252,7 +247,7 @@ def _warn_of_unsharded(names: list[str]) -> None:
 
 
 def _why_left(module: nn.Module, sharded: bool) -> str | None:
-    """Why the GroupNorm cannot be replaced, by a sharded one if asked for; None if it can."""
+    """Return why the GroupNorm cannot be replaced, or made sharded; None if it can."""
     kind = type(module)
     if isinstance(module, torch.jit.ScriptModule):
         return "is compiled by TorchScript, which has no Triton kernels"
@@ -261,8 +256,8 @@ def _why_left(module: nn.Module, sharded: bool) -> str | None:
     if kind is ShardedGroupNorm or (kind is GroupNorm and not sharded):
         return f"is a {_PUBLIC_NAMES[kind]} already"
     if kind not in (nn.GroupNorm, GroupNorm):
-        own = kind.forward not in (nn.GroupNorm.forward, GroupNorm.forward)
-        forward = " with a forward of its own" if own else ""
+        has_own_forward = kind.forward not in (nn.GroupNorm.forward, GroupNorm.forward)
+        forward = " with a forward of its own" if has_own_forward else ""
         return f"is a {kind.__module__}.{kind.__qualname__}, a subclass{forward}"
     if _has_other_forward(module):
         return "has its forward replaced"
@@ -277,7 +272,7 @@ def _why_left(module: nn.Module, sharded: bool) -> str | None:
 
 
 def _places(names: dict[nn.Module, str]) -> dict[nn.Module, list[str]]:
-    """The names under which each module is registered, without those by way of shared parents."""
+    """Return the names under which each module is registered; a shared parent counts once."""
     places: dict[nn.Module, list[str]] = defaultdict(list)
     for parent, name in names.items():
         for key, child in parent._modules.items():
@@ -287,18 +282,19 @@ def _places(names: dict[nn.Module, str]) -> dict[nn.Module, list[str]]:
 
 
 def _folds(parent: nn.Module) -> Iterator[Fold]:
-    """What could be folded among the children of one module."""
+    """Yield the candidates for folding among the children of one module."""
     kind = type(parent)
     if isinstance(parent, nn.Sequential):
-        derived = kind.__mro__[: kind.__mro__.index(nn.Sequential)]
-        own = any({"forward", "__iter__"} & vars(base).keys() for base in derived)
-        problem = f"its parent, a {kind.__name__}, has a forward of its own" if own else None
+        subclasses = kind.__mro__[: kind.__mro__.index(nn.Sequential)]
+        problem = None
+        if any({"forward", "__iter__"} & vars(subclass).keys() for subclass in subclasses):
+            problem = f"its parent, a {kind.__name__}, has a forward of its own"
         keys = list(parent._modules)
         for key, following in zip_longest(keys, keys[1:], fillvalue=""):
             if isinstance(parent._modules[key], GroupNorm):
                 yield Fold({key: ""}, following, problem=problem)
     elif kind.__module__.startswith("diffusers."):
-        # imports diffusers, which is loaded where an instance of its classes exists
+        # imports diffusers, which is loaded already if an instance of its classes exists
         from triton_gn.convert import diffusers_blocks
 
         yield from diffusers_blocks.folds(parent)
@@ -310,7 +306,7 @@ def _try(
     places: dict[nn.Module, list[str]],
     fates: dict[nn.Module, tuple[str, str]],
 ) -> None:
-    """Fold if it can be, and write down in the fates of its norms what came of it."""
+    """Fold the candidate if possible, and record the result in the fates of its norms."""
     activation = parent._modules.get(fold.activation)
     reason = _why_unfolded(fold, parent, activation, places)
     for key, operands in fold.norms.items():
@@ -333,7 +329,7 @@ def _why_unfolded(
     activation: nn.Module | None,
     places: dict[nn.Module, list[str]],
 ) -> str | None:
-    """Why the activation cannot be folded into the norms; None if it can."""
+    """Return why the activation cannot be folded into the norms; None if it can."""
     if fold.problem is not None:
         return fold.problem
     if _has_other_forward(parent):
@@ -341,13 +337,13 @@ def _why_unfolded(
     if fold.fused is not None and _has_hooks(parent, _BACKWARD_HOOKS):
         return "its parent has backward hooks, which may go by its class"
     for key in fold.norms:
-        norm, which = parent.get_submodule(key), f"{key} " if len(fold.norms) > 1 else ""
+        norm, subject = parent.get_submodule(key), f"{key} " if len(fold.norms) > 1 else ""
         if "_converted" not in vars(norm) or "activation" in vars(norm):
             return f"{key}, before the same activation, is not a layer that convert replaced"
         if len(places[norm]) > 1:
-            return f"{which}is used in {len(places[norm])} places: {', '.join(places[norm])}"
+            return f"{subject}is used in {len(places[norm])} places: {', '.join(places[norm])}"
         if _has_hooks(norm):
-            return f"{which}has hooks, which would see the activation's output"
+            return f"{subject}has hooks, which would see the activation's output"
     if activation is None:
         return "nothing follows it"
     described = f"{type(activation).__name__}({activation.extra_repr()})"

@@ -1,7 +1,7 @@
-"""The models of diffusers: where a norm is followed by an activation, and their residual blocks.
+"""Models of diffusers: the activations that follow their norms, and their residual blocks.
 
-Imports diffusers. Converted models are pickled with a reference to the classes of this file, which
-have the names of their bases, because accelerate finds the blocks that it must not split by name.
+This file imports diffusers. A pickled converted model refers to the classes of this file. They have
+the names of their bases, because accelerate finds by name the blocks that it must not split.
 """
 
 import ast
@@ -24,9 +24,9 @@ from triton_gn.convert.conversion import Fold
 
 
 class ResnetBlock2D(resnet.ResnetBlock2D):  # type: ignore[misc]
-    """Its norms apply the activation and, the second, what the time embedding says.
+    """Residual block whose norms apply the activation, and the second the time embedding too.
 
-    After diffusers' ResnetBlock2D.forward (Apache-2.0), which differs in the norms only.
+    The forward follows diffusers' ResnetBlock2D.forward (Apache-2.0); only the norms differ.
     """
 
     unfused = resnet.ResnetBlock2D
@@ -48,7 +48,7 @@ class ResnetBlock2D(resnet.ResnetBlock2D):  # type: ignore[misc]
 
         if self.time_emb_proj is None:
             if temb is not None and self.time_embedding_norm == "default":
-                # without a projection it may have any shape that broadcasts
+                # without a projection, temb may have any shape that broadcasts
                 hidden_states = hidden_states + temb
             hidden_states = self.norm2(hidden_states)
         else:
@@ -62,7 +62,7 @@ class ResnetBlock2D(resnet.ResnetBlock2D):  # type: ignore[misc]
         hidden_states = self.conv2(self.dropout(hidden_states))
         if self.conv_shortcut is not None:
             if self.training:
-                # else DistributedDataParallel warns of the strides of gradients
+                # otherwise DistributedDataParallel warns of the strides of gradients
                 input_tensor = input_tensor.contiguous()
             input_tensor = self.conv_shortcut(input_tensor)
         output: Tensor = (input_tensor + hidden_states) / self.output_scale_factor
@@ -70,9 +70,9 @@ class ResnetBlock2D(resnet.ResnetBlock2D):  # type: ignore[misc]
 
 
 class TemporalResnetBlock(resnet.TemporalResnetBlock):  # type: ignore[misc]
-    """Its norms apply the activation; the time embedding differs from frame to frame.
+    """Residual block whose norms apply the activation; each frame has its own time embedding.
 
-    After diffusers' TemporalResnetBlock.forward (Apache-2.0), which differs in the norms only.
+    The forward follows diffusers' TemporalResnetBlock.forward (Apache-2.0); only the norms differ.
     """
 
     unfused = resnet.TemporalResnetBlock
@@ -94,8 +94,8 @@ _FUSED: dict[type[nn.Module], type[nn.Module]] = {
     resnet.ResnetBlock2D: ResnetBlock2D,
     resnet.TemporalResnetBlock: TemporalResnetBlock,
 }
-# Of the sources of the forwards that the classes above stand for. The three of ResnetBlock2D differ
-# in where they make input_tensor contiguous.
+# Hashes of the forwards that the classes above replace. The three of ResnetBlock2D differ in where
+# they make input_tensor contiguous.
 _KNOWN_FORWARDS = {
     "14eee5641d695fd9",  # ResnetBlock2D, diffusers 0.30
     "19fb5f7d94caf766",  # ResnetBlock2D, diffusers 0.33 to 0.36
@@ -114,8 +114,8 @@ class Follows(NamedTuple):
 _CONV_OUT = (Follows(("conv_norm_out",), "conv_act"),)
 _BLOCK = (Follows(("norm1", "norm2"), "nonlinearity"),)
 _SKIP = (Follows(("skip_norm",), "act"),)
-# Classes of which nothing but the forward calls these; that it does in this order is looked up in
-# the source of the installed version.
+# Classes whose forward alone calls these modules. ``follows`` reads the order of the calls in the
+# source of the installed version.
 _FOLLOWS: dict[str, tuple[Follows, ...]] = {
     "AllegroDecoder3D": _CONV_OUT,
     "AllegroEncoder3D": _CONV_OUT,
@@ -145,7 +145,7 @@ _FOLLOWS: dict[str, tuple[Follows, ...]] = {
 
 
 def folds(parent: nn.Module) -> Iterator[Fold]:
-    """What can be folded among the children of a module of diffusers."""
+    """Yield the candidates for folding among the children of a module of diffusers."""
     kind = type(parent)
     if kind in _FUSED:
         operands, problem = "", None
@@ -157,13 +157,14 @@ def folds(parent: nn.Module) -> Iterator[Fold]:
         return
     for norms, activation in _FOLLOWS.get(kind.__name__, ()):
         if all(isinstance(parent._modules.get(norm), nn.GroupNorm) for norm in norms):
-            known = follows(_source(kind), norms, activation)
-            problem = f"{kind.__name__}.forward may not call {activation} right after it"
-            yield Fold(dict.fromkeys(norms, ""), activation, problem=None if known else problem)
+            problem = None
+            if not follows(_source(kind), norms, activation):
+                problem = f"{kind.__name__}.forward may not call {activation} right after it"
+            yield Fold(dict.fromkeys(norms, ""), activation, problem=problem)
 
 
 def _time_embedding(block: nn.Module) -> tuple[str, str | None]:
-    """What norm2 takes over of it, and why it cannot if it cannot."""
+    """Return how norm2 takes over the time embedding, "" if it does not, and the problem if any."""
     use, projected = block.time_embedding_norm, block.time_emb_proj is not None
     if projected and use in ("default", "scale_shift"):
         return f"time embedding as {'pre_add' if use == 'default' else 'scale and shift'}", None
@@ -173,7 +174,7 @@ def _time_embedding(block: nn.Module) -> tuple[str, str | None]:
 
 
 def _source(kind: type[nn.Module]) -> str:
-    """Of the class's forward; empty where there is none to read."""
+    """Return the source of the class's forward, "" if no source can be read."""
     try:
         return textwrap.dedent(inspect.getsource(kind.forward))
     except OSError:
@@ -189,7 +190,7 @@ def _is_known(forward: str) -> bool:
 
 @functools.cache
 def follows(source: str, norms: tuple[str, ...], activation: str) -> bool:
-    """Whether a forward calls the activation right after each call of a norm, and nowhere else."""
+    """Return whether a forward calls the activation after each call of a norm, and only there."""
     tree = ast.parse(source)
     nodes = list(ast.walk(tree))
     tests = {id(n) for node in nodes if isinstance(node, ast.If) for n in ast.walk(node.test)}
@@ -198,29 +199,33 @@ def follows(source: str, norms: tuple[str, ...], activation: str) -> bool:
         for node in nodes
         if isinstance(node, ast.Attribute) and id(node) not in tests
     )
-    first, last = {f"self.{norm}" for norm in norms}, f"self.{activation}"
+    norm_names, activation_name = {f"self.{norm}" for norm in norms}, f"self.{activation}"
     calls: Counter[str] = Counter()
     for body in (getattr(node, part, None) for node in nodes for part in ("body", "orelse")):
         for before, after in pairwise(body if isinstance(body, list) else []):
-            called = list(_sources(before, after))
-            if _assigns(after, last) and first.issuperset(called):
-                calls.update([*called, last])
-    return uses[last] > 0 and all(calls[name] == uses[name] for name in (*first, last))
+            callees = list(_callees(before, after))
+            if _assigns(after, activation_name) and norm_names.issuperset(callees):
+                calls.update([*callees, activation_name])
+    names = *norm_names, activation_name
+    return uses[activation_name] > 0 and all(calls[name] == uses[name] for name in names)
 
 
 def _assigns(statement: ast.stmt, function: str) -> bool:
-    """Whether it is ``name = function(name)``."""
+    """Return whether the statement is ``name = function(name)``."""
     if not isinstance(statement, ast.Assign):
         return False
     name = ast.unparse(statement.targets[0])
     return ast.unparse(statement) == f"{name} = {function}({name})"
 
 
-def _sources(before: ast.stmt, after: ast.stmt) -> Iterator[str]:
-    """Which functions, one in each branch, assign what the statement after them assigns anew."""
+def _callees(before: ast.stmt, after: ast.stmt) -> Iterator[str]:
+    """Yield the function whose result ``before`` assigns to the same name as ``after``.
+
+    An if statement yields a function for each branch. Any other statement yields "".
+    """
     if isinstance(before, ast.If) and before.orelse:
-        yield from _sources(before.body[-1], after)
-        yield from _sources(before.orelse[-1], after)
+        yield from _callees(before.body[-1], after)
+        yield from _callees(before.orelse[-1], after)
     elif (
         isinstance(before, ast.Assign)
         and isinstance(after, ast.Assign)

@@ -1,7 +1,8 @@
-"""A model tile by tile, as exact as in one piece: for decoders of images and videos.
+"""Run a model tile by tile, as exact as in one piece: for decoders of images and videos.
 
-Each tile runs the model's own forward, in a thread, one at a time. A mode sees every function of
-PyTorch that it calls: where one needs pixels of others, the tile waits until all have come there.
+Each tile runs the model's own forward in its own thread, one tile at a time. A TorchFunctionMode
+intercepts every PyTorch function that the forward calls. Where a function needs pixels of other
+tiles, the tile waits until all tiles have reached the same call.
 """
 
 import contextlib
@@ -33,37 +34,41 @@ _OPERATORS = "add sub mul truediv div floordiv mod pow and or xor lshift rshift 
 _IN_PLACE = {"__setitem__", "__set__", "__delitem__"} | {
     f"__i{name}__" for name in _OPERATORS.split()
 }
-_thread = threading.local()  # has a tile while it runs one
+_thread = threading.local()  # ``tile`` is set in the thread of a running tile
 
 
 @contextlib.contextmanager
 def exact_tiles(
     model: nn.Module, tile_size: int | tuple[int, ...] = 64, *, offload: bool = False
 ) -> Iterator[None]:
-    """Run the model's forward tile by tile, with the result that it has in one piece.
+    """Run the model's forward tile by tile, with the same result as in one piece.
 
-    Of its first input (N, C, *) the last two spatial dimensions are cut, or as many as
-    ``tile_size`` has sizes; an input that is no larger runs as it is. GroupNorm takes statistics of
-    all tiles, convolutions get the neighbours' pixels, attention all keys: results and gradients
-    differ by rounding only. The model reads the sizes of the whole. What is not known to stay exact
-    raises. At each such layer tiles wait for each other: what they then keep of activations stays
-    in memory, temporaries are those of one tile at a time.
+    The first argument (N, C, *) is cut along its last two spatial dimensions, or along as many as
+    ``tile_size`` has sizes. An input no larger than a tile runs uncut. GroupNorm merges the
+    statistics of all tiles, convolutions read the neighbours' pixels, attention reads all keys:
+    results and gradients differ by rounding only. The model sees the sizes of the whole input. An
+    operation that is not known to stay exact raises.
+
+    Tiles wait for each other at each of these layers. The activations of waiting tiles stay in
+    memory; temporaries exist for one tile at a time.
 
     Args:
-        model: of which only the own forward is changed, until the context ends: hooks of PyTorch
-            and of accelerate see whole tensors, and ``with exact_tiles(vae.decoder):
-            vae.decode(z)`` works. It must depend on nothing random, and keep state only in lists
-            and dicts that it gets as arguments. Hooks within may not move parameters.
-        tile_size: the largest tile, in pixels of the model's input; all are of nearly one size.
-        offload: keep what waiting tiles have in host memory, pinned for a GPU: the GPU holds one
-            tile's activations at a time, at the price of copies. Without gradients only.
+        model: the module to tile. Only its own forward is replaced, until the context ends: hooks
+            of PyTorch and accelerate see whole tensors, and ``with exact_tiles(vae.decoder):
+            vae.decode(z)`` works. The model must draw no random numbers, and keep state only in
+            lists and dicts that it gets as arguments. Hooks inside it may not move parameters.
+        tile_size: the largest tile, in pixels of the model's input. All tiles have nearly the same
+            size.
+        offload: move the activations of waiting tiles to host memory, pinned for a GPU. The GPU
+            then holds one tile's activations at a time, at the price of copies. Without gradients
+            only.
 
     Raises:
-        TypeError, ValueError: the model is no module, a size no positive integer, or no input has
-            as many spatial dimensions.
-        RuntimeError: the model is in such a context already, or is called within another tile,
+        TypeError, ValueError: the model is not a module, a size is not a positive integer, or no
+            argument has enough spatial dimensions.
+        RuntimeError: the model is in such a context already, or is called inside another tile,
             under a compiler, a transform of torch.func or a mode.
-        NotExactError: an operation needs pixels of other tiles, or is not known not to.
+        NotExactError: an operation needs pixels of other tiles, or is not known to do without.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"exact_tiles: model must be an nn.Module; got {type(model).__name__}.")
@@ -75,7 +80,7 @@ def exact_tiles(
             raise ValueError(f"exact_tiles: tile_size must be at least 1; got {tile_size!r}.")
     if not sizes:
         raise ValueError("exact_tiles: tile_size must have a size or several; got ().")
-    # accelerate calls the forward by this name, within its hooks
+    # accelerate's hooks call the forward by this name
     name = "_old_forward" if "_old_forward" in vars(model) else "forward"
     original = getattr(model, name)
     if getattr(original, "is_tiled", False):
@@ -87,17 +92,17 @@ def exact_tiles(
     def forward(*args: Any, **kwargs: Any) -> Any:
         return _forward(model, original, tile_size, offload, cuts, args, kwargs)
 
-    cuts = WeakTensorKeyDictionary()  # of tensors that the model has returned
+    cuts = WeakTensorKeyDictionary()  # tensor that the model returned: its axes and layout
     forward.is_tiled = True  # type: ignore[attr-defined]
-    own = vars(model).get(name)
+    instance_forward = vars(model).get(name)  # None: the class has the forward
     setattr(model, name, forward)
     try:
         yield
     finally:
-        if own is None:
+        if instance_forward is None:
             delattr(model, name)
         else:
-            setattr(model, name, own)
+            setattr(model, name, instance_forward)
 
 
 def _forward(
@@ -117,22 +122,25 @@ def _forward(
         )
     values = [*args, *kwargs.values()]
     rank = len(tile_size) if isinstance(tile_size, tuple) else 1
-    at = next(
+    x_index = next(
         (i for i, v in enumerate(values) if isinstance(v, Tensor) and v.ndim >= rank + 2), None
     )
-    if at is None:
+    if x_index is None:
         raise ValueError(
             f"exact_tiles: an argument must be a tensor (N, C, *) with {rank} or more spatial "
             f"dimensions; got {', '.join(type(value).__name__ for value in values) or 'none'}."
         )
-    x: Tensor = values[at]
+    x: Tensor = values[x_index]
     layout = _cut(x, tile_size)
     axes = [factor for dim in layout for factor in dim if isinstance(factor, Axis)]
     if not axes or x.numel() == 0:
         return original(*args, **kwargs)
 
-    others = filter(torch.is_tensor, pytree.tree_leaves([*values[:at], *values[at + 1 :]]))
-    known = WeakTensorKeyDictionary(dict.fromkeys([*others, *model.parameters(), *model.buffers()]))
+    other_values = [*values[:x_index], *values[x_index + 1 :]]
+    operands = filter(torch.is_tensor, pytree.tree_leaves(other_values))
+    known = WeakTensorKeyDictionary(
+        dict.fromkeys([*operands, *model.parameters(), *model.buffers()])
+    )
     grid = list(itertools.product(*(range(len(axis.sizes)) for axis in axes)))
     baton = Baton(len(grid))
     tiles = [Tile(baton, grid, index, known, offload) for index in range(len(grid))]
@@ -145,25 +153,25 @@ def _forward(
 
         with surroundings():
             _thread.tile = tile
-            own = pytree.tree_map_only(Tensor, cut, values)
-            own[at] = tile.cut(x, layout)
-            named = dict(zip(kwargs, own[len(args) :], strict=True))
+            parts = pytree.tree_map_only(Tensor, cut, values)
+            parts[x_index] = tile.cut(x, layout)
+            named = dict(zip(kwargs, parts[len(args) :], strict=True))
             with _Mode(tile):
-                y = enter(model, original, own[: len(args)], named)
-            return y, [*own[:at], *own[at + 1 :]]
+                y = enter(model, original, parts[: len(args)], named)
+            return y, [*parts[:x_index], *parts[x_index + 1 :]]
 
-    before = attributes(model)
+    attributes_before = attributes(model)
     try:
         results = baton.run([functools.partial(run, tile) for tile in tiles])
     except NotExactError:
         raise
     except Exception as error:
-        changed = [n for n, v in attributes(model).items() if not same(v, before.get(n))]
+        changed = [n for n, v in attributes(model).items() if not same(v, attributes_before.get(n))]
         if changed and baton.is_in_between:
             refuse(f"the attribute {changed[0]}", "changes, and all tiles share it", cause=error)
         raise
-    whole_y, kept = _whole_of(results, tiles, grid, lambda t, dims: cuts.update({t: (axes, dims)}))
-    write_back([*values[:at], *values[at + 1 :]], kept)
+    whole_y, state = _whole_of(results, tiles, grid, lambda t, dims: cuts.update({t: (axes, dims)}))
+    write_back(other_values, state)
     return whole_y
 
 
@@ -187,30 +195,33 @@ def _check_surroundings() -> None:
 
 
 def _cut(x: Tensor, tile_size: int | tuple[int, ...]) -> Layout:
-    """Into as few tiles as ``tile_size`` allows, of nearly one size."""
+    """Return the layout that cuts x into as few tiles as ``tile_size`` allows, of similar size."""
     sizes = tile_size if isinstance(tile_size, tuple) else (tile_size,) * min(2, x.ndim - 2)
     layout = [whole(size) for size in x.shape]
     number = 0
     for dim, size in enumerate(sizes, start=x.ndim - len(sizes)):
         count = -(-x.shape[dim] // size)
         if count > 1:
-            small, larger = divmod(x.shape[dim], count)
-            parts = [small + 1] * larger + [small] * (count - larger)
-            layout[dim] = (Axis(number, tuple(parts)),)
+            small, num_larger = divmod(x.shape[dim], count)
+            tile_sizes = [small + 1] * num_larger + [small] * (count - num_larger)
+            layout[dim] = (Axis(number, tuple(tile_sizes)),)
             number += 1
     return tuple(layout)
 
 
 def _surroundings(x: Tensor) -> Callable[[], contextlib.ExitStack]:
-    """What a thread does not inherit, as it is here: gradients, autocast, settings, devices."""
+    """Return a function that enters the caller's thread-local state in another thread.
+
+    The state is the grad mode, autocast, settings, device and stream.
+    """
     grad, inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
     cache = torch.is_autocast_cache_enabled()
     autocasts = [
-        (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
-        for kind in {"cpu", x.device.type}
-        if torch.amp.is_autocast_available(kind)
+        (device_type, torch.get_autocast_dtype(device_type), torch.is_autocast_enabled(device_type))
+        for device_type in {"cpu", x.device.type}
+        if torch.amp.is_autocast_available(device_type)
     ]
-    chosen, device = vars(settings.current()), torch.get_default_device()
+    current_settings, device = vars(settings.current()), torch.get_default_device()
     stream = torch.cuda.current_stream(x.device) if x.is_cuda else None
 
     def enter() -> contextlib.ExitStack:
@@ -220,11 +231,11 @@ def _surroundings(x: Tensor) -> Callable[[], contextlib.ExitStack]:
             stack.enter_context(torch.cuda.stream(stream))
         stack.enter_context(torch.inference_mode(inference))
         stack.enter_context(torch.set_grad_enabled(grad))
-        for kind, dtype, enabled in autocasts:
-            stack.enter_context(torch.autocast(kind, dtype, enabled, cache))
-        stack.enter_context(settings.Setting(chosen))
+        for device_type, dtype, enabled in autocasts:
+            stack.enter_context(torch.autocast(device_type, dtype, enabled, cache))
+        stack.enter_context(settings.Setting(current_settings))
         stack.enter_context(device)
-        # a checkpoint would run its part of the backward without the other tiles
+        # a checkpoint would recompute its part of the forward without the other tiles
         stack.enter_context(
             torch.autograd.graph.disable_saved_tensors_hooks(
                 "exact_tiles: hooks on saved tensors, such as those of torch.utils.checkpoint, do "
@@ -237,7 +248,7 @@ def _surroundings(x: Tensor) -> Callable[[], contextlib.ExitStack]:
 
 
 class _Mode(TorchFunctionMode):
-    """Sees each of PyTorch's functions that a tile calls, and lets none pass that is not known."""
+    """Interceptor of every PyTorch function that a tile calls; refuses unknown functions."""
 
     def __init__(self, tile: Tile) -> None:
         super().__init__()
@@ -246,17 +257,17 @@ class _Mode(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Call it by its rule; where nothing is cut, as it is."""
+        """Apply the function's rule, or call the function itself where no tensor is cut."""
         kwargs = kwargs or {}
         tile, rule = self._tile, RULES.get(func)
         tensors = list(leaves((args, kwargs), Tensor))
         tile.check(func, tensors)
-        is_cut = any(map(tile.is_cut, tensors))
+        has_cut_tensor = any(map(tile.is_cut, tensors))
         changed = (args[:1] or tensors[:1]) if _is_in_place(func) else kwargs.get("out")
         tile.check_changes(func, changed)
-        if is_cut and rule is None:
+        if has_cut_tensor and rule is None:
             refuse(func, "is not known to need pixels of its own tile only")
-        if rule is not None and (is_cut or rule in ALWAYS_ASKED):
+        if rule is not None and (has_cut_tensor or rule in ALWAYS_ASKED):
             named = {ALIASES.get(name, name): value for name, value in kwargs.items()}
             try:
                 return rule(tile, func, *args, **named)
@@ -282,10 +293,11 @@ def _is_in_place(func: Any) -> bool:
 
 @functools.cache
 def _is_random(name: str) -> bool:
-    """Whether PyTorch's operator of this name draws random numbers."""
+    """Return whether PyTorch's operator of this name draws random numbers."""
     packet = getattr(torch.ops.aten, name.split(".")[0], None)
-    overloads = [] if packet is None else [getattr(packet, each) for each in packet.overloads()]
-    is_tagged = any(torch.Tag.nondeterministic_seeded in each.tags for each in overloads)
+    names = [] if packet is None else packet.overloads()
+    overloads = [getattr(packet, overload_name) for overload_name in names]
+    is_tagged = any(torch.Tag.nondeterministic_seeded in overload.tags for overload in overloads)
     return is_tagged or name == "gumbel_softmax"
 
 
@@ -295,13 +307,13 @@ def _whole_of(
     grid: list[tuple[int, ...]],
     keep: Callable[[Tensor, Layout], None],
 ) -> Any:
-    """The model's output of those of its tiles."""
+    """Assemble the model's output from the results of its tiles."""
     flat = [pytree.tree_flatten(result) for result in results]
     spec = flat[0][1]
-    if any(other != spec for _, other in flat):
+    if any(tile_spec != spec for _, tile_spec in flat):
         raise NotExactError("exact_tiles: the tiles gave outputs of different structures.")
     outputs = []
-    for parts in zip(*(leaf for leaf, _ in flat), strict=True):
+    for parts in zip(*(result_leaves for result_leaves, _ in flat), strict=True):
         y, layout = _put_together(parts, tiles, grid)
         outputs.append(y)
         if any(map(is_cut, layout)):
@@ -325,15 +337,15 @@ def _put_together(
         raise NotExactError("exact_tiles: the tiles gave outputs of different layouts.")
     if not any(map(is_cut, layout)):
         return first, layout
-    places = {
+    dim_of_axis = {
         dim[0].number: i
         for i, dim in enumerate(layout)
         if len(dim) == 1 and isinstance(dim[0], Axis)
     }
-    if len(places) != len(grid[0]):
+    if len(dim_of_axis) != len(grid[0]):
         raise NotExactError(
             f"exact_tiles: an output of shape {tuple(first.shape)} in a tile is not spatial. "
             "Tile a part of the model whose outputs are (N, C, *)."
         )
-    dims = [places[i] for i in sorted(places)]
+    dims = [dim_of_axis[number] for number in sorted(dim_of_axis)]
     return assembled(dict(zip(grid, parts, strict=True)), dims), layout

@@ -1,4 +1,4 @@
-"""Threads that run one at a time and hand each other what they have."""
+"""Run threads one at a time, and exchange values between them."""
 
 import contextvars
 import threading
@@ -12,15 +12,19 @@ _END = ("the end of the forward",)
 
 
 class _Stopped(BaseException):
-    """Unwinds a tile after another one has failed."""
+    """Signal that unwinds a tile after another tile has failed."""
 
 
 class Baton:
-    """Lets one tile run at a time, to and fro: the last one to hand in is the first to go on."""
+    """Scheduler that lets one tile run at a time.
+
+    Tiles run in the grid's order up to one exchange and in reverse order up to the next: the last
+    tile to hand in its part is the first to continue.
+    """
 
     def __init__(self, tiles: int) -> None:
         self.error: BaseException | None = None
-        self.is_in_between = False  # some tiles had got further than the one that failed
+        self.is_in_between = False  # whether some tiles were ahead of the one that failed
         self._turns = [threading.Semaphore(0) for _ in range(tiles)]
         self._done = threading.Event()
         self._step = 1
@@ -30,9 +34,12 @@ class Baton:
         self._takers = 0
 
     def run(self, bodies: Sequence[Callable[[], Any]]) -> list[Any]:
-        """What the bodies return; if one raises, or the caller is interrupted, all stop."""
+        """Run all bodies, one per tile, and return their results.
+
+        If a body raises, or the caller is interrupted, all of them stop.
+        """
         results: list[Any] = [None] * len(bodies)
-        started: list[threading.Thread] = []
+        threads: list[threading.Thread] = []
 
         def run_one(tile: int) -> None:
             try:
@@ -52,15 +59,15 @@ class Baton:
                 context = contextvars.copy_context()
                 thread = threading.Thread(target=context.run, args=(run_one, tile), daemon=True)
                 thread.start()
-                started.append(thread)
+                threads.append(thread)
             self._turns[0].release()
-            # a Ctrl-C just before it waits is seen after it
+            # with a timeout, because a Ctrl-C just before the wait is raised only after it
             while not self._done.wait(0.1):
                 pass
         except BaseException as error:
             self._stop(error)
         finally:
-            for thread in started:
+            for thread in threads:
                 thread.join()
         if self.error is not None:
             try:
@@ -77,9 +84,10 @@ class Baton:
         combine: Callable[[list[Any]], Any],
         waiting: AbstractContextManager[Any],
     ) -> Any:
-        """Hand in ``part``; once all tiles have, return ``combine`` of all parts, made once.
+        """Hand in ``part``, and return ``combine`` of the parts of all tiles.
 
-        A tile is in the context ``waiting`` while others run.
+        ``combine`` runs once, after the last tile has handed in its part. While other tiles run,
+        this one is inside the context ``waiting``.
         """
         if self._hand_in(tile, key, part):
             parts = [self._parts[i] for i in range(len(self._turns))]

@@ -1,8 +1,8 @@
-"""Which dimensions of a tensor are cut into tiles.
+"""Layouts: how the dimensions of a tensor are cut into tiles.
 
-A dimension is the product of its factors, outermost first: numbers, and spatial axes that are cut.
-8 heads and H·W tokens in one dimension are ``(8, Axis(0, ...), Axis(1, ...))``, a size of 1 is
-``()``. All tiles have the same layout.
+A dimension is the product of its factors, outermost first. A factor is a number or a cut spatial
+axis. 8 heads and H·W tokens in one dimension are ``(8, Axis(0, ...), Axis(1, ...))``; a size of 1
+is ``()``. All tiles have the same layout.
 """
 
 import itertools
@@ -12,13 +12,13 @@ from typing import NamedTuple
 
 
 class NotExactError(RuntimeError):
-    """An operation needs pixels of other tiles, or is not known not to."""
+    """Error of an operation that needs pixels of other tiles, or is not known to do without."""
 
 
 class Axis(NamedTuple):
-    """A spatial axis that is cut: its number in the grid, and the sizes of all tiles along it.
+    """A cut spatial axis: its number in the grid, and the sizes of all tiles along it.
 
-    ``padding`` says how many of the first tile's and of the last tile's pixels F.pad has added.
+    ``padding`` counts the pixels that F.pad has added to the first tile and to the last tile.
     """
 
     number: int
@@ -27,7 +27,7 @@ class Axis(NamedTuple):
 
     @property
     def edges(self) -> list[int]:
-        """Where each tile begins, and where the last one ends."""
+        """Return where each tile begins, and where the last one ends."""
         return [0, *itertools.accumulate(self.sizes)]
 
 
@@ -36,19 +36,20 @@ Layout = tuple[Dim, ...]
 
 
 def whole(size: int) -> Dim:
-    """A dimension of which every tile has all."""
+    """Return the uncut dimension of this size."""
     return () if size == 1 else (size,)
 
 
 def is_cut(dim: Dim) -> bool:
-    """Whether tiles have parts of it."""
+    """Return whether the dimension is cut."""
     return any(isinstance(factor, Axis) for factor in dim)
 
 
 def scaled(axis: Axis, factor: int, divisor: int = 1) -> Axis:
-    """Return the axis with ``factor`` pixels in place of each ``divisor``.
+    """Return the axis with ``factor`` pixels in place of each ``divisor`` pixels.
 
-    ValueError if a tile has a part of these.
+    Raises:
+        ValueError: a tile has only a part of such a block of ``divisor`` pixels.
     """
     values = [value * factor for value in (*axis.sizes, *axis.padding)]
     if any(value % divisor for value in values):
@@ -58,7 +59,7 @@ def scaled(axis: Axis, factor: int, divisor: int = 1) -> Axis:
 
 
 def joined(factors: Iterable[int | Axis]) -> Dim:
-    """Return the factors as one dimension, numbers multiplied into what is before them."""
+    """Return the factors as one dimension; a number is multiplied into the factor before it."""
     dim: list[int | Axis] = []
     for factor in factors:
         if dim and isinstance(factor, int):
@@ -70,12 +71,12 @@ def joined(factors: Iterable[int | Axis]) -> Dim:
 
 
 def size_of(dim: Dim) -> int:
-    """In the whole."""
+    """Return the dimension's size in the whole tensor."""
     return math.prod(factor if isinstance(factor, int) else sum(factor.sizes) for factor in dim)
 
 
 def own_size(dim: Dim, coords: Sequence[int]) -> int:
-    """In the tile at ``coords``."""
+    """Return the dimension's size in the tile at ``coords``."""
     sizes = (
         factor if isinstance(factor, int) else factor.sizes[coords[factor.number]] for factor in dim
     )
@@ -83,22 +84,26 @@ def own_size(dim: Dim, coords: Sequence[int]) -> int:
 
 
 def reshaped(layout: Layout, sizes: Sequence[int]) -> Layout:
-    """Return the layout after ``reshape(sizes)`` of the whole; ValueError if that mixes tiles."""
+    """Return the layout after ``reshape(sizes)`` of the whole tensor.
+
+    Raises:
+        ValueError: the reshape mixes pixels of several tiles.
+    """
     before = tuple(map(size_of, layout))
-    rest = list(joined(itertools.chain.from_iterable(layout)))
-    missing = math.prod(before) // max(1, math.prod(size for size in sizes if size != -1))
+    factors = list(joined(itertools.chain.from_iterable(layout)))
+    inferred = math.prod(before) // max(1, math.prod(size for size in sizes if size != -1))
     dims = []
-    for wanted in sizes:
-        size = missing if wanted == -1 else wanted
+    for requested in sizes:
+        size = inferred if requested == -1 else requested
         dim: list[int | Axis] = []
         while size != 1:
-            factor = rest.pop(0)  # an IndexError is for sizes that do not fit the whole either
-            here = size_of((factor,))
-            if size % here == 0:
-                size //= here
-            elif here % size == 0:
-                rest.insert(0, here // size)
-                factor = size if isinstance(factor, int) else scaled(factor, 1, here // size)
+            factor = factors.pop(0)  # IndexError: the sizes do not fit the whole tensor either
+            factor_size = size_of((factor,))
+            if size % factor_size == 0:
+                size //= factor_size
+            elif factor_size % size == 0:
+                factors.insert(0, factor_size // size)
+                factor = size if isinstance(factor, int) else scaled(factor, 1, factor_size // size)
                 size = 1
             else:
                 raise ValueError(f"from {before} to {tuple(sizes)} mixes pixels of several tiles")

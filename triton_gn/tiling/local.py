@@ -1,4 +1,4 @@
-"""Operations that need the pixels of their own tile only, and when that is so."""
+"""Rules of operations that need the pixels of their own tile only, and the conditions for that."""
 
 import itertools
 import math
@@ -17,7 +17,7 @@ from triton_gn.tiling.tile import NO_DROPOUT, Tile, each, leaves, refuse, relaid
 
 
 def linear(tile: Tile, func: Any, input: Tensor, weight: Tensor, bias: Any = None) -> Any:
-    """Along the last dimension."""
+    """Multiply along the last dimension, which must not be cut."""
     tile.require_uncut(func, (weight, bias))
     tile.require_whole(func, input, (-1,))
     y = func(input, weight, bias)
@@ -25,7 +25,7 @@ def linear(tile: Tile, func: Any, input: Tensor, weight: Tensor, bias: Any = Non
 
 
 def matmul(tile: Tile, func: Any, input: Tensor, other: Tensor) -> Any:
-    """Multiply matrices of which one has pixels, or sum a product over all pixels."""
+    """Multiply matrices, if at most one has pixels, or if the product sums over all pixels."""
     a, b = tile.layout(input), tile.layout(other)
     if a[-1] == b[-2] and tile.is_all_cut(a[-1]):
         parts = tile.exchange(func, (a, b), func(input, other), torch.stack)
@@ -46,10 +46,10 @@ def matmul(tile: Tile, func: Any, input: Tensor, other: Tensor) -> Any:
 
 
 def pointwise(tile: Tile, func: Any, *args: Any, **kwargs: Any) -> Any:
-    """Operands broadcast."""
+    """Broadcast operands that are cut alike, and compute value by value."""
     layout = tile.broadcast(func, [tile.layout(t) for t in leaves((args, kwargs), Tensor)])
     y = func(*args, **kwargs)
-    if y is NotImplemented:  # by == with what is no number
+    if y is NotImplemented:  # returned by == with an object that is not a number
         return y
     if not isinstance(y, Tensor):
         refuse(func, "is known with one result only")
@@ -57,7 +57,7 @@ def pointwise(tile: Tile, func: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def like_first(tile: Tile, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Conversions, copies, constants of the same size."""
+    """Convert, copy or fill a tensor, and keep its size."""
     return tile.mark(func(input, *args, **kwargs), tile.layout(input))
 
 
@@ -69,7 +69,7 @@ def dropout(
     training: bool = True,
     inplace: bool = False,
 ) -> Any:
-    """Nothing in evaluation."""
+    """Apply dropout in evaluation, where it does nothing; refuse training."""
     if training and p:
         refuse(func, "draws random numbers in training", NO_DROPOUT)
     return tile.mark(func(input, p, False), tile.layout(input))
@@ -79,7 +79,7 @@ def dropout(
 
 
 def softmax(tile: Tile, func: Any, input: Tensor, dim: Any = None, *args: Any, **kw: Any) -> Any:
-    """Keeps the sizes."""
+    """Compute a softmax along an uncut dimension."""
     if not isinstance(dim, int):
         refuse(func, "was called without a dimension", "Say which: dim=...")
     tile.require_whole(func, input, (dim,))
@@ -89,7 +89,7 @@ def softmax(tile: Tile, func: Any, input: Tensor, dim: Any = None, *args: Any, *
 def normalize(
     tile: Tile, func: Any, input: Tensor, p: float = 2.0, dim: Any = 1, *args: Any, **kw: Any
 ) -> Any:
-    """Keeps the sizes."""
+    """Divide by the norm along uncut dimensions."""
     tile.require_whole(func, input, each(dim, 1))
     return tile.mark(func(input, p, dim, *args, **kw), tile.layout(input))
 
@@ -97,7 +97,7 @@ def normalize(
 def reduce(
     tile: Tile, func: Any, input: Tensor, dim: Any = None, keepdim: bool = False, **kwargs: Any
 ) -> Any:
-    """Takes dimensions away."""
+    """Reduce uncut dimensions."""
     dims = range(input.ndim) if dim is None or dim == () else each(dim, 1)
     tile.require_whole(func, input, dims)
     reduced = {d % input.ndim for d in dims}
@@ -110,7 +110,7 @@ def reduce(
 
 
 def split(tile: Tile, func: Any, input: Tensor, *args: Any, dim: int = 0, **kwargs: Any) -> Any:
-    """split and chunk."""
+    """Split or chunk an uncut dimension."""
     size, dim = args[:1], (*args, dim)[1 if len(args) == 2 else -1]
     tile.require_whole(func, input, (dim,))
     kept = dict(enumerate(tile.layout(input)))
@@ -122,7 +122,7 @@ def split(tile: Tile, func: Any, input: Tensor, *args: Any, dim: int = 0, **kwar
 
 
 def unbind(tile: Tile, func: Any, input: Tensor, dim: int = 0) -> Any:
-    """All slices along a dimension."""
+    """Return all slices along an uncut dimension."""
     tile.require_whole(func, input, (dim,))
     layout = list(tile.layout(input))
     del layout[dim]
@@ -130,7 +130,7 @@ def unbind(tile: Tile, func: Any, input: Tensor, dim: int = 0) -> Any:
 
 
 def cat(tile: Tile, func: Any, tensors: Sequence[Tensor], dim: int = 0) -> Any:
-    """Of tensors that are cut alike."""
+    """Concatenate tensors that are cut alike along an uncut dimension."""
     dim %= tensors[0].ndim
     for tensor in tensors:
         tile.require_whole(func, tensor, (dim,))
@@ -141,30 +141,30 @@ def cat(tile: Tile, func: Any, tensors: Sequence[Tensor], dim: int = 0) -> Any:
 
 
 def stack(tile: Tile, func: Any, tensors: Sequence[Tensor], dim: int = 0) -> Any:
-    """Of tensors that are cut alike."""
+    """Stack tensors that are cut alike."""
     layout = list(_only(func, {tile.layout(tensor) for tensor in tensors}))
     layout.insert(dim % (len(layout) + 1), whole(len(tensors)))
     return tile.mark(func(tensors, dim), tuple(layout))
 
 
 def getitem(tile: Tile, func: Any, input: Tensor, index: Any) -> Any:
-    """By numbers and slices of what is not cut."""
+    """Index uncut dimensions by numbers and slices."""
     items = list(index) if isinstance(index, tuple) else [index]
     if not all(i is None or i is Ellipsis or type(i) in (int, slice) for i in items):
         refuse(func, "is known with numbers, slices, None and ... only")
     missing = input.ndim - sum(type(i) in (int, slice) for i in items)
-    at = items.index(...) if ... in items else len(items)
-    items[at : at + 1] = [slice(None)] * missing
+    ellipsis_at = items.index(...) if ... in items else len(items)
+    items[ellipsis_at : ellipsis_at + 1] = [slice(None)] * missing
     kept: dict[int, Dim] = {}
-    taken = made = 0
+    input_dim = y_dim = 0
     for item in items:
-        size = size_of(tile.layout(input)[taken]) if item is not None else 0
+        size = size_of(tile.layout(input)[input_dim]) if item is not None else 0
         if isinstance(item, slice) and item.indices(size) == (0, size, 1):
-            kept[made] = tile.layout(input)[taken]
+            kept[y_dim] = tile.layout(input)[input_dim]
         elif item is not None:
-            tile.require_whole(func, input, (taken,))
-        taken += item is not None
-        made += type(item) is not int
+            tile.require_whole(func, input, (input_dim,))
+        input_dim += item is not None
+        y_dim += type(item) is not int
     return relaid(tile, func(input, index), kept)
 
 
@@ -172,18 +172,19 @@ def getitem(tile: Tile, func: Any, input: Tensor, index: Any) -> Any:
 
 
 def rearrange(tile: Tile, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Permutes dimensions, adds some of size 1 or takes them away: as with sizes all different."""
+    """Permute dimensions, and add or remove dimensions of size 1."""
     layout = tile.layout(input)
+    # sizes that are all different show on a meta tensor where each dimension goes
     sizes = [i + 2 if dim else 1 for i, dim in enumerate(layout)]
     shape = func(torch.empty(sizes, device="meta"), *args, **kwargs).shape
     dims = tuple(() if size == 1 else layout[size - 2] for size in shape)
     y = func(input, *args, **kwargs)
-    # a cut dimension of which this tile has one pixel stays
+    # func also removes a cut dimension where this tile has one pixel: it must stay
     return tile.mark(y if y.ndim == len(dims) else input.reshape(tile.own_sizes(dims)), dims)
 
 
 def repeat(tile: Tile, func: Any, input: Tensor, *repeats: Any, **named: Any) -> Any:
-    """Repeat along dimensions that are not cut."""
+    """Repeat along uncut dimensions."""
     times = _sizes(*repeats, *named.values())
     layout = [()] * (len(times) - input.ndim) + list(tile.layout(input))
     tile.require_whole(
@@ -194,14 +195,14 @@ def repeat(tile: Tile, func: Any, input: Tensor, *repeats: Any, **named: Any) ->
 
 
 def reshape(tile: Tile, func: Any, input: Tensor, *shape: Any, **named: Any) -> Any:
-    """Splits and joins dimensions; the sizes are those of the whole."""
+    """Split and join dimensions; the shape is that of the whole tensor."""
     sizes = _sizes(*shape, *named.values())
     layout = reshaped(tile.layout(input), sizes)
     return tile.mark(func(input, tile.own_sizes(layout)), layout)
 
 
 def flatten(tile: Tile, func: Any, input: Tensor, start_dim: int = 0, end_dim: int = -1) -> Any:
-    """Joins dimensions."""
+    """Join dimensions."""
     layout = tile.layout(input)
     start, end = start_dim % input.ndim, end_dim % input.ndim + 1
     inner = joined(itertools.chain.from_iterable(layout[start:end]))
@@ -210,16 +211,16 @@ def flatten(tile: Tile, func: Any, input: Tensor, start_dim: int = 0, end_dim: i
 
 
 def unflatten(tile: Tile, func: Any, input: Tensor, dim: int, sizes: Sequence[int]) -> Any:
-    """Splits a dimension."""
+    """Split a dimension."""
     layout = tile.layout(input)
-    at = dim % input.ndim
-    inner = reshaped((layout[at],), sizes)
+    index = dim % input.ndim
+    inner = reshaped((layout[index],), sizes)
     y = func(input, dim, tile.own_sizes(inner))
-    return tile.mark(y, (*layout[:at], *inner, *layout[at + 1 :]))
+    return tile.mark(y, (*layout[:index], *inner, *layout[index + 1 :]))
 
 
 def expand(tile: Tile, func: Any, input: Tensor, *shape: Any, **named: Any) -> Any:
-    """Repeats what has size 1 in the whole."""
+    """Repeat dimensions that have size 1 in the whole tensor."""
     sizes = _sizes(*shape, *named.values())
     layout = [()] * (len(sizes) - input.ndim) + list(tile.layout(input))
     for i, size in enumerate(sizes):
@@ -231,13 +232,13 @@ def expand(tile: Tile, func: Any, input: Tensor, *shape: Any, **named: Any) -> A
 
 
 def shape(tile: Tile, func: Any, input: Tensor, dim: int | None = None) -> Any:
-    """Of the whole, so that the model computes with the sizes that it has in one piece."""
+    """Return the shape of the whole tensor: the model computes with these sizes in one piece."""
     sizes = torch.Size(map(size_of, tile.layout(input)))
     return sizes if dim is None else sizes[dim]
 
 
 def raise_if_illegal(tile: Tile, func: Any, args: Any, kwargs: Any, error: Exception) -> None:
-    """Raise an error that the model's call has in one piece too, on tensors without values."""
+    """Call the function on whole tensors of the meta device; raise if that call fails too."""
 
     def whole_of(part: Tensor) -> Tensor:
         return torch.empty(shape(tile, func, part), dtype=part.dtype, device="meta")
@@ -246,23 +247,23 @@ def raise_if_illegal(tile: Tile, func: Any, args: Any, kwargs: Any, error: Excep
     try:
         func(*whole_args, **whole_kwargs)
     except (NotImplementedError, ArithmeticError):
-        pass  # says nothing about real values
-    except Exception as own:
-        raise (error if isinstance(error, RuntimeError) else own) from None
+        pass  # a call on real values may succeed
+    except Exception as whole_error:
+        raise (error if isinstance(error, RuntimeError) else whole_error) from None
 
 
 def numel(tile: Tile, func: Any, input: Tensor) -> int:
-    """Of the whole."""
+    """Return the number of elements of the whole tensor."""
     return math.prod(map(size_of, tile.layout(input)))
 
 
 def length(tile: Tile, func: Any, input: Tensor) -> int:
-    """Of the whole."""
+    """Return the first size of the whole tensor."""
     return size_of(tile.layout(input)[0])
 
 
 def query(tile: Tile, func: Any, *args: Any, **kwargs: Any) -> Any:
-    """What is no tensor and the same for all tiles."""
+    """Return a property that is the same for all tiles."""
     return func(*args, **kwargs)
 
 

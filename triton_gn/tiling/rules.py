@@ -1,4 +1,4 @@
-"""Which rule is for which of PyTorch's functions."""
+"""Table of PyTorch's functions and the rule for each."""
 
 import inspect
 from collections.abc import Callable, Iterator
@@ -49,7 +49,7 @@ _NAMES: dict[Rule, str] = {
     local.query: "dtype device layout ndim dim requires_grad is_leaf grad_fn is_cuda is_cpu "
     "is_meta is_mps is_xpu is_sparse is_nested is_quantized is_contiguous is_floating_point "
     "is_complex element_size get_device __hash__",
-    # and these in place, by their names with a line below
+    # these, and their in-place variants with a trailing underscore
     local.pointwise: "add sub subtract mul multiply div divide true_divide floor_divide rsub pow "
     "remainder fmod maximum minimum clamp clamp_min clamp_max clip where lerp addcmul addcdiv "
     "masked_fill neg negative positive abs absolute sign floor ceil round trunc reciprocal "
@@ -66,15 +66,15 @@ _NAMES: dict[Rule, str] = {
 
 
 def _functions(rule: Rule, name: str) -> Iterator[Any]:
-    """All that PyTorch calls by this name."""
-    changes = rule in (local.pointwise, local.dropout) and not name.endswith("_")
-    for home in (torch, Tensor, F, torch._C._nn):
-        for alias in (name, f"{name}_") if changes else (name,):
-            found = getattr(home, alias, None)
-            if callable(found):
-                yield found
-            elif inspect.isgetsetdescriptor(found):  # an attribute of tensors
-                yield found.__get__
+    """Yield all functions that PyTorch has by this name."""
+    has_in_place = rule in (local.pointwise, local.dropout) and not name.endswith("_")
+    for namespace in (torch, Tensor, F, torch._C._nn):
+        for alias in (name, f"{name}_") if has_in_place else (name,):
+            function = getattr(namespace, alias, None)
+            if callable(function):
+                yield function
+            elif inspect.isgetsetdescriptor(function):  # an attribute of tensors
+                yield function.__get__
 
 
 RULES: dict[Any, Rule] = {
@@ -84,12 +84,12 @@ RULES: dict[Any, Rule] = {
     for function in _functions(rule, name)
 } | {group_norm: spatial.fused_norm}
 
-# other spellings that PyTorch takes, by the rules' own
+# a rule's parameter name: other names that PyTorch accepts for it
 _SPELLINGS = {"input": "x tensor", "other": "x2 mat2", "dim": "axis", "keepdim": "keepdims"} | {
     "training": "train",
     "factor": "upscale_factor downscale_factor",
 }
 ALIASES = {alias: name for name, aliases in _SPELLINGS.items() for alias in aliases.split()}
 
-# must be asked even where nothing is cut: they may draw random numbers or change buffers
+# apply even where nothing is cut: these functions may draw random numbers or change buffers
 ALWAYS_ASKED = {local.dropout, spatial.attention, spatial.batch_norm}

@@ -1,4 +1,4 @@
-"""Operations that need the pixels of other tiles, or change how many there are."""
+"""Rules of operations that need the pixels of other tiles, or change the number of pixels."""
 
 import itertools
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from triton_gn.tiling.tile import NO_DROPOUT, Tile, axis_of, each, refuse, relai
 
 
 def norm(tile: Tile, func: Any, *args: Any, cudnn_enabled: bool = True, **kwargs: Any) -> Tensor:
-    """PyTorch's group_norm."""
+    """Compute PyTorch's group_norm by the rule of triton_gn's."""
     with settings.autocast_policy("torch"):
         return fused_norm(tile, func, *args[:5], **kwargs)
 
@@ -34,7 +34,7 @@ def fused_norm(
     residual: Tensor | None = None,
     **per_channel: Any,
 ) -> Tensor:
-    """Two passes: the statistics of all tiles together, then each of them by these."""
+    """Merge the statistics of all tiles, then normalise each tile."""
     tile.require_whole(func, input, (0, 1))
     tile.require_uncut(func, (weight, bias, per_channel))
     layout = tile.layout(input)
@@ -60,7 +60,7 @@ def batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Any:
-    """In evaluation only: an affine function of each channel."""
+    """Apply an affine function to each channel, in evaluation only."""
     if training or running_mean is None:
         remedy = "Call model.eval() first." if running_mean is not None else ""
         refuse(func, "takes statistics of the pixels", remedy)
@@ -73,13 +73,13 @@ def batch_norm(
 def trailing_norm(
     tile: Tile, func: Any, input: Tensor, normalized_shape: Sequence[int], *args: Any, **kw: Any
 ) -> Any:
-    """layer_norm and rms_norm: over the last dimensions."""
+    """Normalise by layer_norm or rms_norm over the last dimensions, which must not be cut."""
     tile.require_whole(func, input, range(-len(normalized_shape), 0))
     tile.require_uncut(func, (args, kw))
     return tile.mark(func(input, normalized_shape, *args, **kw), tile.layout(input))
 
 
-# What looks beyond a pixel
+# Neighbourhoods and sizes
 
 
 def conv(
@@ -93,7 +93,7 @@ def conv(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Any:
-    """On the tile with the neighbours' pixels around it, zeros at the true border only."""
+    """Convolve the tile with its neighbours' pixels around it, and zeros at the image's border."""
     tile.require_uncut(func, (weight, bias))
     if input.ndim != weight.ndim:
         refuse(func, "got an input without a batch dimension", "Add one with unsqueeze(0).")
@@ -124,10 +124,10 @@ def conv(
 def _windows(
     func: Any, axis: Axis, reach: int, stride: int, before: int, after: int
 ) -> tuple[Dim, list[tuple[int, int]]]:
-    """The axis after a convolution, and what each tile needs of the axis before it.
+    """Return the axis after a convolution, and the range of input pixels that each tile needs.
 
-    Where there is an output for each pixel, or for each one in ``stride``, a tile makes those of
-    its own pixels, so that residuals fit; else those of the windows with their centre in it.
+    If the convolution has one output per ``stride`` pixels, a tile computes the outputs of its own
+    pixels, so that residuals fit. Otherwise it computes the outputs of the windows centred in it.
     """
     edges = axis.edges
     outputs = (edges[-1] + before + after - reach - 1) // stride + 1
@@ -156,7 +156,7 @@ def attention(
     is_causal: bool = False,
     **kwargs: Any,
 ) -> Any:
-    """Each query of the tile over all keys: those of all tiles if they are cut."""
+    """Attend from the tile's queries to all keys; gather cut keys from all tiles."""
     if dropout_p:
         refuse(func, "draws random numbers with dropout_p > 0", NO_DROPOUT)
     tile.require_uncut(func, attn_mask)
@@ -177,12 +177,12 @@ def attention(
             (key, value, columns),
             lambda parts: [torch.cat(tensors, -2) for tensors in zip(*parts, strict=True)],
         )
-    # a mask follows the order of the keys, for which the softmax does not care
+    # gathered keys are in tile order: reorder the mask alike, as softmax ignores the order
     if attn_mask is not None:
         for i, dim in enumerate((k[-2], *q[-2::-1]), 1):
             if is_cut(dim) and i <= attn_mask.ndim and attn_mask.shape[-i] != 1:
-                at = columns if i == 1 else _places(tile, dim, key.device)
-                attn_mask = attn_mask.index_select(-i, at[:, 0])
+                places = columns if i == 1 else _places(tile, dim, key.device)
+                attn_mask = attn_mask.index_select(-i, places[:, 0])
     elif is_causal and cut_tokens:
         attn_mask, is_causal = _places(tile, q[-2], key.device) >= columns.T, False
     y = func(query, key, value, attn_mask, 0.0, is_causal, **kwargs)
@@ -192,7 +192,7 @@ def attention(
 
 
 def _places(tile: Tile, dim: Dim, device: torch.device) -> Tensor:
-    """Return where in the whole the tile's values of a dimension are, (size, 1)."""
+    """Return the positions (size, 1) of the tile's values along a dimension of the whole tensor."""
     sizes = [size_of((factor,)) for factor in dim]
     places = torch.arange(size_of(dim), device=device).reshape(sizes)
     return tile.cut(places, [(factor,) for factor in dim]).reshape(-1, 1)
@@ -206,7 +206,7 @@ def pad(
     mode: str = "constant",
     value: float | None = None,
 ) -> Any:
-    """By the tiles at the border only: these have the pixels that are mirrored."""
+    """Pad the tiles at the image's border only; these hold the pixels to mirror."""
     layout = tile.layout(input)
     local, cut = list(pad), {}
     for i, dim in enumerate(reversed(layout[-(len(pad) // 2) :])):
@@ -241,7 +241,7 @@ def interpolate(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """To the nearest pixel and by powers of two, which the rounding of indices cannot disturb."""
+    """Upsample to the nearest pixel by powers of two, where index rounding cannot matter."""
     layout = tile.layout(input)
     rank = input.ndim - 2
     if mode not in ("nearest", "nearest-exact"):
@@ -267,11 +267,11 @@ def interpolate(
 def pixel_shuffle(tile: Tile, func: Any, input: Tensor, factor: int) -> Any:
     """Turn channels into pixels, or back."""
     tile.require_whole(func, input, (-3,))
-    *rest, channels, high, wide = tile.layout(input)
+    *batch, channels, height, width = tile.layout(input)
     y = func(input, factor)
     ratio = (1, factor) if y.shape[-3] > size_of(channels) else (factor,)
-    cut = dict(enumerate(rest))
-    for i, dim in enumerate((high, wide), start=len(rest) + 1):
+    cut = dict(enumerate(batch))
+    for i, dim in enumerate((height, width), start=len(batch) + 1):
         if is_cut(dim):
             cut[i] = (scaled(axis_of(func, dim), *ratio),)
     return relaid(tile, y, cut)
@@ -280,12 +280,12 @@ def pixel_shuffle(tile: Tile, func: Any, input: Tensor, factor: int) -> Any:
 def repeat_interleave(
     tile: Tile, func: Any, input: Tensor, repeats: int, dim: int | None = None, **output_size: Any
 ) -> Any:
-    """Each value several times along a dimension."""
+    """Repeat each value along a dimension."""
     if dim is None or not isinstance(repeats, int):
         refuse(func, "is known with an int of repeats and a dimension only")
     layout = dict(enumerate(tile.layout(input)))
-    at = dim % input.ndim
-    before = layout.pop(at)
-    if is_cut(before):
-        layout[at] = (scaled(axis_of(func, before), repeats),)
+    index = dim % input.ndim
+    repeated = layout.pop(index)
+    if is_cut(repeated):
+        layout[index] = (scaled(axis_of(func, repeated), repeats),)
     return relaid(tile, func(input, repeats, dim), layout)

@@ -1,4 +1,4 @@
-"""What a model keeps from call to call: in lists and dicts of its arguments, or in attributes."""
+"""State that a model keeps between calls: in lists and dicts of its arguments, or in attributes."""
 
 import copy
 import itertools
@@ -11,7 +11,7 @@ _OF_EVERY_MODULE = {*vars(nn.Module()), "forward"}
 
 
 def attributes(model: nn.Module) -> dict[str, Any]:
-    """Return what is neither a parameter, a buffer nor a module, by its path."""
+    """Return the modules' attributes by path, without parameters, buffers and modules."""
     return {
         f"{path}.{name}".lstrip("."): copy.copy(value) if type(value) in (list, dict) else value
         for path, module in model.named_modules()
@@ -29,14 +29,14 @@ def same(a: Any, b: Any) -> bool:
 
 
 def write_back(old: Any, new: Any) -> Any:
-    """Give nested lists and dicts of the caller what is now in their copies; return the value."""
+    """Update the caller's nested lists and dicts from their copies, and return the result."""
     if isinstance(old, dict) and isinstance(new, dict):
         parts = {key: write_back(old.get(key), part) for key, part in new.items()}
         old.clear()
         old.update(parts)
     elif isinstance(old, list | deque) and isinstance(new, list | deque):
         pairs = itertools.zip_longest(list(old)[: len(new)], new)
-        values = [write_back(before, part) for before, part in pairs]
+        values = [write_back(old_part, part) for old_part, part in pairs]
         old.clear()
         old.extend(values)
     else:

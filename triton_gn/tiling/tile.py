@@ -1,4 +1,4 @@
-"""One tile: the layouts of its tensors, and what it asks of the others."""
+"""Tile: the layouts of its tensors, and its exchanges with other tiles."""
 
 import contextlib
 import itertools
@@ -16,18 +16,18 @@ from triton_gn.tiling.hooks import running_hook
 from triton_gn.tiling.layout import Axis, Dim, Layout, NotExactError, is_cut, own_size, whole
 
 NO_DROPOUT = "Call model.eval(), and drop nothing in evaluation: training=False, dropout_p=0."
-Needs = Mapping[int, Sequence[tuple[int, int]]]  # by dimension, of each tile along it: from, to
+Needs = Mapping[int, Sequence[tuple[int, int]]]  # dimension: (start, stop) for each tile along it
 
 
 def refuse(func: Any, reason: str, remedy: str = "", cause: Exception | None = None) -> NoReturn:
-    """Raise NotExactError."""
+    """Raise NotExactError that names the function, the reason and the remedy."""
     name = func if isinstance(func, str) else resolve_name(func) or func.__name__
     remedy = remedy or "Tile a part of the model that does without it, or run the model untiled."
     raise NotExactError(f"exact_tiles: {name} {reason}. {remedy}") from cause
 
 
 def refuse_hook() -> None:
-    """Raise NotExactError where a hook runs that does what a model's forward may not."""
+    """Raise NotExactError if a hook is running: it did what a model's forward may not do."""
     if (hook := running_hook()) is not None:
         refuse(
             f"the hook {hook}",
@@ -38,7 +38,7 @@ def refuse_hook() -> None:
 
 
 def leaves(value: Any, kind: type) -> Iterator[Any]:
-    """All instances of ``kind`` in nested tuples, lists, dicts and slices."""
+    """Yield all instances of ``kind`` in nested tuples, lists, dicts and slices."""
     if isinstance(value, kind):
         yield value
     elif isinstance(value, tuple | list):
@@ -55,22 +55,22 @@ def _bytes_of(storage: torch.UntypedStorage) -> Tensor:
 
 
 def assembled(parts: Mapping[tuple[int, ...], Tensor], dims: Sequence[int]) -> Tensor:
-    """One tensor of parts that lie on a grid over some dimensions."""
+    """Concatenate the parts of a grid, whose axes are ``dims``, into one tensor."""
     if not dims:
         (part,) = parts.values()
         return part
     rows: dict[int, dict[tuple[int, ...], Tensor]] = {}
-    for (first, *rest), part in parts.items():
-        rows.setdefault(first, {})[tuple(rest)] = part
-    tensors = [assembled(rows[first], dims[1:]) for first in sorted(rows)]
+    for (row, *columns), part in parts.items():
+        rows.setdefault(row, {})[tuple(columns)] = part
+    tensors = [assembled(rows[row], dims[1:]) for row in sorted(rows)]
     return tensors[0] if len(tensors) == 1 else torch.cat(tensors, dims[0])
 
 
 class Tile:
-    """Knows of each tensor that it has made which dimensions are cut.
+    """Position of a tile in the grid, and the layouts of the tensors that the tile has made.
 
-    ``known`` are the other tensors that a model may use, the same for all tiles. One that is none
-    of these came into being unseen, and may hold pixels.
+    ``known`` holds the other tensors that a model may use, the same for all tiles. Any further
+    tensor was created unseen, and may hold pixels.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Tile:
         self._known = known
         self._offload = offload
         self._records = torch.is_grad_enabled()
-        self._layouts = WeakTensorKeyDictionary()  # None: not cut
+        self._layouts = WeakTensorKeyDictionary()  # tensor: its layout, None if it is not cut
 
     def check(self, func: Any, tensors: Sequence[Tensor]) -> None:
         """Unwind if another tile failed; refuse tensors that came from elsewhere."""
@@ -105,7 +105,7 @@ class Tile:
                 )
 
     def check_changes(self, func: Any, targets: Any) -> None:
-        """Refuse changes of what tiles share."""
+        """Refuse to change a tensor that tiles share."""
         for target in leaves(targets, Tensor):
             shared = not self.is_cut(target) and any(
                 torch._C._is_alias_of(target, tensor)  # type: ignore[attr-defined]
@@ -116,30 +116,30 @@ class Tile:
                 refuse(func, "changes what belongs to no tile: each tile would change it again")
 
     def layout(self, tensor: Tensor) -> Layout:
-        """Of any tensor that a tile may use."""
-        found: Layout | None = self._layouts.get(tensor)
-        return tuple(map(whole, tensor.shape)) if found is None else found
+        """Return the layout of a tensor that the tile may use."""
+        layout: Layout | None = self._layouts.get(tensor)
+        return tuple(map(whole, tensor.shape)) if layout is None else layout
 
     def output_layout(self, tensor: Tensor) -> Layout:
-        """Of a tensor that the model returns."""
+        """Return the layout of a tensor that the model returns."""
         self.check("an output of the model", (tensor,))
         return self.layout(tensor)
 
     def cut(self, tensor: Tensor, layout: Sequence[Dim]) -> Tensor:
-        """Return this tile's part of a tensor of the whole, dense as that is."""
+        """Return a copy of this tile's part of a whole tensor, in the same memory format."""
         for dim, factors in enumerate(layout):
             for axis in factors:
                 if isinstance(axis, Axis):
-                    place = self.coords[axis.number]
-                    tensor = tensor.narrow(dim, axis.edges[place], axis.sizes[place])
+                    index = self.coords[axis.number]
+                    tensor = tensor.narrow(dim, axis.edges[index], axis.sizes[index])
         return self.mark(tensor.clone(), tuple(layout))  # type: ignore[no-any-return]
 
     def is_cut(self, tensor: Any) -> bool:
-        """Whether it is a tensor of which tiles have parts."""
+        """Return whether the value is a tensor with a cut dimension."""
         return isinstance(tensor, Tensor) and any(map(is_cut, self.layout(tensor)))
 
     def mark(self, result: Any, layout: Layout | None = None) -> Any:
-        """Remember the layout of all tensors in a result, and return it; None: they are not cut."""
+        """Record the layout of all tensors in a result, None if they are not cut; return it."""
         for tensor in leaves(result, Tensor):
             self._layouts[tensor] = layout
             if layout is None:
@@ -155,11 +155,11 @@ class Tile:
         return sum(isinstance(factor, Axis) for factor in dim) == len(self.coords)
 
     def own_sizes(self, layout: Layout) -> tuple[int, ...]:
-        """Of a tensor of this tile."""
+        """Return the sizes of this tile's part of a tensor with the layout."""
         return tuple(own_size(dim, self.coords) for dim in layout)
 
     def broadcast(self, func: Any, layouts: Sequence[Layout]) -> Layout:
-        """The layout of what operands broadcast to; refuses pixels beside what is not cut alike."""
+        """Return the layout that operands broadcast to; refuse operands that are not cut alike."""
         dims: list[Dim] = []
         for candidates in itertools.zip_longest(*map(reversed, layouts), fillvalue=()):
             alike = set(candidates) - {()}
@@ -192,7 +192,7 @@ class Tile:
     def exchange(
         self, func: Any, key: tuple[Any, ...], part: Any, combine: Callable[[list[Any]], Any]
     ) -> Any:
-        """``combine`` of the parts of all tiles, in their order."""
+        """Return ``combine`` of the parts of all tiles, in the grid's order."""
         if self._records and not torch.is_grad_enabled():
             refuse(
                 func,
@@ -204,16 +204,16 @@ class Tile:
         return self._baton.exchange(self._index, (func.__name__, *key), part, combine, waiting)
 
     @contextlib.contextmanager
-    def _waiting(self, kept: Any) -> Iterator[None]:
-        """Offload what this tile has made, but not ``kept``."""
+    def _waiting(self, part: Any) -> Iterator[None]:
+        """Offload the tensors that this tile has made, except ``part``, until the context ends."""
         if not self._offload:
             yield
             return
-        stays = {tensor.untyped_storage()._cdata for tensor in leaves(kept, Tensor)}
+        part_storages = {tensor.untyped_storage()._cdata for tensor in leaves(part, Tensor)}
         storages = [t.untyped_storage() for t in list(self._layouts) if self.is_cut(t)]
         copies = []
         for storage in {storage._cdata: storage for storage in storages}.values():
-            if storage._cdata not in stays:
+            if storage._cdata not in part_storages:
                 host = torch.empty(
                     storage.nbytes(), dtype=torch.uint8, pin_memory=storage.is_cuda
                 ).copy_(_bytes_of(storage), non_blocking=True)
@@ -226,17 +226,18 @@ class Tile:
             _bytes_of(storage).copy_(host, non_blocking=True)
 
     def gather(self, func: Any, x: Tensor, needs: Needs) -> Tensor:
-        """The pixels of the whole that this tile needs, zeros where there are none.
+        """Return the pixels of the whole tensor that this tile needs, with zeros outside of it.
 
-        Each tile hands in copies of what others need of it, as it may change x before they read.
+        Each tile hands in copies of the pixels that others need, because it may change x before
+        they read them.
         """
         layout = self.layout(x)
         axes = {dim: axis for dim in needs for axis in layout[dim] if isinstance(axis, Axis)}
         edges = {dim: axis.edges for dim, axis in axes.items()}
-        here = {dim: self.coords[axis.number] for dim, axis in axes.items()}
+        own_place = {dim: self.coords[axis.number] for dim, axis in axes.items()}
 
         def overlap(dim: int, source: int, target: int) -> slice | None:
-            """What the target needs of the source's pixels, as the source counts them."""
+            """Return the source's pixels that the target needs, counted from the source's first."""
             start, stop = edges[dim][source : source + 2]
             first, last = needs[dim][target]
             first, last = max(first, start), min(last, stop)
@@ -248,18 +249,18 @@ class Tile:
                 slices[dim] = overlap(dim, sources[dim], targets[dim]) or slice(0, 0)
             return x[tuple(slices)]
 
-        def others(overlaps: Callable[[int, int], Any]) -> Iterator[tuple[int, dict[int, int]]]:
-            """Index and place of the tiles for which it holds in all dimensions."""
-            fitting = [
+        def tiles(overlaps: Callable[[int, int], Any]) -> Iterator[tuple[int, dict[int, int]]]:
+            """Yield index and place of the tiles that overlap in all dimensions."""
+            candidates = [
                 [i for i in range(len(axis.sizes)) if overlaps(dim, i)]
                 for dim, axis in axes.items()
             ]
-            for places in itertools.product(*fitting):
-                there = dict(zip(axes, places, strict=True))
+            for indices in itertools.product(*candidates):
+                place = dict(zip(axes, indices, strict=True))
                 coords = list(self.coords)
                 for dim, axis in axes.items():
-                    coords[axis.number] = there[dim]
-                yield self._indices[tuple(coords)], there
+                    coords[axis.number] = place[dim]
+                yield self._indices[tuple(coords)], place
 
         stays_inside = all(
             start <= first and last <= stop
@@ -268,29 +269,31 @@ class Tile:
                 needs[dim], itertools.pairwise(edges[dim]), strict=True
             )
         )
-        handed_in: list[dict[int, Tensor]] = []
+        strips_of_tiles: list[dict[int, Tensor]] = []  # strips_of_tiles[source][target]
         if not stays_inside:
             strips = {
-                index: cut_out(here, there).clone()
-                for index, there in others(lambda dim, i: overlap(dim, here[dim], i))
+                index: cut_out(own_place, place).clone()
+                for index, place in tiles(lambda dim, i: overlap(dim, own_place[dim], i))
                 if index != self._index
             }
             key = (layout, tuple(needs.items()))
-            handed_in = self.exchange(func, key, strips, list)
+            strips_of_tiles = self.exchange(func, key, strips, list)
         parts = {
-            tuple(there.values()): (
-                cut_out(here, here) if index == self._index else handed_in[index][self._index]
+            tuple(place.values()): (
+                cut_out(own_place, own_place)
+                if index == self._index
+                else strips_of_tiles[index][self._index]
             )
-            for index, there in others(lambda dim, i: overlap(dim, i, here[dim]))
+            for index, place in tiles(lambda dim, i: overlap(dim, i, own_place[dim]))
         }
-        if not parts:  # all that the windows need is padding
-            spans = {dim: needs[dim][here[dim]] for dim in axes}
+        if not parts:  # the windows of this tile see padding only
+            spans = {dim: needs[dim][own_place[dim]] for dim in axes}
             sizes = [spans[i][1] - spans[i][0] if i in spans else n for i, n in enumerate(x.shape)]
             return x.new_zeros(sizes)
         gathered = assembled(parts, list(axes))
         margins = [0] * (2 * x.ndim)
         for dim in axes:
-            first, last = needs[dim][here[dim]]
+            first, last = needs[dim][own_place[dim]]
             margins[2 * (x.ndim - 1 - dim)] = max(0, -first)
             margins[2 * (x.ndim - 1 - dim) + 1] = max(0, last - edges[dim][-1])
         return F.pad(gathered, margins) if any(margins) else gathered
@@ -305,20 +308,20 @@ def _described(dims: set[Dim]) -> str:
 
 
 def each(value: Any, rank: int) -> list[Any]:
-    """One value for each dimension, of one or of as many."""
+    """Return one value for each dimension, from one value or from one for each."""
     values = list(value) if isinstance(value, tuple | list) else [value] * rank
     return values * rank if len(values) == 1 else values
 
 
 def axis_of(func: Any, dim: Dim) -> Axis:
-    """The axis that a cut dimension is; refuses flattened ones."""
+    """Return the axis of a cut dimension; refuse flattened pixels."""
     if len(dim) == 1 and isinstance(dim[0], Axis):
         return dim[0]
     refuse(func, "works along a dimension in which pixels are flattened")
 
 
 def relaid(tile: Tile, y: Tensor, kept: dict[int, Any]) -> Any:
-    """Mark a result whose dimensions are as in ``kept``, the others not cut."""
+    """Mark a result: its dimensions are those of ``kept``, the others are not cut."""
     dims = (kept.get(i) for i in range(y.ndim))
     layout = tuple(
         whole(size) if dim is None else dim for size, dim in zip(y.shape, dims, strict=True)
