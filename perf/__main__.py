@@ -29,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("demo", demo, "draw a small sweep, with or without a GPU"),
         ("ceilings", ceilings, "measure copies, additions and the effective L2 of this GPU"),
         ("gpu", gpu, "run tests, ceilings, core benchmark, short tune and figures on this GPU"),
+        ("calls", calls, "count the Python calls of a warm call, without a GPU"),
         ("host", host, "measure the host cost of a call, with or without a GPU"),
         ("cpu", cpu, "time the CPU path over PyTorch's own operations, without a GPU"),
         ("kernels", kernels, "count the kernels that a training step of each model compiles"),
