@@ -578,6 +578,11 @@ def test_command_of_a_revision_that_fails(tmp_path: Path) -> None:
     compare._run(["sh", "-c", "exit 1"], tmp_path)
 
 
+def test_calls_stay_below_the_goals(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["calls"]) == 0
+    assert capsys.readouterr().out.count(" of at most ") == len(calls.GOALS)
+
+
 def test_sizes_of_images_share_kernels(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = argparse.Namespace(workloads=common.WORKLOADS, target="sm_90")
     assert kernels.run(arguments) == 0
