@@ -95,7 +95,14 @@ SHAPES: list[tuple[int, int, int, tuple[int, ...]]] = [
     (2, 12, 3, (8, 8)), (3, 16, 2, (7, 7)), (2, 20, 4, (9, 7)), (17, 24, 3, ()), (2, 6, 6, (5,)),
 ]  # fmt: skip
 CASES = [
-    (dtype, layout, strategy, SHAPES[i % 5], [*ACTIVATIONS][i % 9], FUSED if i % 3 else ())
+    (
+        dtype,
+        layout,
+        strategy,
+        SHAPES[i % 5],
+        [*ACTIVATIONS][i % len(ACTIVATIONS)],
+        FUSED if i % 3 else (),
+    )
     for i, (layout, strategy, dtype) in enumerate(
         itertools.product(LAYOUTS, STRATEGIES, ("float16", "bfloat16", "float32", "float64"))
     )
