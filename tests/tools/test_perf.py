@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from perf import (
+    calls,
     common,
     compare,
     cpu,
