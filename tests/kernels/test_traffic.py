@@ -9,6 +9,7 @@ import triton_gn
 from tests.support.interpreter import Traffic
 from tests.support.memory import GuardedMemory
 from tests.support.oracle import make_case
+from triton_gn.explain import Explanation
 from triton_gn.ops import autograd, launcher, launches, layout
 from triton_gn.ops.settings import Settings
 from triton_gn.plan import Device, plan
@@ -76,7 +77,7 @@ def test_nothing_is_computed_that_is_not_asked_for(memory: GuardedMemory, device
     assert traffic.stored["other"] == y.nbytes  # no statistics
 
 
-def numbers_of(problem: triton_gn.explain.Explanation) -> int:
+def numbers_of(problem: Explanation) -> int:
     """How many numbers a forward and a backward leave besides the tensors: statistics, partials."""
     groups = problem.problem.n * problem.problem.groups
     num_partials = problem.config.num_partials if problem.config.strategy != "resident" else 0
