@@ -20,8 +20,15 @@ _POINTERS = {
     torch.float64: "*fp64",
     torch.int32: "*i32",
 }
-# of the arguments that are tuples: what their fields' pointers are called
-_PREFIXES = {"affine_params": "", "grads": "d", "reductions": "d"}
+# prefixes of the names of the fields of arguments that are tuples
+_PREFIXES = {
+    "inputs": "",
+    "affine_params": "",
+    "outputs": "",
+    "grads": "d",
+    "reductions": "d",
+    "pipeline": "",
+}
 
 
 @dataclass(frozen=True)
@@ -226,7 +233,7 @@ def _amd_usage(assembly: str) -> tuple[int, int]:
 
 
 def _instructions(one: Launch, cubin: bytes) -> float | None:
-    if "TILE" not in one.arguments or "order" in one.arguments:
+    if "TILE" not in one.arguments or "pipeline" in one.arguments:
         return None  # no tensors; or pipelined, of which each program does another share
     tile = {name: field.value for name, field in vars(one.arguments["TILE"]).items()}
     steps = 1
@@ -236,9 +243,9 @@ def _instructions(one: Launch, cubin: bytes) -> float | None:
         steps = math.ceil(one.arguments["split_vecs"] / iteration)
     rounds = steps
     if one.kernel.__name__.endswith("moments_kernel"):
-        from triton_gn.kernels.split import STEPS_AT_ONCE
+        from triton_gn.kernels.split import BLOCKS_AT_ONCE
 
-        rounds -= math.ceil(steps / STEPS_AT_ONCE.value)  # the first of each, before the loop
+        rounds -= math.ceil(steps / BLOCKS_AT_ONCE.value)  # the first of each, before the loop
     executed = sass.executed(sass.disassembled(cubin), rounds)
     elements = tile["rows"] * tile["cols"] * tile["channel_tiles"] * tile["pixel_tiles"] * steps
     per_element: float = executed * 32 * one.num_warps / elements
