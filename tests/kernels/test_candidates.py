@@ -78,7 +78,7 @@ def others(problem: Problem, gpu: torch.device) -> list[Config]:
     return tune.shortlist(problem, gpu_of(gpu), 4)[1:]
 
 
-def table(gpu: torch.device) -> dict[Problem, table.Entry]:
+def entries_of(gpu: torch.device) -> dict[Problem, table.Entry]:
     device = gpu_of(gpu)
     path = table.path_of(table.cache_folder(), device)
     return {entry.problem: entry for entry in table.read(path, device)}
@@ -96,7 +96,7 @@ def test_what_is_faster_is_kept_and_used(
     assert "1x4x6x5 forward: rule 1000.0 us, best 500.0 us (2.00x), strategy=" in out
     assert "(4 timed)" in out
     for problem, config in zip((FORWARD, BACKWARD), fast, strict=True):
-        entry = table(gpu)[problem]
+        entry = entries_of(gpu)[problem]
         assert (entry.rule_us, entry.best_us, entry.noise_us) == pytest.approx((1000, 500, 200))
         assert entry.config == fields_of(config)
         assert plan(problem, device) == config != heuristic_plan(problem, device)
@@ -110,7 +110,7 @@ def test_what_is_faster_is_kept_and_used(
 def test_gain_must_be_more_than_the_noise(gpu: torch.device, ms: float, is_kept: bool) -> None:
     fast = others(FORWARD, gpu)[1]
     assert tune.run(options(*SHAPE, "--direction", "forward"), gpu, preferring(fast, ms=ms)) == 0
-    entry = table(gpu)[FORWARD]
+    entry = entries_of(gpu)[FORWARD]
     assert (entry.config is not None) is is_kept
     assert entry.best_us == pytest.approx(1e3 * ms if is_kept else 1e3)
     device = gpu_of(gpu)
@@ -128,7 +128,7 @@ def test_fastest_of_many_races_the_rule_again(gpu: torch.device) -> None:
 
     stopwatch = Stopwatch(ms)
     tune.run(options(*SHAPE, "--direction", "forward"), gpu, stopwatch)
-    assert table(gpu)[FORWARD].config is None
+    assert entries_of(gpu)[FORWARD].config is None
     rule = heuristic_plan(FORWARD, gpu_of(gpu))
     assert stopwatch.timed == [rule, *others(FORWARD, gpu), *[rule, lucky] * 2]
 
@@ -156,7 +156,7 @@ def test_wrong_broken_and_spilling_plans_are_never_timed(
     out = capsys.readouterr().out
     assert "(1 timed, 1 wrong, 1 failed, 1 spilled)" in out
     assert f"{fields_of(wrong)} wrong: y is off by" in out
-    assert table(gpu)[FORWARD].config is None
+    assert entries_of(gpu)[FORWARD].config is None
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_problem_that_the_rule_gets_wrong_is_not_tuned(
     stopwatch = preferring()
     assert tune.run(options(*SHAPE), gpu, stopwatch) == 1
     assert "forward: not tuned: the rule's own plan" in capsys.readouterr().out
-    assert table(gpu).keys() == {BACKWARD}
+    assert entries_of(gpu).keys() == {BACKWARD}
     assert stopwatch.calls == 3  # of the backward
 
 
@@ -248,13 +248,13 @@ def test_interrupt_leaves_a_whole_table_and_the_next_run_goes_on(
     stopwatch = Stopwatch(interrupt)
     assert tune.run(options(*SHAPE), gpu, stopwatch) == 130
     assert "1 of 2 problems are done" in capsys.readouterr().out
-    assert table(gpu).keys() == {FORWARD}
+    assert entries_of(gpu).keys() == {FORWARD}
 
     for calls, flags in ((3, ()), (0, ()), (6, ("--retune",))):
         stopwatch = preferring()
         assert tune.run(options(*SHAPE, *flags), gpu, stopwatch) == 0
         assert stopwatch.calls == calls
-        assert table(gpu).keys() == {FORWARD, BACKWARD}
+        assert entries_of(gpu).keys() == {FORWARD, BACKWARD}
 
 
 def test_other_versions_are_timed_again(gpu: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,7 +268,7 @@ def test_other_versions_are_timed_again(gpu: torch.device, monkeypatch: pytest.M
     newer = preferring()
     tune.run(options(*SHAPE, "--direction", "forward"), gpu, newer)
     assert newer.timed
-    assert table(gpu)[FORWARD].provenance["driver"] == "newer"
+    assert entries_of(gpu)[FORWARD].provenance["driver"] == "newer"
 
 
 @pytest.fixture
@@ -309,7 +309,7 @@ def test_model_is_tuned_for_the_problems_that_it_meets(
     expected = [
         first, second, replace(second, direction="backward"), replace(first, direction="backward")
     ]  # fmt: skip
-    assert list(table(gpu)) == expected
+    assert list(entries_of(gpu)) == expected
 
 
 def test_model_without_gradients_meets_no_backward(factories: Callable[..., None]) -> None:
