@@ -1,7 +1,8 @@
 """Program tiles: which elements of memory a program holds, and how it loads and stores them.
 
-A tensor is a matrix of *memory rows*. A program owns a rectangle of this matrix, its program tile,
-and holds it as equal fragments of ``TILE.rows`` by ``TILE.cols``::
+A tensor is a matrix of *memory rows*. A program owns a rectangle of this matrix, its program tile.
+It works on the program tile in blocks, which it holds as equal fragments of ``TILE.rows`` by
+``TILE.cols``::
 
     contiguous (N, C, H*W)                     channels-last (N, H*W, C)
 
@@ -13,10 +14,10 @@ and holds it as equal fragments of ``TILE.rows`` by ``TILE.cols``::
     channel  |      |      |      |            pixel    |      |      |      |
              +------+------+------+                     +------+------+------+
 
-``#`` marks a program tile of 2 channel tiles (``c``) and 2 pixel tiles (``p``): 4 fragments. Where
-the pixels do not fit the program tile, the program walks along them in iterations, each over one
-block of ``pixel_tiles`` fragments. Only this file and ``reduce`` know which axis is which: the
-kernels speak of channel tiles, pixel tiles, channel sums and group sums.
+``#`` marks a block of 2 channel tiles (``c``) and 2 pixel tiles (``p``): 4 fragments. The program
+tile of a resident program is one block. Split and pipelined programs walk along the pixels of
+theirs, one block per iteration. Only this file and ``reduce`` know which axis is which: the kernels
+speak of channel tiles, pixel tiles, channel sums and group sums.
 
 A memory row is ``row_vecs * TILE.vec`` elements long. Contiguous, it holds ``channels_per_row``
 channels of one sample. This is above 1 only if H*W is no multiple of the vector, as for 7x7: that
