@@ -13,6 +13,7 @@ from triton.runtime import InterpreterError
 import triton_gn
 from tests.support.memory import GuardedMemory
 from tests.support.oracle import check, make_case
+from triton_gn.kernels.split import SplitShape
 from triton_gn.kernels.tile import Tile, program_tile_of
 from triton_gn.plan import Device, Problem, plan
 
@@ -126,8 +127,9 @@ def test_more_groups_than_a_grid_axis_of_65535(memory: GuardedMemory, device: st
 def _offset_kernel(
     offset_ptr, pid, groups, pixels, row_vecs, splits, split_vecs, TILE: tl.constexpr
 ):
-    program_tile = program_tile_of(pid, groups, pixels, row_vecs, splits, split_vecs, TILE)
-    tl.store(offset_ptr, program_tile.offset)
+    shape = SplitShape(groups, pixels, row_vecs, splits, split_vecs, None)
+    region = program_tile_of(pid, shape, splits, split_vecs, TILE)
+    tl.store(offset_ptr, region.block.offset)
 
 
 @pytest.mark.parametrize("strategy", ["resident", "pipelined", "split"])

@@ -14,7 +14,7 @@ import triton.language as tl
 import triton_gn
 from tests.support.memory import GuardedMemory
 from tests.support.oracle import check, make_case
-from triton_gn.kernels.pipelined import Units, _phase, _program
+from triton_gn.kernels.pipelined import Pipeline, _program_of, _stage_of
 from triton_gn.kernels.tile import Tile
 from triton_gn.ops import launcher, layout
 from triton_gn.ops.call import Call
@@ -24,68 +24,72 @@ FORMATS = pytest.mark.parametrize("channels_last", [False, True], ids=["contiguo
 
 
 @triton.jit
-def list_tickets(out_ptr, order, splits, TILE: tl.constexpr):
-    for ticket in range(0, 2 * order.units * order.items):
-        unit, is_first = _phase(ticket, order)
-        tl.store(out_ptr + 3 * ticket, unit)
+def list_tickets(out_ptr, pipeline, splits, TILE: tl.constexpr):
+    for ticket in range(0, 2 * pipeline.stages * pipeline.work_items):
+        stage, is_first = _stage_of(ticket, pipeline)
+        program = _program_of(stage, ticket % pipeline.work_items, pipeline, splits, TILE)
+        tl.store(out_ptr + 3 * ticket, stage)
         tl.store(out_ptr + 3 * ticket + 1, is_first.to(tl.int32))
-        tl.store(
-            out_ptr + 3 * ticket + 2, _program(unit, ticket % order.items, order, splits, TILE)
-        )
+        tl.store(out_ptr + 3 * ticket + 2, program)
 
 
 def tickets(
     device: str,
-    units: int,
-    in_sample: int,
-    items: int,
+    stages: int,
+    stages_per_sample: int,
+    work_items: int,
     prefetch_distance: int,
     splits: int,
     channels_last: bool,
 ) -> list[tuple[int, bool, int]]:
-    """Unit, whether it is the first pass, and the number of the program, of each ticket."""
-    out = torch.full((2 * units * items, 3), -1, dtype=torch.int32, device=device)
-    order = Units(units, in_sample, items, prefetch_distance)
-    list_tickets[(1,)](out, order, splits, Tile(channels_last=channels_last))
-    return [(unit, bool(first), program) for unit, first, program in out.tolist()]
+    """Return of each ticket: stage, whether it is the first pass, and the program's number."""
+    out = torch.full((2 * stages * work_items, 3), -1, dtype=torch.int32, device=device)
+    pipeline = Pipeline(None, stages, stages_per_sample, work_items, prefetch_distance)
+    list_tickets[(1,)](out, pipeline, splits, Tile(channels_last=channels_last))
+    return [(stage, bool(first), program) for stage, first, program in out.tolist()]
 
 
 @FORMATS
 @pytest.mark.parametrize(
-    ("units", "prefetch_distance"), [(1, 1), (2, 1), (2, 2), (6, 1), (6, 4), (6, 6)]
+    ("stages", "prefetch_distance"), [(1, 1), (2, 1), (2, 2), (6, 1), (6, 4), (6, 6)]
 )
 def test_tickets_are_in_order(
-    device: str, units: int, prefetch_distance: int, channels_last: bool
+    device: str, stages: int, prefetch_distance: int, channels_last: bool
 ) -> None:
     splits = 3
-    items = 2 * splits
+    work_items = 2 * splits
+    stages_per_sample = 2 if stages % 2 == 0 else 1
     listed = tickets(
-        device, units, 2 if units % 2 == 0 else 1, items, prefetch_distance, splits, channels_last
+        device, stages, stages_per_sample, work_items, prefetch_distance, splits, channels_last
     )
     for is_first in (True, False):
-        of_pass = [one for one in listed if one[1] is is_first]
-        assert [unit for unit, *_ in of_pass] == [i // items for i in range(units * items)]
-        assert sorted(program for *_, program in of_pass) == list(range(units * items))
-    phases = [next(phase)[:2] for _, phase in itertools.groupby(listed, lambda one: one[:2])]
-    assert len(phases) == 2 * units
-    for unit in range(units):
-        first, second = phases.index((unit, True)), phases.index((unit, False))
+        of_pass = [ticket for ticket in listed if ticket[1] is is_first]
+        assert [stage for stage, *_ in of_pass] == [
+            i // work_items for i in range(stages * work_items)
+        ]
+        assert sorted(program for *_, program in of_pass) == list(range(stages * work_items))
+    phases = [next(phase)[:2] for _, phase in itertools.groupby(listed, lambda ticket: ticket[:2])]
+    assert len(phases) == 2 * stages
+    for stage in range(stages):
+        first, second = phases.index((stage, True)), phases.index((stage, False))
         # prefetch_distance - 1 pairs and one first pass lie between, as far as there are any
         assert first < second <= first + 2 * prefetch_distance
-    # whoever waits, waits for earlier tickets only
-    assert [unit for unit, is_first in phases if is_first][:prefetch_distance] == list(
+    # a program that waits, waits for earlier tickets only
+    assert [stage for stage, is_first in phases if is_first][:prefetch_distance] == list(
         range(prefetch_distance)
     )
 
 
-def test_units_are_adjacent_groups_of_a_sample(device: str) -> None:
-    """Channels-last, 6 blocks of groups in units of 2, 3 splits: programs are numbered as split's,
-    blocks innermost, then splits, then samples."""
+def test_stages_are_adjacent_groups_of_a_sample(device: str) -> None:
+    """Channels-last, 6 blocks of groups in stages of 2, 3 splits.
+
+    Programs are numbered as split's: blocks innermost, then splits, then samples.
+    """
     listed = tickets(device, 6, 3, 6, 1, 3, channels_last=True)
-    for unit, is_first, program in listed:
+    for stage, is_first, program in listed:
         if is_first:
             sample, block = program // 18, program % 6
-            assert (sample, block // 2) == divmod(unit, 3)
+            assert (sample, block // 2) == divmod(stage, 3)
 
 
 @FORMATS

@@ -13,7 +13,7 @@ import triton
 from tests.support.compiling import launches_of, statistics_launches
 from triton_gn.ops.launches import Launch
 from triton_gn.reference import ACTIVATIONS
-from triton_gn.tools.compile import Kernel, assembly_of, compile_launch
+from triton_gn.tools.compile import Kernel, assembly_of, compile_launch, pointers_of
 
 pytest.importorskip("triton")
 
@@ -100,7 +100,7 @@ def assert_compile_well(launches: list[Launch], dtype: torch.dtype, target: str)
 
 def assert_wide(launch: Launch, kernel: Kernel) -> None:
     """Each tensor of the input's size goes through 16-byte accesses, all of it."""
-    tensors = [name for name in TENSORS if launch.arguments.get(name) is not None]
+    tensors = [name for name, _ in pointers_of(launch) if name in TENSORS]
     assert tensors
     for name in tensors:
         assert kernel.access_bytes[name] == 16, (name, kernel)

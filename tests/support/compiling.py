@@ -1,4 +1,4 @@
-"""Launches of problems of any shape, as planned for a GPU that need not be present."""
+"""Describe the launches of any problem, as planned for a GPU that need not be present."""
 
 from typing import Any
 
@@ -22,9 +22,9 @@ def launches_of(
     fused: tuple[str, ...] = (),
     **override: Any,
 ) -> list[launches.Launch]:
-    """The launches of a problem as planned for a GPU of the target, on tensors without memory.
+    """Return the launches of a problem as planned for a GPU of the target, without memory.
 
-    ``fused``: which of scale, shift, pre_add and residual there are, per sample.
+    ``fused`` names those of scale, shift, pre_add and residual that are present, per sample.
     """
     x = torch.empty(shape, dtype=dtype, device="meta")
     if channels_last:
@@ -32,8 +32,8 @@ def launches_of(
     n, channels = shape[:2]
     param_dtype = param_dtype or dtype
     weight, bias = (
-        torch.empty(channels, dtype=param_dtype, device="meta") if there else None
-        for there in affine
+        torch.empty(channels, dtype=param_dtype, device="meta") if present else None
+        for present in affine
     )
     per_sample = {
         name: torch.empty(n, channels, dtype=param_dtype, device="meta")
@@ -69,13 +69,18 @@ def _plan(
 def statistics_launches(
     x: torch.Tensor, num_groups: int, activation: str, target: str
 ) -> list[launches.Launch]:
-    """The launches of statistics, of apply and, in shards, of group_norm between its collectives:
-    forward and backward, with all gradients."""
+    """Return the launches around precomputed statistics, forward and backward, all gradients.
+
+    They are those of group_norm_stats, of group_norm_apply, and of a sharded group_norm between its
+    collectives.
+    """
     n, channels = x.shape[:2]
     weight, pre_add = x.new_empty(channels), x.new_empty(n, channels)
-    taken, applied = Operands(x, pre_add=pre_add), Operands(x, weight, pre_add=pre_add)
+    measured, applied = Operands(x, pre_add=pre_add), Operands(x, weight, pre_add=pre_add)
     stats = launches.statistics(x, n, num_groups, 3)
-    of_shards, sums = (launches.statistics(x, n, num_groups, *sizes) for sizes in ((8, 4), (1, 2)))
+    shard_moments, sums = (
+        launches.statistics(x, n, num_groups, *sizes) for sizes in ((8, 4), (1, 2))
+    )
     grads = {name: torch.empty_like(t) for name, t in applied._asdict().items() if t is not None}
     dy = y = torch.empty_like(x)
 
@@ -83,19 +88,19 @@ def statistics_launches(
         return _plan(direction, operands, num_groups, activation, target, strategy="split")
 
     moments = launches.statistics(x, 4, n, num_groups)
-    forward = planned("forward", taken, "none")
-    found = launches.forward_launches(*forward, taken, None, None, 0.0, moments)
+    forward = planned("forward", measured, "none")
+    described = launches.forward_launches(*forward, measured, None, None, 0.0, moments)
     forward = planned("forward", applied, activation)
-    found += launches.forward_launches(*forward, applied, y, stats, 1e-5, of_shards)
+    described += launches.forward_launches(*forward, applied, y, stats, 1e-5, shard_moments)
     problem, config = planned("backward", applied, activation)
     parts = launches.statistics(x, n, num_groups, config.num_partials, 2)
-    found += launches.backward_launches(
+    described += launches.backward_launches(
         problem, config, dy, applied, stats, grads, parts, half="reduce"
     )
     wanted = {name: grads[name] for name in ("x", "pre_add")}
-    for given, operands, act in ((dy, applied, activation), (None, taken, "none")):
+    for incoming, operands, act in ((dy, applied, activation), (None, measured, "none")):
         backward = planned("backward", operands, act)
-        found += launches.backward_launches(
-            *backward, given, operands, stats, wanted, sums, half="apply"
+        described += launches.backward_launches(
+            *backward, incoming, operands, stats, wanted, sums, half="apply"
         )
-    return found
+    return described

@@ -1,4 +1,4 @@
-"""What the tests change in Triton's interpreter: it must round as the GPU does, and fast enough."""
+"""Patches of Triton's interpreter, which make it round as the GPU does, and run fast enough."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from triton.runtime import interpreter
 
 
 def round_to_bfloat16() -> None:
-    """Casts to bfloat16 truncate in the interpreter, and casts from float64 reinterpret: round."""
+    """Round in casts to bfloat16: the interpreter truncates, and reinterprets float64."""
     plain_cast = interpreter.InterpreterBuilder.cast_impl
 
     def cast(self: Any, source: Any, target: Any) -> Any:
@@ -28,8 +28,10 @@ def round_to_bfloat16() -> None:
 
 
 def patch_language_once() -> None:
-    """The interpreter patches triton.language at each call of a device function, which takes most
-    of its time. Once per launch is enough."""
+    """Patch triton.language once per launch.
+
+    The interpreter does it at each call of a device function, which takes most of its time.
+    """
     patch = interpreter._patch_lang
     scopes: dict[tuple[str, ...], Any] = {}
 
@@ -57,8 +59,10 @@ def patch_language_once() -> None:
 
 
 def remember_types() -> None:
-    """The interpreter works out the type and the shape of each result anew, which takes most of the
-    time that is left: remember them. The values are still its own."""
+    """Cache the type and the shape of results; the values are still computed by the interpreter.
+
+    Computing types and shapes anew for each result takes most of the remaining time.
+    """
     core, semantic = tl.core, type(interpreter.interpreter_semantic)
     plain_np_dtype, plain_block_type = interpreter._get_np_dtype, core.block_type.__init__
     plain_tensor, plain_equal = core.tensor.__init__, core.dtype.__eq__
@@ -122,8 +126,10 @@ def remember_types() -> None:
 
 
 def raise_on_overflow() -> None:
-    """The interpreter looks for overflow with a dozen operations after each one, and then says
-    nothing, as its ``debug`` is off: look with one, and raise."""
+    """Raise if a 32-bit sum, difference or product overflows.
+
+    The interpreter's own check takes a dozen operations, and reports nothing with ``debug`` off.
+    """
     exact = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
     limits = {np.dtype(kind): (np.iinfo(kind).min, np.iinfo(kind).max) for kind in ("i4", "u4")}
 
@@ -140,7 +146,7 @@ def raise_on_overflow() -> None:
 
 
 class Traffic:
-    """Bytes that kernels load and store, per tensor, while it is the active context."""
+    """Context that counts the bytes that kernels load and store, for each tensor."""
 
     def __init__(self, **tensors: Any) -> None:
         self._ranges = {

@@ -1,4 +1,4 @@
-"""Tensors between guard zones: whoever reads one gets NaN, whoever writes one is found out."""
+"""Tensors between guard zones: reading a zone gives NaN, and writing to a zone is detected."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 _GUARD = 128  # elements on each side: keeps the tensor's 16-byte alignment
-# a NaN of each dtype that no arithmetic produces; of integers, a number that no counter reaches
+# for each dtype, a NaN that no arithmetic produces; for integers, a number that no counter reaches
 _BITS = {
     torch.float16: (torch.int16, 0x7EBE),
     torch.bfloat16: (torch.int16, 0x7FBE),
@@ -32,7 +32,7 @@ class GuardedMemory:
         bits_dtype, bits = _BITS[dtype]
         buffer = _empty(extent + 2 * _GUARD, dtype=bits_dtype, device=device).fill_(bits)
         self._buffers.append((buffer, bits))
-        # no view, which autograd would let nobody change in place
+        # not a view: autograd forbids changing views in place
         return _empty(0, dtype=dtype, device=device).set_(
             buffer.untyped_storage(), _GUARD, torch.Size(shape), tuple(stride)
         )
@@ -47,7 +47,7 @@ class GuardedMemory:
         return self.empty_strided(sizes, strides[: len(sizes)], dtype=dtype, device=device)
 
     def guarded(self, x: Tensor) -> Tensor:
-        """A copy of the dense x, with its strides."""
+        """Return a copy of the dense x, with its strides."""
         return self.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device).copy_(x)
 
     def check(self) -> None:

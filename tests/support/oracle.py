@@ -1,4 +1,4 @@
-"""One GroupNorm step through the kernels beside float64, and how far they are apart."""
+"""Run one GroupNorm step through the kernels and in float64, and compare the results."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class Case:
         return Operands(*(getattr(self, name) for name in Operands._fields))
 
     def expected(self) -> dict[str, Tensor]:
-        """y and the gradients of all operands, in float64."""
+        """Compute y and the gradients of all operands in float64."""
 
         def formulas(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, **rest):
             activation = rest.pop("activation")
@@ -43,20 +43,25 @@ class Case:
         return self.through(formulas, torch.float64)
 
     def through(self, group_norm: Callable, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        """As ``expected``, but by ``group_norm``, on the operands as they are or in ``dtype``."""
-        given = {
+        """Compute the same by ``group_norm``, on the operands as they are or in ``dtype``."""
+        operands = {
             name: t.detach().to(dtype or t.dtype).requires_grad_()
             for name, t in self.operands._asdict().items()
             if t is not None
         }
-        fused = {name: t for name, t in given.items() if name not in ("x", "weight", "bias")}
+        fused = {name: t for name, t in operands.items() if name not in ("x", "weight", "bias")}
         if self.activation != "none" or dtype is not None:
             fused["activation"] = self.activation
         y = group_norm(
-            given["x"], self.num_groups, given.get("weight"), given.get("bias"), self.eps, **fused
+            operands["x"],
+            self.num_groups,
+            operands.get("weight"),
+            operands.get("bias"),
+            self.eps,
+            **fused,
         )
         y.backward(self.dy.to(y.dtype))
-        return {"y": y.detach()} | {f"d{name}": t.grad for name, t in given.items()}
+        return {"y": y.detach()} | {f"d{name}": t.grad for name, t in operands.items()}
 
     def through_kernels(self) -> dict[str, Tensor]:
         with triton_gn.backend("triton"):
@@ -79,10 +84,10 @@ def make_case(
     fused: tuple[str, ...] = (),
     per_sample: bool = True,
 ) -> Case:
-    """Random operands between guard zones; weight is not 1, bias not 0.
+    """Draw random operands between guard zones; weight is not 1, bias not 0.
 
-    ``fused``: which of scale, shift, pre_add and residual there are besides; the first three
-    ``per_sample`` or shared.
+    ``fused`` names those of scale, shift, pre_add and residual that are present; the first three
+    are ``per_sample`` or shared.
     """
     random = torch.Generator().manual_seed(0)
 
@@ -110,26 +115,26 @@ def make_case(
 
 
 def ulp(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Distance of neighbouring numbers of ``dtype`` at each of the float64 values."""
+    """Return the distance of neighbouring numbers of ``dtype`` at each of the float64 values."""
     info = torch.finfo(dtype)
     exponent = torch.frexp(values.abs().clamp(min=info.tiny)).exponent - 1
     return torch.ldexp(torch.full_like(values, info.eps), exponent)
 
 
 def relative_error(result: Tensor, expected: Tensor) -> float:
-    """Largest error over the largest expected value."""
+    """Return the largest error over the largest expected value."""
     if expected.numel() == 0:
         return 0.0
     return float((result.double() - expected).abs().max() / expected.abs().max())
 
 
 def check(results: dict[str, Tensor], expected: dict[str, Tensor], dx_terms: float = 0.0) -> None:
-    """Each result within its rounding: of float32 arithmetic (float64's own for float64 input),
-    relative to the largest value, plus half an ulp of its own dtype where that has 16 bits.
+    """Assert that each result is within the rounding errors of its arithmetic and its dtype.
 
-    1e-6 for y, twice that for gradients: sums whose terms cancel. 0.51: the last rounding is half
-    an ulp, and a float32 result just beside a tie of a 16-bit dtype may fall to either side.
-    ``dx_terms``: the largest term of dx, where all of them cancel.
+    Arithmetic in float32 may be off by 1e-6 of the largest value for y, and twice that for
+    gradients, whose sums have terms that cancel. A 16-bit dtype may add half an ulp, plus 0.01: a
+    float32 result just beside a tie may round to either side. ``dx_terms`` is the largest term of
+    dx, for cases in which all terms cancel.
     """
     float64 = next(iter(results.values())).dtype is torch.float64
     for name, value in expected.items():
@@ -151,8 +156,11 @@ def check(results: dict[str, Tensor], expected: dict[str, Tensor], dx_terms: flo
 def check_poison_stays(
     poisoned: dict[str, Tensor], clean: dict[str, Tensor], touched: Tensor
 ) -> None:
-    """NaN or Inf in x and dy is seen in y and dx of its group, the channels ``touched`` (N, C), and
-    changes no bit of any other, nor of the parameters' gradients of other channels."""
+    """Assert that NaN or Inf in x and dy stays in its group, the channels ``touched`` (N, C).
+
+    y and dx of the group show it. No bit changes in y and dx of other groups, or in the
+    parameters' gradients of other channels.
+    """
     for name in ("y", "dx"):
         assert poisoned[name][touched].isnan().any()
         assert torch.equal(poisoned[name][~touched], clean[name][~touched])

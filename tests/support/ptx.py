@@ -34,12 +34,12 @@ _SHARED_BYTES = 227 * 1024
 
 
 class Fault(Exception):
-    """What a GPU would not do, or would not tell."""
+    """Access or instruction that must not occur, and that a GPU may not report."""
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """``guard``: the predicate under which it is executed, after "!" its opposite."""
+    """One instruction; ``guard`` is its predicate, or "!" and its negated predicate."""
 
     text: str
     guard: str
@@ -49,12 +49,12 @@ class Instruction:
 
     @property
     def is_barrier(self) -> bool:
-        """Whether all warps of a program wait here for each other."""
+        """True if all warps of a program wait here for each other."""
         return (self.name, *self.kinds[:1]) == ("bar", "sync")
 
 
 class Code:
-    """Instructions, where labels point, and the types of registers."""
+    """Instructions, targets of labels, and types of registers."""
 
     def __init__(self, body: str) -> None:
         self.instructions: list[Instruction] = []
@@ -80,7 +80,7 @@ class Code:
             )
 
     def type_of(self, register: str) -> Any:
-        """Of "%r12", that of "%r"; inline assembly has registers with names of their own."""
+        """Return the type of a register: its own, or for "%r12" that of "%r"."""
         return self.types.get(register) or self.types[register.rstrip("0123456789")]
 
 
@@ -88,7 +88,7 @@ _AROUND = "{} \t\n"  # blocks, in front of a statement
 
 
 class Kernel:
-    """A kernel's PTX, to be launched on tensors of the CPU."""
+    """PTX of a kernel, to be launched on CPU tensors."""
 
     def __init__(self, ptx: str) -> None:
         signature, header, body = _groups(r".*?\.entry \w+\((.*?)\)(.*?)\n(\{.*?\n\}).*", ptx)
@@ -119,9 +119,9 @@ class Kernel:
             How many bytes all threads have loaded ("ld") and stored ("st") of tensors, by their
             addresses.
         """
-        given = [*arguments]
-        bits = [*map(_bits, given), *[0] * (len(self.parameters) - len(given))]
-        tensors = [one for one in given if isinstance(one, Tensor)]
+        values = [*arguments]
+        bits = [*map(_bits, values), *[0] * (len(self.parameters) - len(values))]
+        tensors = [tensor for tensor in values if isinstance(tensor, Tensor)]
         return self.run_on(grid, bits, tensors, seed, at_a_time, fuses)
 
     def run_on(
@@ -133,7 +133,7 @@ class Kernel:
         at_a_time: int = 1,
         fuses: bool = False,
     ) -> Counter[tuple[int, str]]:
-        """Launch with parameters as a driver gets them: their bits, and tensors to point into."""
+        """Launch with the bits of the parameters, and the tensors that they point into."""
         memory = _Memory(tensors)
         values = dict(zip(self.parameters, bits, strict=True))
         order = random.Random(seed)
@@ -144,10 +144,10 @@ class Kernel:
         running = list(itertools.islice(programs, at_a_time))
         with np.errstate(all="ignore"):
             while running:
-                one = order.choice(running)
+                program = order.choice(running)
                 barriers = order.choice((1, 10, 1000))  # so many, while the others stand still
-                if sum(1 for _ in itertools.islice(one, barriers)) < barriers:
-                    running.remove(one)
+                if sum(1 for _ in itertools.islice(program, barriers)) < barriers:
+                    running.remove(program)
                     running += itertools.islice(programs, 1)
         return memory.traffic
 
@@ -166,18 +166,18 @@ def _bits(value: Tensor | float) -> int:
 
 
 class _Memory:
-    """The tensors of a launch."""
+    """Global memory: the tensors of a launch."""
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self.traffic: Counter[tuple[int, str]] = Counter()
         self._spans = []
-        for one in tensors:
-            storage = one.untyped_storage()
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
             data = torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
-            self._spans.append((storage.data_ptr(), data, one.data_ptr()))
+            self._spans.append((storage.data_ptr(), data, tensor.data_ptr()))
 
     def at(self, addresses: Array, size: int, name: str) -> tuple[Array, Array]:
-        """Of each address ``size`` bytes: in which memory, and where there."""
+        """Return the memory, and the places in it, of ``size`` bytes at each address."""
         for start, data, tensor in self._spans:
             if start <= addresses[0] < start + len(data):
                 self.traffic[tensor, name] += size * len(addresses)
@@ -194,7 +194,7 @@ def _places(offsets: Array, size: int, length: int) -> Array:
 
 
 class Threads:
-    """Registers of so many threads."""
+    """Registers of a number of threads."""
 
     def __init__(self, code: Code, count: int) -> None:
         self.code, self.count = code, count
@@ -205,7 +205,7 @@ class Threads:
         self.products: dict[str, Array] = {}  # of registers, before rounding; NaN for others
 
     def value(self, name: str, kind: Any) -> Array:
-        """An operand of each thread, its bits taken as that kind of number."""
+        """Return an operand of each thread, its bits read as a kind of number."""
         if name.startswith("!"):
             return ~self.value(name[1:], kind)
         if name in self.special:
@@ -218,7 +218,7 @@ class Threads:
         return bits if bits.dtype == kind else bits.view(kind)
 
     def bits(self, name: str) -> Array:
-        """What a register holds; all ones, a NaN, until it is written."""
+        """Return the bits of a register; until it is written they are all ones, a NaN."""
         if name not in self.registers:
             kind = self.code.type_of(name)
             kind = kind if kind == np.bool_ else _UNSIGNED[np.dtype(kind).itemsize]
@@ -226,7 +226,7 @@ class Threads:
         return self.registers[name]
 
     def write(self, name: str, value: Array, mask: Array) -> None:
-        """To the threads' register, whatever kind of number it is for."""
+        """Write to the threads' register, whatever its kind of number."""
         if name == "_":
             return
         before = self.bits(name)
@@ -239,26 +239,28 @@ class Threads:
         self.keep_product(name, np.nan, mask)
 
     def product(self, name: str) -> Array:
-        """What a register holds of a product; NaN where it is none."""
+        """Return the unrounded product in a register; NaN where the register holds no product."""
         return self.products.get(name, np.full(self.count, np.nan))
 
     def keep_product(self, name: str, product: Array, mask: Array) -> None:
         if name in self.products or not np.isscalar(product):
             self.products[name] = np.where(mask, product, self.product(name))
 
-    def reach(self, one: Instruction, address: str, size: int, mask: Array) -> tuple[Array, Array]:
-        """In which memory, and where there, threads access so many bytes each."""
+    def reach(
+        self, instruction: Instruction, address: str, size: int, mask: Array
+    ) -> tuple[Array, Array]:
+        """Return the memory, and the places in it, where threads access ``size`` bytes each."""
         raise Fault("there is no memory here")
 
     def run(self) -> None:
-        """Once through the instructions, which do not branch."""
+        """Run the instructions once; they must not branch."""
         everyone = np.ones(self.count, bool)
-        for one in self.code.instructions:
-            _execute(self, one, everyone)
+        for instruction in self.code.instructions:
+            _execute(self, instruction, everyone)
 
 
 class _Program(Threads):
-    """One program."""
+    """One program of a launch."""
 
     def __init__(
         self,
@@ -281,7 +283,7 @@ class _Program(Threads):
         }  # fmt: skip
 
     def run(self, order: random.Random) -> Iterator[None]:  # type: ignore[override]
-        """Until all threads have returned, with a break at each barrier.
+        """Run until all threads have returned, and yield at each barrier.
 
         Between barriers one warp runs after the other, in any order.
         """
@@ -301,17 +303,19 @@ class _Program(Threads):
                 warp.release()
             yield
 
-    def reach(self, one: Instruction, address: str, size: int, mask: Array) -> tuple[Array, Array]:
+    def reach(
+        self, instruction: Instruction, address: str, size: int, mask: Array
+    ) -> tuple[Array, Array]:
         name, offset = _groups(r"\[\s*([^\s+]+)\s*(?:\+\s*(-?\d+))?\s*\]", address)
-        if "global" in one.kinds:
+        if "global" in instruction.kinds:
             start = self.value(name, np.uint64)[mask] + np.uint64(int(offset or 0))
-            return self._memory.at(start, size, one.name)
+            return self._memory.at(start, size, instruction.name)
         start = self.value(name, np.uint32)[mask].astype(np.int64) + int(offset or 0)
         return self._shared, _places(start, size, _SHARED_BYTES)
 
 
 class _Warp:
-    """Where the threads of a warp are: of those that have parted, the last ones go first."""
+    """Positions of the threads of a warp; of diverged threads, the hindmost run first."""
 
     def __init__(self, program: _Program, mask: Array) -> None:
         self._program = program
@@ -323,7 +327,7 @@ class _Warp:
 
     @property
     def barrier(self) -> Instruction:
-        """What it waits at."""
+        """Return the barrier that the warp waits at."""
         return self._program.code.instructions[min(self._places)]
 
     def release(self) -> None:
@@ -331,27 +335,27 @@ class _Warp:
         self._places = {place + 1: self._places[place]}
 
     def advance(self) -> None:
-        """To its next barrier, or to its end."""
+        """Run to the next barrier, or to the end."""
         while self._places:
             place = min(self._places)
-            one = self._program.code.instructions[place]
-            if one.is_barrier:
+            instruction = self._program.code.instructions[place]
+            if instruction.is_barrier:
                 if len(self._places) > 1:
-                    raise Fault(f"threads are elsewhere: {one.text}")
+                    raise Fault(f"threads are elsewhere: {instruction.text}")
                 return
             mask = executed = self._places.pop(place)
-            if one.guard:
-                executed = mask & self._program.value(one.guard, np.bool_)
-            if one.name == "bra":
-                self._go(self._program.code.labels[one.operands[0]], executed)
+            if instruction.guard:
+                executed = mask & self._program.value(instruction.guard, np.bool_)
+            if instruction.name == "bra":
+                self._go(self._program.code.labels[instruction.operands[0]], executed)
                 mask = mask & ~executed
-            elif one.name in ("ret", "exit"):
+            elif instruction.name in ("ret", "exit"):
                 mask = mask & ~executed
             elif executed.any():
                 try:
-                    _execute(self._program, one, executed)
+                    _execute(self._program, instruction, executed)
                 except (KeyError, Fault) as error:
-                    raise Fault(f"{error}: {one.text}") from error
+                    raise Fault(f"{error}: {instruction.text}") from error
             self._go(place + 1, mask)
 
     def _go(self, place: int, mask: Array) -> None:
@@ -373,25 +377,25 @@ def _immediate(text: str, kind: Any) -> Array:
 Operation = Callable[..., Array]
 
 
-def _execute(threads: Threads, one: Instruction, mask: Array) -> None:
-    if one.name in _MEMORY:
-        _MEMORY[one.name](threads, one, mask)
+def _execute(threads: Threads, instruction: Instruction, mask: Array) -> None:
+    if instruction.name in _MEMORY:
+        _MEMORY[instruction.name](threads, instruction, mask)
         return
-    if one.name in _IGNORED:
+    if instruction.name in _IGNORED:
         return
-    kinds = [kind for kind in one.kinds if kind not in _WITHOUT_EFFECT]
-    target, *names = one.operands
+    kinds = [kind for kind in instruction.kinds if kind not in _WITHOUT_EFFECT]
+    target, *names = instruction.operands
     if "{" in target + names[0]:
         _move_parts(threads, mask, target, *names)
         return
-    result = _OPERATIONS[one.name](threads, kinds, names)
+    result = _OPERATIONS[instruction.name](threads, kinds, names)
     product = None
-    if threads.fuses and kinds == ["f32"] and "rn" not in one.kinds:
-        if one.name == "mul":
+    if threads.fuses and kinds == ["f32"] and "rn" not in instruction.kinds:
+        if instruction.name == "mul":
             left, right = (threads.value(name, np.float32).astype(np.float64) for name in names)
             product = left * right
-        elif one.name in ("add", "sub"):
-            result = _fused_sum(threads, one.name, names, result)
+        elif instruction.name in ("add", "sub"):
+            result = _fused_sum(threads, instruction.name, names, result)
     threads.write(target, result, mask)
     if product is not None:
         threads.keep_product(target, product, mask)
@@ -402,7 +406,7 @@ _WITHOUT_EFFECT = ("ftz", "rn", "approx", "sync")
 
 
 def _fused_sum(threads: Threads, operation: str, names: list[str], rounded: Array) -> Array:
-    """With the first operand that is a product as it was before rounding; without one, rounded."""
+    """Add with the first product among the operands unrounded; without a product, round."""
     exact = [threads.value(name, np.float32).astype(np.float64) for name in names]
     products = [threads.product(name) for name in names]
     first = np.isnan(products[0])
@@ -413,7 +417,7 @@ def _fused_sum(threads: Threads, operation: str, names: list[str], rounded: Arra
 
 
 def _move_parts(threads: Threads, mask: Array, target: str, source: str) -> None:
-    """Of a register to several smaller ones, or the other way."""
+    """Move one register to several smaller ones, or the other way round."""
     if source.startswith("{"):
         parts = [threads.bits(name) for name in _names(source)]
         whole = np.stack(parts, 1).view(_UNSIGNED[parts[0].itemsize * len(parts)])[:, 0]
@@ -434,7 +438,7 @@ def _names(operand: str) -> list[str]:
 
 
 def _plain(compute: Operation) -> Operation:
-    """Of sources and a result of the last kind, or of pairs of them."""
+    """Return an operation that applies ``compute`` to numbers of the last kind, or to pairs."""
 
     def operation(threads: Threads, kinds: list[str], names: list[str]) -> Array:
         if kinds[-1] == "f32x2":
@@ -448,16 +452,16 @@ def _plain(compute: Operation) -> Operation:
 
 
 def _fma(a: Array, b: Array, c: Array) -> Array:
-    """With one rounding: in float64, or of float64 from exact parts."""
+    """Multiply and add with one rounding: in float64, or for float64 from exact parts."""
     if a.dtype == np.float32:
         exact = a.astype(np.float64) * b.astype(np.float64) + c.astype(np.float64)
         return exact.astype(np.float32)
     product = a * b
     halves = []
-    for one in (a, b):
-        high = one * 134217729.0
-        high = high - (high - one)
-        halves.append((high, one - high))
+    for factor in (a, b):
+        high = factor * 134217729.0
+        high = high - (high - factor)
+        halves.append((high, factor - high))
     (ah, al), (bh, bl) = halves
     rest = ((ah * bh - product) + ah * bl + al * bh) + al * bl
     total = product + c
@@ -468,7 +472,7 @@ def _fma(a: Array, b: Array, c: Array) -> Array:
 
 
 def _multiplied(threads: Threads, kinds: list[str], names: list[str]) -> Array:
-    """mul and mad of integers, the lower half, the upper half or all; mul of floats."""
+    """Run mul and mad of integers (lower half, upper half or all), and mul of floats."""
     if kinds[-1][0] == "f":
         return _plain(np.multiply)(threads, kinds, names)
     kind = _TYPES[kinds[-1]]
@@ -486,7 +490,7 @@ def _multiplied(threads: Threads, kinds: list[str], names: list[str]) -> Array:
 
 
 def _quotient(a: Array, b: Array) -> Array:
-    """Of integers towards 0; what 0 divides nobody may use."""
+    """Divide integers towards 0; a quotient by 0 must not be used."""
     if np.issubdtype(a.dtype, np.floating):
         return a / b
     b = np.where(b == 0, 1, b)
@@ -550,7 +554,7 @@ def _converted(threads: Threads, kinds: list[str], names: list[str]) -> Array:
 
 
 def _narrowed(value: Array, to: str) -> Array:
-    """The bits of 16-bit floats, rounded to the nearest, ties to even."""
+    """Return the bits of 16-bit floats, rounded to the nearest, ties to even."""
     if to == "f16":
         return value.astype(np.float16).view(np.uint16)
     bits = value.astype(np.float32).view(np.uint32)
@@ -571,7 +575,7 @@ def _permuted(threads: Threads, kinds: list[str], names: list[str]) -> Array:
 
 
 def _extracted(threads: Threads, kinds: list[str], names: list[str]) -> Array:
-    """bfe: bits of a register, as a number of their own."""
+    """Run bfe: extract a bit field of a register as a number."""
     value = threads.value(names[0], _TYPES[kinds[-1]])
     first, count = (threads.value(name, np.uint32).astype(value.dtype) for name in names[1:])
     bits = value.dtype.type(8 * value.itemsize)
@@ -623,43 +627,43 @@ _OPERATIONS: dict[str, Operation] = {
 # memory
 
 
-def _access(one: Instruction) -> tuple[int, Any]:
-    """How many numbers a thread loads or stores, and of which kind."""
-    count = next((int(kind[1:]) for kind in one.kinds if re.fullmatch(r"v\d", kind)), 1)
-    return count, _TYPES[one.kinds[-1]]
+def _access(instruction: Instruction) -> tuple[int, Any]:
+    """Return how many numbers a thread loads or stores, and their kind."""
+    count = next((int(kind[1:]) for kind in instruction.kinds if re.fullmatch(r"v\d", kind)), 1)
+    return count, _TYPES[instruction.kinds[-1]]
 
 
-def _load(threads: Threads, one: Instruction, mask: Array) -> None:
-    count, kind = _access(one)
-    target, address, *_ = one.operands
-    if "param" in one.kinds:
+def _load(threads: Threads, instruction: Instruction, mask: Array) -> None:
+    count, kind = _access(instruction)
+    target, address, *_ = instruction.operands
+    if "param" in instruction.kinds:
         bits = threads.parameters[address.strip("[]")]
         value = np.full(threads.count, _immediate(str(bits), kind))
         wide = _UNSIGNED[np.dtype(threads.code.type_of(target)).itemsize]
         threads.write(target, value if value.dtype.kind == "f" else value.astype(wide), mask)
         return
     size = np.dtype(kind).itemsize
-    data, places = threads.reach(one, address, size * count, mask)
+    data, places = threads.reach(instruction, address, size * count, mask)
     found = np.zeros((threads.count, count), kind)
     found[mask] = np.ascontiguousarray(data[places]).view(kind)
     for name, value in zip(_names(target), found.T, strict=True):
         threads.write(name, value, mask)
 
 
-def _store(threads: Threads, one: Instruction, mask: Array) -> None:
-    count, kind = _access(one)
-    address, source, *_ = one.operands
-    data, places = threads.reach(one, address, np.dtype(kind).itemsize * count, mask)
+def _store(threads: Threads, instruction: Instruction, mask: Array) -> None:
+    count, kind = _access(instruction)
+    address, source, *_ = instruction.operands
+    data, places = threads.reach(instruction, address, np.dtype(kind).itemsize * count, mask)
     values = np.stack([threads.value(name, kind)[mask] for name in _names(source)], 1)
     data[places] = values.view(np.uint8).reshape(places.shape)
 
 
-def _add_to(threads: Threads, one: Instruction, mask: Array) -> None:
-    """atom and red: one thread after the other."""
-    if "add" not in one.kinds:
+def _add_to(threads: Threads, instruction: Instruction, mask: Array) -> None:
+    """Run atom and red, one thread after the other."""
+    if "add" not in instruction.kinds:
         raise Fault("atomics but additions are not known here")
-    *target, address, source = one.operands
-    data, places = threads.reach(one, address, 4, mask)
+    *target, address, source = instruction.operands
+    data, places = threads.reach(instruction, address, 4, mask)
     added = threads.value(source, np.uint32)[mask]
     before = np.zeros(threads.count, np.uint32)
     for thread, place, value in zip(np.flatnonzero(mask), places, added, strict=True):
@@ -670,21 +674,23 @@ def _add_to(threads: Threads, one: Instruction, mask: Array) -> None:
         threads.write(name, before, mask)
 
 
-def _matrix(threads: Threads, one: Instruction, mask: Array) -> None:
-    """ldmatrix and stmatrix: 8 rows of 16 bytes each, whose addresses 8 lanes have."""
-    registers, address = one.operands if one.name == "ldmatrix" else one.operands[::-1]
+def _matrix(threads: Threads, instruction: Instruction, mask: Array) -> None:
+    """Run ldmatrix and stmatrix: 8 rows of 16 bytes each, at the addresses of 8 lanes."""
+    registers, address = (
+        instruction.operands if instruction.name == "ldmatrix" else instruction.operands[::-1]
+    )
     lanes = np.flatnonzero(mask)
     if len(lanes) != _LANES:
         raise Fault("matrices by some threads of a warp are not known here")
     for j, register in enumerate(_names(registers)):
         of_rows = np.zeros(threads.count, bool)
         of_rows[lanes[8 * j : 8 * j + 8]] = True
-        data, places = threads.reach(one, address, 16, of_rows)
+        data, places = threads.reach(instruction, address, 16, of_rows)
         places = places.reshape(8, 8, 2)
-        if "trans" in one.kinds:
+        if "trans" in instruction.kinds:
             places = places.swapaxes(0, 1)
         places = places.reshape(_LANES, 4)
-        if one.name == "ldmatrix":
+        if instruction.name == "ldmatrix":
             value = np.zeros(threads.count, np.uint32)
             value[lanes] = data[places].view(np.uint32)[:, 0]
             threads.write(register, value, mask)

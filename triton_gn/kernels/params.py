@@ -8,13 +8,30 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from .epilogue import load_gain
+from .epilogue import DxHat, load_gain
 from .moments import centre_of
-from .tile import SIZES, as_tile_operand, channel_sums, load_channels, store_channels
+from .reduce import as_tile_operand, channel_sums
+from .tile import SIZES, Params, load_channels, store_channels
+
+# rows and channels of a partial gradient that a program adds up at a time: 32 channels of float32
+# are one 128-byte line
+REDUCE_ROWS = tl.constexpr(64)
+REDUCE_COLS = tl.constexpr(32)
+
+
+class ChannelSums(NamedTuple):
+    """Sums of dz and dz * x_hat over the pixels of a program tile.
+
+    They are per channel. With ``TILE.batch_rows`` they are per element of a fragment, as each row
+    has its own statistics.
+    """
+
+    dz: tl.tensor
+    dz_x_hat: tl.tensor
 
 
 class Reduction(NamedTuple):
-    """Sum the rows of ``partial`` (rows, C) to ``total`` (total_rows, C), in equal iterations."""
+    """Sum of the rows of ``partial`` (rows, C) to ``total`` (total_rows, C), in equal parts."""
 
     partial_ptr: tl.tensor
     total_ptr: tl.tensor
@@ -22,69 +39,79 @@ class Reduction(NamedTuple):
 
 
 @triton.jit
-def store_param_grads(
-    sums,
-    affine_params,
-    stats,
-    grads,
-    program_tile,
-    c: tl.constexpr,
-    groups,
-    splits,
-    TILE: tl.constexpr,
-):
-    """Write what the program_tile adds to each gradient but dpre_add, for channel tile ``c``.
-
-    ``sums``: the accumulators of ``add_dz_sums``. Each gradient is (N * splits, C), or None.
-    Returned: sum(dx_hat) and sum(dx_hat * x_hat) per channel, whose ``group_sums`` are those of the
-    program_tile's part of each group; in a stack of samples the terms of these sums.
-    """
-    dtype: tl.constexpr = stats.mean.dtype
-    _, rest = centre_of(
-        affine_params.pre_add, stats.mean, stats.mean_lo, program_tile, c, TILE, dtype
+def sum_over_pixels(acc, affine_params, stats, region, c: tl.constexpr, TILE: tl.constexpr):
+    """Compute the ChannelSums of channel tile ``c`` from the accumulators of ``add_dz_sums``."""
+    _, centre_lo = centre_of(
+        affine_params.pre_add, stats.mean, stats.mean_lo, region, c, TILE, stats.mean.dtype
     )
-    dz_sum, dz_centred_sum = sums
-    if not TILE.batch_rows:  # there each row has its own statistics, and group sums
-        dz_sum, dz_centred_sum = channel_sums(dz_sum, TILE), channel_sums(dz_centred_sum, TILE)
-    dz_x_hat_sum = (dz_centred_sum - dz_sum * rest) * stats.rstd
-    of_groups, of_groups_x_hat = dz_sum, dz_x_hat_sum
-    if TILE.batch_rows:
-        dz_sum, dz_x_hat_sum = channel_sums(dz_sum, TILE), channel_sums(dz_x_hat_sum, TILE)
-    if grads.shift is not None:
-        store_channels(grads.shift, dz_sum, program_tile, c, groups, splits, TILE)
-    if grads.scale is not None:
-        dscale = dz_x_hat_sum
-        if affine_params.weight is not None:
-            dscale *= load_channels(affine_params.weight, program_tile, c, TILE, dtype)
-        if affine_params.bias is not None:
-            dscale += dz_sum * load_channels(affine_params.bias, program_tile, c, TILE, dtype)
-        store_channels(grads.scale, dscale, program_tile, c, groups, splits, TILE)
-    dweight, dbias = dz_x_hat_sum, dz_sum
-    if affine_params.scale is not None:
-        scale = load_channels(affine_params.scale, program_tile, c, TILE, dtype)
-        dweight += dweight * scale
-        dbias += dbias * scale
-    if grads.weight is not None:
-        store_channels(grads.weight, dweight, program_tile, c, groups, splits, TILE)
-    if grads.bias is not None:
-        store_channels(grads.bias, dbias, program_tile, c, groups, splits, TILE)
-    gain = load_gain(affine_params, program_tile, c, TILE, dtype)
-    if TILE.batch_rows:
-        gain = as_tile_operand(gain, TILE)
-    return of_groups * gain, of_groups_x_hat * gain
+    dz, dz_centred = acc
+    if not TILE.batch_rows:
+        dz, dz_centred = channel_sums(dz, TILE), channel_sums(dz_centred, TILE)
+    return ChannelSums(dz, (dz_centred - dz * centre_lo) * stats.rstd)
 
 
 @triton.jit
-def _sum_rows(
-    partial_ptr, total_ptr, total_row, block, rows, channels, ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):  # fmt: skip
-    """One row of a total, ``COLS`` channels of it, from ``rows`` rows of the partial."""
-    cols = block * COLS + tl.arange(0, COLS)
+def compute_param_grads(
+    sums, affine_params, grads, region, c: tl.constexpr, TILE: tl.constexpr, dtype: tl.constexpr
+):
+    """Compute the program tile's part of each gradient in ``grads``, for channel tile ``c``.
+
+    ``sums`` are ChannelSums. Returns Params; gradients that are None in ``grads``, and pre_add's,
+    are None.
+    """
+    dz, dz_x_hat = sums
+    if TILE.batch_rows:
+        dz, dz_x_hat = channel_sums(dz, TILE), channel_sums(dz_x_hat, TILE)
+    dscale = None
+    if grads.scale is not None:
+        dscale = dz_x_hat
+        if affine_params.weight is not None:
+            dscale *= load_channels(affine_params.weight, region, c, TILE, dtype)
+        if affine_params.bias is not None:
+            dscale += dz * load_channels(affine_params.bias, region, c, TILE, dtype)
+    dweight, dbias = dz_x_hat, dz
+    if affine_params.scale is not None:
+        scale = load_channels(affine_params.scale, region, c, TILE, dtype)
+        dweight += dweight * scale
+        dbias += dbias * scale
+    return Params(dweight, dbias, dscale, dz, None)
+
+
+@triton.jit
+def store_param_grads(grads, values, region, c: tl.constexpr, TILE: tl.constexpr):
+    """Store ``values`` (Params) to the program's rows of ``grads``, each unless None."""
+    if grads.shift is not None:
+        store_channels(grads.shift, values.shift, region, c, TILE)
+    if grads.scale is not None:
+        store_channels(grads.scale, values.scale, region, c, TILE)
+    if grads.weight is not None:
+        store_channels(grads.weight, values.weight, region, c, TILE)
+    if grads.bias is not None:
+        store_channels(grads.bias, values.bias, region, c, TILE)
+
+
+@triton.jit
+def dx_hat_terms(
+    sums, affine_params, region, c: tl.constexpr, TILE: tl.constexpr, dtype: tl.constexpr
+):
+    """Compute the terms of sum(dx_hat) and sum(dx_hat * x_hat) from ChannelSums.
+
+    ``group_sums`` of the terms are the program tile's part of these sums.
+    """
+    gain = load_gain(affine_params, region, c, TILE, dtype)
+    if TILE.batch_rows:
+        gain = as_tile_operand(gain, TILE)
+    return DxHat(sums.dz * gain, sums.dz_x_hat * gain)
+
+
+@triton.jit
+def _sum_rows(partial_ptr, total_ptr, total_row, block, rows, channels):
+    """Sum ``rows`` rows of the partial to one row of a total, ``REDUCE_COLS`` channels of it."""
+    cols = block * REDUCE_COLS + tl.arange(0, REDUCE_COLS)
     start = total_row.to(tl.int64) * rows
-    acc = tl.zeros([ROWS, COLS], partial_ptr.dtype.element_ty)
-    for first in range(0, rows, ROWS):
-        row = first + tl.arange(0, ROWS)
+    acc = tl.zeros([REDUCE_ROWS, REDUCE_COLS], partial_ptr.dtype.element_ty)
+    for first in range(0, rows, REDUCE_ROWS):
+        row = first + tl.arange(0, REDUCE_ROWS)
         mask = (row < rows)[:, None] & (cols < channels)[None, :]
         offsets = (start + row)[:, None] * channels + cols[None, :]
         acc += tl.load(partial_ptr + offsets, mask=mask, other=0.0)
@@ -93,26 +120,31 @@ def _sum_rows(
 
 
 @triton.jit
-def sum_params(reductions, pid, rows, channels, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """Program ``pid`` of those that reduce: one per row of a total and ``COLS`` channels of it.
+def sum_params(reductions, pid, rows, channels):
+    """Do the part of program ``pid``: one row of a total and ``REDUCE_COLS`` channels of it.
 
-    ``reductions``: a ``Params`` of ``Reduction``, each or None; ``rows`` of every partial.
+    ``reductions`` are Params of ``Reduction``, each or None; every partial has ``rows`` rows.
     """
-    blocks = tl.cdiv(channels, COLS)
+    blocks = tl.cdiv(channels, REDUCE_COLS)
     first = 0
-    for k in tl.static_range(5):
+    for k in tl.static_range(len(reductions)):
         if reductions[k] is not None:
-            one = reductions[k]
-            programs = blocks * one.total_rows
+            reduction = reductions[k]
+            programs = blocks * reduction.total_rows
             if (pid >= first) & (pid < first + programs):
+                total_row, block = (pid - first) // blocks, (pid - first) % blocks
                 _sum_rows(
-                    one.partial_ptr, one.total_ptr, (pid - first) // blocks, (pid - first) % blocks,
-                    rows // one.total_rows, channels, ROWS, COLS,
+                    reduction.partial_ptr, reduction.total_ptr, total_row, block,
+                    rows // reduction.total_rows, channels,
                 )  # fmt: skip
             first += programs
 
 
 @triton.jit(do_not_specialize=SIZES)
-def group_norm_params_kernel(reductions, rows, channels, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """One program per row of a gradient and ``COLS`` channels; see ``sum_params``."""
-    sum_params(reductions, tl.program_id(0), rows, channels, ROWS, COLS)
+def group_norm_params_kernel(reductions, rows, channels):
+    """One program per row of a gradient and ``REDUCE_COLS`` channels.
+
+    Reads partials (rows, C) and writes totals (total_rows, C): the ``reductions``, Params of
+    ``Reduction``.
+    """
+    sum_params(reductions, tl.program_id(0), rows, channels)

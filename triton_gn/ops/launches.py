@@ -1,4 +1,4 @@
-"""Kernel launches of a plan: workspaces, grid, arguments. Nothing here decides or launches."""
+"""Translate a plan into Launch descriptions: kernel, grid, arguments, workspaces."""
 
 import functools
 from collections.abc import Mapping
@@ -10,25 +10,18 @@ import torch
 from torch import Tensor
 
 from triton_gn.ops import layout
-from triton_gn.plan import (
-    Config,
-    Problem,
-    Tile,
-    partials_at_a_time,
-)
+from triton_gn.plan import Config, Problem, Tile, partials_at_a_time
 from triton_gn.reference import Operands, compute_dtype
 
-_PARAM_COLS = 32  # channels per program that sums parameter gradients up: one 128-byte line
-_PARAM_ROWS = 64
-_PARAM_WARPS = 4
+_REDUCE_WARPS = 4
 _MERGE_WARPS = 4
 
-# which part of a backward by split, cut where the sums over groups are known; None for the whole
+# part of a backward by split: up to the sums of each group, or from them on; None is the whole
 Half = Literal["reduce", "apply"] | None
 
 
 class Workspace(Tensor):
-    """Memory that launches of a call hand each other, allocated anew at each call."""
+    """Memory through which the launches of a call pass results; each call allocates its own."""
 
 
 @dataclass(frozen=True)
@@ -41,23 +34,23 @@ class Launch:
     num_warps: int  # of a program
 
     def arguments_on(self, nvidia: bool) -> dict[str, Any]:
-        """All of the kernel's arguments, on an NVIDIA GPU or elsewhere."""
+        """Return all arguments of the kernel, for an NVIDIA GPU or another one."""
         if "TILE" not in self.arguments:
             return self.arguments
         return self.arguments | {"TILE": self.arguments["TILE"].on(nvidia)}
 
     def options(self, nvidia: bool) -> dict[str, Any]:
-        """What else the compiler is told."""
+        """Return the options of the compiler."""
         options: dict[str, Any] = {"num_warps": self.num_warps, "enable_fp_fusion": True}
         if nvidia:
-            # all the registers there are: else ptxas spills a few for occupancy's sake
+            # all registers that there are: otherwise ptxas spills a few for the sake of occupancy
             options["maxnreg"] = min(255, 65536 // (32 * self.num_warps))
         return options
 
 
 @functools.cache
 def _kernels() -> ModuleType:
-    """The device code; importing it imports triton."""
+    """Import the device code, and triton with it."""
     from triton_gn import kernels
     from triton_gn.kernels import (  # noqa: F401
         activations,
@@ -79,11 +72,12 @@ def _activation(problem: Problem) -> Any:
 
 @functools.cache
 def _device_tile(tile: Tile, threads: int) -> Any:
-    return _kernels().tile.Tile(**asdict(tile), threads=threads)
+    at_once = partials_at_a_time(tile.padded_groups)
+    return _kernels().tile.Tile(**asdict(tile), threads=threads, partials_at_once=at_once)
 
 
 def problem_of(direction: str, operands: Operands, groups: int, activation: str) -> Problem:
-    """The problem that operands with a non-empty, native x pose."""
+    """Return the problem of operands whose x is non-empty and in a native memory format."""
     x = operands.x
     channels_last = layout.is_channels_last(x)
     assert channels_last is not None
@@ -109,7 +103,7 @@ def problem_of(direction: str, operands: Operands, groups: int, activation: str)
 
 
 def statistics(x: Tensor, *shape: int) -> Tensor:
-    """Uninitialised float32, float64 for float64: what sums and statistics of x are kept in."""
+    """Allocate sums or statistics of x, uninitialised: float32, or float64 if x is."""
     return torch.empty(shape, dtype=compute_dtype(x), device=x.device)
 
 
@@ -118,6 +112,7 @@ def _workspace(x: Tensor, *shape: int) -> Tensor:
 
 
 def _sizes(problem: Problem, config: Config) -> dict[str, Any]:
+    """Return the kernel's arguments for the shape of x and its tile."""
     sizes: dict[str, Any] = {
         "groups": problem.groups,
         "pixels": problem.n if config.tile.batch_rows else problem.pixels,
@@ -133,27 +128,22 @@ def _sizes(problem: Problem, config: Config) -> dict[str, Any]:
     return sizes
 
 
-def _slots(config: Config, num_partials: int) -> dict[str, Any]:
-    """How many partials there are of each group, for a launch that merges them."""
-    return {"num_partials": num_partials, "PARTIALS": partials_at_a_time(config.tile.padded_groups)}
-
-
-def _pipeline(problem: Problem, config: Config, x: Tensor) -> dict[str, Any]:
-    """Counters, zeros before each call, and what goes through a pipeline in which order."""
-    in_sample = config.units_in_sample(problem)
-    units = problem.n * in_sample
-    return _slots(config, config.num_partials) | {
-        "counters_ptr": torch.zeros(1 + units, dtype=torch.int32, device=x.device).as_subclass(
-            Workspace
-        ),
-        "order": _kernels().pipelined.Units(
-            units, in_sample, config.blocks * config.num_partials, config.prefetch_distance(problem)
-        ),
-    }
+def _pipeline(problem: Problem, config: Config, x: Tensor) -> Any:
+    """Return the stages of a pipelined launch; its counters are zero before each call."""
+    stages_per_sample = config.units_in_sample(problem)
+    stages = problem.n * stages_per_sample
+    counters = torch.zeros(1 + stages, dtype=torch.int32, device=x.device)
+    return _kernels().pipelined.Pipeline(
+        counters.as_subclass(Workspace),
+        stages,
+        stages_per_sample,
+        config.blocks * config.num_partials,
+        config.prefetch_distance(problem),
+    )
 
 
 def _params(operands: Operands) -> Any:
-    """The operands per channel, for a kernel."""
+    """Return the per-channel operands as a kernel's argument."""
     tile = _kernels().tile
 
     def per_channel(values: Tensor | None) -> Any:
@@ -179,111 +169,118 @@ def forward_launches(
     eps: float,
     moments: Tensor | None = None,
 ) -> list[Launch]:
-    """Launches that fill y and, unless None, stats (N, G, 3).
+    """Describe the launches that fill y and, unless None, stats (N, G, 3).
 
-    ``moments``, only of split: what the two launches have between them. With y they are given in
-    any number of parts, (N, G, 4, parts); without y, filled: (4, N, G), of all that x has.
+    ``moments``, for split only, are the result of the first launch. With y, they are precomputed:
+    (N, G, 4, parts) in any number of parts, and only the second launch remains. Without y, they are
+    filled: (4, N, G), merged over all of x.
     """
     programs = config.programs(problem)
+    inputs = _kernels().tile.Inputs(operands.x, operands.residual, _params(operands))
     sizes = _sizes(problem, config)
-    x = {"x_ptr": operands.x, "affine_params": _params(operands)}
     apply = {
-        "residual_ptr": operands.residual, "y_ptr": y, "stats_ptr": stats, "eps": float(eps),
+        "inputs": inputs, "y_ptr": y, "stats_ptr": stats, "eps": float(eps),
         "ACTIVATION": _activation(problem),
-    }  # fmt: skip
+    } | sizes  # fmt: skip
     if config.strategy == "resident":
         kernel = _kernels().resident.group_norm_forward_resident_kernel
-        return [Launch(kernel, programs, x | apply | sizes, config.num_warps)]
+        return [Launch(kernel, programs, apply, config.num_warps)]
     groups = problem.n * problem.groups
+    partials: dict[str, Any]
     partials = {"partials_ptr": _workspace(operands.x, groups * config.num_partials, 4)}
     if config.strategy == "pipelined":
         kernel = _kernels().pipelined.group_norm_forward_pipelined_kernel
-        arguments = x | apply | partials | sizes | _pipeline(problem, config, operands.x)
+        pipeline = {"pipeline": _pipeline(problem, config, operands.x)}
+        arguments = apply | partials | pipeline
         return [Launch(kernel, config.persistent_programs, arguments, config.num_warps)]
     first = Launch(
         _kernels().split.group_norm_forward_split_moments_kernel,
         programs,
-        x | partials | sizes,
+        {"x_ptr": inputs.x_ptr, "affine_params": inputs.affine_params} | partials | sizes,
         config.num_warps,
     )
     if y is None:
         merge = _merge_launch(groups, config.num_partials, partials | {"merged_ptr": moments})
         return [first, merge]
-    num_partials = config.num_partials
     if moments is not None:
-        partials, num_partials = {"partials_ptr": moments}, moments.shape[3]
+        partials = {"partials_ptr": moments, "num_partials": moments.shape[3]}
     second = Launch(
         _kernels().split.group_norm_forward_split_apply_kernel,
         programs,
-        x | apply | partials | sizes | _slots(config, num_partials),
+        apply | partials,
         config.num_warps,
     )
     return [first, second] if moments is None else [second]
 
 
 def _merge_launch(groups: int, num_partials: int, tensors: dict[str, Any]) -> Launch:
-    at_a_time = partials_at_a_time(1)
-    per_program = max(1, 32 * _MERGE_WARPS // at_a_time)
+    """Describe the launch that merges the partial moments of each group."""
+    at_once = partials_at_a_time(1)
+    per_program = max(1, 32 * _MERGE_WARPS // at_once)
     sizes = {
         "groups": groups,
         "num_partials": num_partials,
-        "PARTIALS": at_a_time,
+        "PARTIALS": at_once,
         "GROUPS": per_program,
     }
     kernel = _kernels().split.group_norm_merge_moments_kernel
     return Launch(kernel, -(-groups // per_program), tensors | sizes, _MERGE_WARPS)
 
 
-def _parts(problem: Problem, config: Config) -> int:
-    """Rows of the partial gradients per channel."""
+def _grad_rows(problem: Problem, config: Config) -> int:
+    """Return the number of rows of the partial gradients per channel."""
     return config.parts(problem) * config.splits
 
 
-def _param_parts(
+def _partial_grads(
     problem: Problem, config: Config, x: Tensor, grads: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Where each program writes its part of the gradients per channel, and how the parts add up.
+    """Return where programs write partial gradients per channel, and the reductions of these.
 
-    A part that is all there is, of one sample in one split, is written where the sum belongs.
+    If a program's part is the whole gradient (one sample in one split), it is written to its final
+    place.
     """
-    rows = _parts(problem, config)
-    parts, reductions = {}, {}
+    rows = _grad_rows(problem, config)
+    partials, reductions = {}, {}
     for name in _kernels().tile.Params._fields:
         if name not in grads:
             continue
         total = grads[name]
         total_rows = total.numel() // problem.channels
         if total_rows == rows:
-            parts[name] = total
+            partials[name] = total
         else:
-            parts[name] = _workspace(x, rows, problem.channels)
-            reductions[name] = _kernels().params.Reduction(parts[name], total, total_rows)
-    return parts, reductions
+            partials[name] = _workspace(x, rows, problem.channels)
+            reductions[name] = _kernels().params.Reduction(partials[name], total, total_rows)
+    return partials, reductions
 
 
-def _all_params(some: dict[str, Any]) -> Any:
-    """A ``Params`` of the fields that there are."""
+def _as_params(values: Mapping[str, Any]) -> Any:
+    """Return ``values`` as a ``Params``, with None for missing fields."""
     params = _kernels().tile.Params
-    return params(*map(some.get, params._fields))
+    return params(*map(values.get, params._fields))
 
 
-def _reduce(problem: Problem, reductions: dict[str, Any]) -> tuple[int, dict[str, Any]]:
-    """How many programs do the reductions, and their arguments."""
+def _reduce_programs(problem: Problem, reductions: Mapping[str, Any]) -> int:
+    """Return how many programs do the reductions."""
+    total_rows: int = sum(reduction.total_rows for reduction in reductions.values())
+    cols: int = _kernels().params.REDUCE_COLS.value
+    return total_rows * -(-problem.channels // cols)
+
+
+def _param_launches(
+    problem: Problem, config: Config, reductions: Mapping[str, Any]
+) -> list[Launch]:
+    """Describe the launch that does the reductions, if there are any."""
+    if not reductions:
+        return []
     arguments = {
-        "reductions": _all_params(reductions),
-        "ROWS": _PARAM_ROWS,
-        "COLS": _PARAM_COLS,
+        "reductions": _as_params(reductions),
+        "rows": _grad_rows(problem, config),
+        "channels": problem.channels,
     }
-    totals = sum(reduction.total_rows for reduction in reductions.values())
-    return totals * -(-problem.channels // _PARAM_COLS), arguments
-
-
-def _param_launches(problem: Problem, config: Config, reductions: dict[str, Any]) -> list[Launch]:
-    """A launch that does the reductions, if there are any."""
-    programs, arguments = _reduce(problem, reductions)
-    arguments |= {"rows": _parts(problem, config), "channels": problem.channels}
     kernel = _kernels().params.group_norm_params_kernel
-    return [Launch(kernel, programs, arguments, _PARAM_WARPS)] if reductions else []
+    return [Launch(kernel, _reduce_programs(problem, reductions), arguments, _REDUCE_WARPS)]
 
 
 def backward_launches(
@@ -296,62 +293,63 @@ def backward_launches(
     sums: Tensor | None = None,
     half: Half = None,
 ) -> list[Launch]:
-    """Launches that fill ``grads``, named as the operands; residual's only with an activation.
+    """Describe the launches that fill ``grads``, named as the operands.
 
-    ``sums``, of a half: sum(dx_hat), sum(dx_hat * x_hat) of each group. The first half leaves them
-    in parts (N, G, 2, num_partials), and its ``grads`` are those at precomputed statistics; the
-    second takes them, (N, G, 2, 1), for the gradients of x and pre_add, to which dy need not add
-    anything.
+    residual's gradient is one of them only with an activation. ``sums``, for a half, are
+    sum(dx_hat) and sum(dx_hat * x_hat) of each group. The first half fills them in parts,
+    (N, G, 2, num_partials), and its ``grads`` are those at precomputed statistics. The second half
+    reads them, (N, G, 2, 1), for the gradients of x and pre_add; dy may be None.
     """
     programs = config.programs(problem)
-    parts, reductions = _param_parts(problem, config, operands.x, grads)
-    inputs = {
-        "dy_ptr": dy, "x_ptr": operands.x, "residual_ptr": operands.residual,
-        "affine_params": _params(operands), "stats_ptr": stats,
+    partials, reductions = _partial_grads(problem, config, operands.x, grads)
+    tile = _kernels().tile
+    inputs = tile.Inputs(operands.x, operands.residual, _params(operands), dy, stats)
+    dx, dresidual, param_grads = grads.get("x"), grads.get("residual"), _as_params(partials)
+    arguments = {
+        "inputs": inputs,
+        "outputs": tile.Outputs(dx, dresidual, param_grads),
         "ACTIVATION": _activation(problem),
-    } | _sizes(problem, config)  # fmt: skip
-    outputs = {"dresidual_ptr": grads.get("residual"), "grads": _all_params(parts)}
+    } | _sizes(problem, config)
     if config.strategy == "resident":
         kernel = _kernels().resident.group_norm_backward_resident_kernel
-        outputs |= {"dx_ptr": grads.get("x")}
-        launch = Launch(kernel, programs, inputs | outputs, config.num_warps)
+        launch = Launch(kernel, programs, arguments, config.num_warps)
         return [launch, *_param_launches(problem, config, reductions)]
 
-    inputs["partials_ptr"] = sums
     if sums is None:
-        partials = _workspace(operands.x, problem.n * problem.groups * config.num_partials, 2)
-        inputs["partials_ptr"] = partials
+        sums = _workspace(operands.x, problem.n * problem.groups * config.num_partials, 2)
+    arguments["partials_ptr"] = sums
     first = Launch(
         _kernels().split.group_norm_backward_split_sums_kernel,
         programs,
-        inputs | outputs,
+        # without dx, which this kernel does not write
+        arguments | {"outputs": tile.Outputs(None, dresidual, param_grads)},
         config.num_warps,
     )
-    if "x" not in grads and "pre_add" not in grads:
+    if dx is None and "pre_add" not in grads:
         return [first, *_param_launches(problem, config, reductions)]
     if config.strategy == "pipelined":
         kernel = _kernels().pipelined.group_norm_backward_pipelined_kernel
-        outputs |= {"dx_ptr": grads.get("x")} | _pipeline(problem, config, operands.x)
-        launch = Launch(kernel, config.persistent_programs, inputs | outputs, config.num_warps)
+        arguments |= {"pipeline": _pipeline(problem, config, operands.x)}
+        launch = Launch(kernel, config.persistent_programs, arguments, config.num_warps)
         return [launch, *_param_launches(problem, config, reductions)]
-    num_partials = _slots(config, 1 if half == "apply" else config.num_partials)
-    at_given_statistics = {"partials_ptr": None} if half == "reduce" else {}
-    # the apply launch writes the parts of dpre_add, and sums up what the launch before has left
-    dpre_add = reductions.pop("pre_add", None)
-    last = {} if dpre_add is None else {"pre_add": dpre_add}
-    param_programs, arguments = _reduce(problem, reductions)
+
+    if half == "reduce":
+        arguments["partials_ptr"] = None
+    elif half == "apply":
+        arguments["num_partials"] = 1
+    # this launch writes the partials of dpre_add: a launch after it has to add them up
+    dpre_add = {name: reductions.pop(name) for name in ("pre_add",) if name in reductions}
     apply = Launch(
         _kernels().split.group_norm_backward_split_apply_kernel,
-        programs + param_programs,
-        inputs
-        | arguments
+        programs + _reduce_programs(problem, reductions),
+        arguments
         | {
-            "dx_ptr": grads.get("x"), "dpre_add_ptr": parts.get("pre_add"), "samples": problem.n,
+            "outputs": tile.Outputs(dx, None, _as_params({"pre_add": param_grads.pre_add})),
+            "reductions": _as_params(reductions),
+            "samples": problem.n,
             "apply_programs": programs,
-        }
-        | num_partials
-        | at_given_statistics,
+        },
         config.num_warps,
-    )  # fmt: skip
+    )
     before = [] if half == "apply" else [first]
-    return [*before, apply, *_param_launches(problem, config, last)]
+    return [*before, apply, *_param_launches(problem, config, dpre_add)]

@@ -1,4 +1,4 @@
-"""Compile launches for a GPU that need not be present, and read what came out."""
+"""Compile launches for a GPU that need not be present, and read the compiled code."""
 
 import math
 import re
@@ -20,18 +20,25 @@ _POINTERS = {
     torch.float64: "*fp64",
     torch.int32: "*i32",
 }
-# of the arguments that are tuples: what their fields' pointers are called
-_PREFIXES = {"affine_params": "", "grads": "d", "reductions": "d"}
+# prefixes of the names of the fields of arguments that are tuples
+_PREFIXES = {
+    "inputs": "",
+    "affine_params": "",
+    "outputs": "",
+    "grads": "d",
+    "reductions": "d",
+    "pipeline": "",
+}
 
 
 @dataclass(frozen=True)
 class Kernel:
     """One compiled launch.
 
-    ``access_bytes``: by pointer, the narrowest of the accesses to global memory through it.
-    ``converted_tiles``: how many instructions of Triton's change the layout of a whole fragment,
-    through shared memory. ``instructions``: how many a thread executes for each element of its
-    tile, as ``sass`` counts them; None where it cannot.
+    ``access_bytes`` maps each pointer to its narrowest access to global memory.
+    ``converted_tiles`` counts Triton's conversions of a whole fragment to another layout, through
+    shared memory. ``instructions`` are those that a thread executes for each element of its tile,
+    as ``sass`` counts them, or None where it cannot.
     """
 
     name: str
@@ -45,63 +52,63 @@ class Kernel:
     instructions: float | None
 
 
-def pointers_of(one: Launch) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of a launch's pointers, those in tuples too, in the kernel's order."""
-    for name in one.kernel.arg_names:
-        for leaf, value in _leaves(name, one.arguments_on(True)[name]):
+def pointers_of(launch: Launch) -> Iterator[tuple[str, Tensor]]:
+    """Yield names and tensors of a launch's pointers, also in tuples, in the kernel's order."""
+    for name in launch.kernel.arg_names:
+        for leaf, value in _leaves(name, launch.arguments_on(True)[name]):
             if isinstance(value, Tensor):
                 yield leaf, value
 
 
-def arguments_in_code(one: Launch) -> list[tuple[str, Any]]:
-    """Names and values of the arguments that compiled code still has: no constants."""
+def arguments_in_code(launch: Launch) -> list[tuple[str, Any]]:
+    """Return names and values of the arguments that compiled code still has: no constants."""
     return [
         (name, value)
-        for parameter in one.kernel.params
+        for parameter in launch.kernel.params
         if not parameter.is_constexpr
-        for name, value in _leaves(parameter.name, one.arguments[parameter.name])
+        for name, value in _leaves(parameter.name, launch.arguments[parameter.name])
         if value is not None
         and (isinstance(value, Tensor) or value != 1 or parameter.do_not_specialize)
     ]
 
 
 def _leaves(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """What an argument is once compiled: the fields of a tuple are arguments of their own."""
+    """Yield the compiled code's arguments: each field of a tuple is an argument of its own."""
     if not isinstance(value, tuple):
         is_named = name.endswith("_ptr") or not isinstance(value, Tensor)
         yield name if is_named else f"{name}_ptr", value
         return
     fields = type(value)._fields  # type: ignore[attr-defined]  # a NamedTuple
-    for field_name, part in zip(fields, value, strict=True):
-        inner = f"{_PREFIXES[name]}{field_name}" if name in _PREFIXES else f"{name}_{field_name}"
-        yield from _leaves(inner, part)
+    prefix = _PREFIXES.get(name, f"{name}_")
+    for field, field_value in zip(fields, value, strict=True):
+        yield from _leaves(f"{prefix}{field}", field_value)
 
 
-def compile_launch(one: Launch, target: str) -> Kernel:
-    """Compile as Triton would on a GPU of the target, all pointers aligned."""
-    compiled = _compiled(one, target)
+def compile_launch(launch: Launch, target: str) -> Kernel:
+    """Compile as Triton would on a GPU of the target, with all pointers aligned."""
+    compiled = _compiled(launch, target)
     instructions = None
     if _is_nvidia(target):
         registers, spills = _nvidia_usage(compiled.asm["cubin"])
-        instructions = _instructions(one, compiled.asm["cubin"])
+        instructions = _instructions(launch, compiled.asm["cubin"])
     else:
         registers, spills = _amd_usage(compiled.asm["amdgcn"])
     return Kernel(
-        one.kernel.__name__,
-        one.grid,
-        one.num_warps,
+        launch.kernel.__name__,
+        launch.grid,
+        launch.num_warps,
         registers,
         spills,
         compiled.metadata.shared,
-        _access_bytes(compiled.asm["llir"], [name for name, _ in arguments_in_code(one)]),
-        _converted_tiles(one, compiled.asm["ttgir"]),
+        _access_bytes(compiled.asm["llir"], [name for name, _ in arguments_in_code(launch)]),
+        _converted_tiles(launch, compiled.asm["ttgir"]),
         instructions,
     )
 
 
-def assembly_of(one: Launch, target: str) -> str:
-    """PTX, or AMD's assembly, of a launch compiled for a target."""
-    text: str = _compiled(one, target).asm["ptx" if _is_nvidia(target) else "amdgcn"]
+def assembly_of(launch: Launch, target: str) -> str:
+    """Return PTX, or AMD's assembly, of a launch compiled for a target."""
+    text: str = _compiled(launch, target).asm["ptx" if _is_nvidia(target) else "amdgcn"]
     return text
 
 
@@ -109,12 +116,12 @@ def _is_nvidia(target: str) -> bool:
     return target.startswith("sm_")
 
 
-def _compiled(one: Launch, target: str) -> Any:
+def _compiled(launch: Launch, target: str) -> Any:
     import triton
 
     nvidia = _is_nvidia(target)
     return triton.compile(
-        source_of(one, nvidia), target=_triton_target(target), options=one.options(nvidia)
+        source_of(launch, nvidia), target=_triton_target(target), options=launch.options(nvidia)
     )
 
 
@@ -126,15 +133,15 @@ def _triton_target(name: str) -> Any:
     return GPUTarget("hip", name, TARGETS[name].warp_size)
 
 
-def source_of(one: Launch, nvidia: bool) -> Any:
-    """What Triton's own launch would hand to its compiler."""
+def source_of(launch: Launch, nvidia: bool) -> Any:
+    """Return the source that Triton's own launch would hand to its compiler."""
     from triton.compiler import ASTSource
 
     signature: dict[str, Any] = {}
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], Any] = {}
-    arguments = one.arguments_on(nvidia)
-    for index, parameter in enumerate(one.kernel.params):
+    arguments = launch.arguments_on(nvidia)
+    for index, parameter in enumerate(launch.kernel.params):
         value = arguments[parameter.name]
         if parameter.is_constexpr:
             signature[parameter.name] = "constexpr"
@@ -142,15 +149,18 @@ def source_of(one: Launch, nvidia: bool) -> Any:
         else:
             known = None if parameter.do_not_specialize else attributes
             signature[parameter.name] = _type_of(value, (index,), constants, known)
-    return ASTSource(fn=one.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
 def _type_of(value: Any, path: tuple[int, ...], constants: Any, attributes: Any) -> Any:
-    """The type of an argument, or of a field of one, and what is known of its value; nothing is of
-    an integer that the kernel does not specialise on, without attributes."""
+    """Return the type of an argument or of its field; add what Triton specialises on.
+
+    Facts about the value go to ``constants`` and ``attributes``. Without attributes, the kernel is
+    not specialised on the integer.
+    """
     if isinstance(value, tuple):
-        parts = (_type_of(v, (*path, i), constants, attributes) for i, v in enumerate(value))
-        return type(value)(*parts)
+        types = (_type_of(v, (*path, i), constants, attributes) for i, v in enumerate(value))
+        return type(value)(*types)
     if isinstance(value, Tensor):
         attributes[path] = [["tt.divisibility", 16]]
         return _POINTERS[value.dtype]
@@ -165,11 +175,11 @@ def _type_of(value: Any, path: tuple[int, ...], constants: Any, attributes: Any)
 
 
 def _access_bytes(llvm: str, names: list[str]) -> dict[str, int]:
-    """The narrowest access to global memory through each argument, from LLVM's text."""
+    """Return the narrowest access to global memory through each argument, from LLVM's text."""
     definitions = dict(re.findall(r"^ *(%[\w.]+) = (.*)$", llvm, re.MULTILINE))
 
     def arguments_behind(value: str, seen: set[str]) -> set[str]:
-        """Where an address comes from: it is computed from a pointer that was handed in."""
+        """Return the arguments that an address is computed from."""
         if value in seen:
             return set()
         seen.add(value)
@@ -206,7 +216,7 @@ _BITS = {"half": 16, "bfloat": 16, "float": 32, "double": 64}
 
 
 def _accesses(llvm: str) -> Iterator[tuple[int, str]]:
-    """Bytes and address of each load and store."""
+    """Yield bytes and address of each load and store."""
     for pattern in _ACCESSES:
         for count, kind, address in pattern.findall(llvm):
             bits = _BITS[kind] if kind in _BITS else int(kind.removeprefix("i"))
@@ -214,47 +224,49 @@ def _accesses(llvm: str) -> Iterator[tuple[int, str]]:
 
 
 def _nvidia_usage(cubin: bytes) -> tuple[int, int]:
-    """Registers, and bytes of stack, which our kernels have only for spills."""
+    """Return registers, and bytes of stack, which the kernels have only for spills."""
     usage = sass.resource_usage(cubin)
     return _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage)
 
 
 def _amd_usage(assembly: str) -> tuple[int, int]:
-    """Vector registers, and bytes of those spilled."""
+    """Return vector registers, and bytes of those spilled."""
     spilled = _number(r"\.vgpr_spill_count:\s+(\d+)", assembly)
     return _number(r"\.vgpr_count:\s+(\d+)", assembly), 4 * spilled
 
 
-def _instructions(one: Launch, cubin: bytes) -> float | None:
-    if "TILE" not in one.arguments or "order" in one.arguments:
-        return None  # no tensors; or pipelined, of which each program does another share
-    tile = {name: field.value for name, field in vars(one.arguments["TILE"]).items()}
-    steps = 1
-    if "split_vecs" in one.arguments:
+def _instructions(launch: Launch, cubin: bytes) -> float | None:
+    if "TILE" not in launch.arguments or "pipeline" in launch.arguments:
+        return None  # no tensors; or pipelined, whose programs do different amounts of work
+    tile = {name: field.value for name, field in vars(launch.arguments["TILE"]).items()}
+    blocks = 1
+    if "split_vecs" in launch.arguments:
         along, vec = ("rows", 1) if tile["channels_last"] else ("cols", tile["vec"])
-        iteration = tile[along] * tile["pixel_tiles"] // vec
-        steps = math.ceil(one.arguments["split_vecs"] / iteration)
-    rounds = steps
-    if one.kernel.__name__.endswith("moments_kernel"):
-        from triton_gn.kernels.split import STEPS_AT_ONCE
+        block_vecs = tile[along] * tile["pixel_tiles"] // vec
+        blocks = math.ceil(launch.arguments["split_vecs"] / block_vecs)
+    iterations = blocks
+    if launch.kernel.__name__.endswith("moments_kernel"):
+        from triton_gn.kernels.split import BLOCKS_AT_ONCE
 
-        rounds -= math.ceil(steps / STEPS_AT_ONCE.value)  # the first of each, before the loop
-    executed = sass.executed(sass.disassembled(cubin), rounds)
-    elements = tile["rows"] * tile["cols"] * tile["channel_tiles"] * tile["pixel_tiles"] * steps
-    per_element: float = executed * 32 * one.num_warps / elements
+        # the first block of each is read before the main loop
+        iterations -= math.ceil(blocks / BLOCKS_AT_ONCE.value)
+    executed = sass.executed(sass.disassembled(cubin), iterations)
+    fragments = tile["channel_tiles"] * tile["pixel_tiles"] * blocks
+    elements = tile["rows"] * tile["cols"] * fragments
+    per_element: float = executed * 32 * launch.num_warps / elements
     return round(per_element, 1)
 
 
-def _converted_tiles(one: Launch, ttgir: str) -> int:
-    if "TILE" not in one.arguments:
+def _converted_tiles(launch: Launch, ttgir: str) -> int:
+    if "TILE" not in launch.arguments:
         return 0
-    tile = one.arguments["TILE"]
+    tile = launch.arguments["TILE"]
     shape = f"tensor<{tile.rows.value}x{tile.cols.value}x"
     return len(re.findall(rf"ttg\.convert_layout [^\n]*: {shape}", ttgir))
 
 
 def _number(pattern: str, text: str) -> int:
-    found = re.search(pattern, text)
-    if found is None:
+    match = re.search(pattern, text)
+    if match is None:
         raise RuntimeError(f"the compiler's report has no {pattern}; it begins: {text[:200]}")
-    return int(found.group(1))
+    return int(match.group(1))
