@@ -1,4 +1,4 @@
-"""The benchmarks with kernels that run, and times that are made up."""
+"""Benchmarks with real kernels and invented times."""
 
 import argparse
 from collections.abc import Callable, Sequence
@@ -30,7 +30,7 @@ ONE_CASE = "--directions", "forward", "--cache", "cold"
 
 
 class Stopwatch:
-    """In the place of ``timing``: makes times up, 1 ms for the first call, 2 ms for the second."""
+    """Stopwatch with invented times: 1 ms for the first call, 2 ms for the second."""
 
     def __init__(self) -> None:
         self.timed: list[list[Any]] = []
@@ -102,10 +102,10 @@ def test_ours_is_right(device: str, provider: Provider, direction: str) -> None:
 def test_records_are_complete(
     timer: Stopwatch, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status, found = run("--all")
+    status, recorded = run("--all")
     assert status == 0
-    assert len(found) == 2 * 2 * (3 * len(RUNNABLE) + 1 + 1 + 2)  # workloads, caches, directions
-    for one in found:
+    assert len(recorded) == 2 * 2 * (3 * len(RUNNABLE) + 1 + 1 + 2)  # workloads, caches, directions
+    for one in recorded:
         assert (one.measured, one.command, one.skipped) == (True, "bench", None)
         assert one.ms_p20 < one.ms_p50 < one.ms_p80
         assert stopwatch.protocol(one.cache == "cold") in one.protocol
@@ -124,14 +124,14 @@ def test_records_are_complete(
         assert one.host_us == (None if "[" in one.provider else 12.5)
         assert 0 < one.error < 1e-5
         assert (one.strategy is None) == (one.provider == "torch_eager")
-    cases = {(one.workload, one.direction, one.cache) for one in found}
+    cases = {(one.workload, one.direction, one.cache) for one in recorded}
     assert len(cases) == 2 * 3 * 2
-    copy, add = (next(one for one in found if one.provider == name) for name in ("copy", "add"))
+    copy, add = (next(one for one in recorded if one.provider == name) for name in ("copy", "add"))
     x, params = 2 * 8 * 30 * 4, 2 * 8 * 4
     assert (copy.bytes_minimum, add.bytes_minimum) == (2 * x + params, 3 * x + 2 * params)
     captured = capsys.readouterr()
     assert "without liger: " in captured.err
-    assert f"{len(found)} records in " in captured.out
+    assert f"{len(recorded)} records in " in captured.out
 
 
 def test_wrong_answers_are_never_timed(
@@ -146,9 +146,9 @@ def test_wrong_answers_are_never_timed(
 
     wrong = providers.Provider(OURS, spoilt, ours.absent, roundings=1)
     monkeypatch.setattr(bench, "PROVIDERS", (wrong, *others))
-    status, found = run(*ONE_CASE)
+    status, recorded = run(*ONE_CASE)
     assert status == 1
-    by_name = {one.provider: one for one in found}
+    by_name = {one.provider: one for one in recorded}
     assert by_name[OURS].skipped.startswith("wrong: y is off by 1.0e-03")
     assert by_name[OURS].ms_p50 is by_name[OURS].share_of_copy is by_name[OURS].error is None
     assert by_name["torch_eager"].ms_p50 == len(providers.FIXED) + 1  # the first call is left out
@@ -187,14 +187,14 @@ def test_interrupt_keeps_what_is_done(
             raise KeyboardInterrupt
 
     timer.before = interrupt
-    status, found = run(*ONE_CASE, "--all")
+    status, recorded = run(*ONE_CASE, "--all")
     assert status == 130
-    assert {one.workload for one in found} == {"Net first"}
+    assert {one.workload for one in recorded} == {"Net first"}
     assert "the same command goes on" in capsys.readouterr().err
     timer.before = lambda: None
-    status, found = run(*ONE_CASE, "--all")
+    status, recorded = run(*ONE_CASE, "--all")
     assert (status, len(timer.timed)) == (0, 2)
-    assert {one.workload for one in found} == {"Net first", "Net second"}
+    assert {one.workload for one in recorded} == {"Net first", "Net second"}
 
 
 def test_what_does_not_fit_is_recorded(timer: Stopwatch, run: Run) -> None:
@@ -202,17 +202,17 @@ def test_what_does_not_fit_is_recorded(timer: Stopwatch, run: Run) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     timer.before = overflow
-    status, found = run(*ONE_CASE)
+    status, recorded = run(*ONE_CASE)
     assert status == 1
-    assert [one.provider for one in found] == RUNNABLE
-    assert all("no room" in one.skipped for one in found)
+    assert [one.provider for one in recorded] == RUNNABLE
+    assert all("no room" in one.skipped for one in recorded)
 
 
 def test_predictions_are_refused_in_a_folder_of_measurements(timer: Stopwatch, run: Run) -> None:
-    _, found = run(*ONE_CASE)
+    _, recorded = run(*ONE_CASE)
     with pytest.raises(ValueError, match="below a folder 'predicted'"):
         run("--predict", "sm_90")
-    assert run(*ONE_CASE) == (0, found)
+    assert run(*ONE_CASE) == (0, recorded)
 
 
 def swept(device: str, out: Path, *flags: str) -> tuple[int, list[Record]]:
@@ -237,15 +237,15 @@ def test_sweep_times_plans(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     for _ in range(2):  # the second replaces the first
-        status, found = swept(device, tmp_path)
+        status, recorded = swept(device, tmp_path)
         assert status == 0
-    assert len(found) == 4
-    assert [one.config for one in found if "rule" in one.config] == [
+    assert len(recorded) == 4
+    assert [one.config for one in recorded if "rule" in one.config] == [
         fields_of(rule) | {"rule": True}
     ]
     strategies = ("resident", "pipelined", "split")
-    assert {one.provider for one in found} == {f"{OURS}[{name}]" for name in strategies}
-    for ms, one in enumerate(found, 1):
+    assert {one.provider for one in recorded} == {f"{OURS}[{name}]" for name in strategies}
+    for ms, one in enumerate(recorded, 1):
         assert (one.measured, one.command, one.cache) == (True, "sweep", "cold")
         assert (one.ms_p50, one.spill_bytes, one.bound) == (ms, 0, None)
         assert 0 < one.error < 1e-5
@@ -261,9 +261,9 @@ def test_sweep_goes_on_after_what_does_not_fit(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     timer.before = overflow
-    status, found = swept(device, tmp_path, "--direction", "both")
+    status, recorded = swept(device, tmp_path, "--direction", "both")
     assert status == 1
-    assert {one.direction for one in found} == {"backward"}
+    assert {one.direction for one in recorded} == {"backward"}
     assert "forward: the GPU has no room" in capsys.readouterr().out
 
 
@@ -283,9 +283,9 @@ def test_sweep_never_times_a_wrong_plan(
             self.outputs(direction)["y"].mul_(1.001)
 
     monkeypatch.setattr(Trial, "run", spoilt)
-    status, found = swept(device, tmp_path)
+    status, recorded = swept(device, tmp_path)
     assert status == 1
-    (wrong,) = (one for one in found if one.skipped)
+    (wrong,) = (one for one in recorded if one.skipped)
     assert wrong.config == fields_of(rule) | {"rule": True}
     assert wrong.skipped.startswith("wrong: y is off by")
     assert wrong.ms_p50 is wrong.error is None
@@ -303,17 +303,17 @@ def test_ceilings(
     ceilings.add_arguments(parser)
     options = parser.parse_args(["--out", str(tmp_path), "--largest", str(2**22)])
     assert ceilings.run(options, torch.device(device)) == 0
-    found = list(records.read(tmp_path))
+    recorded = list(records.read(tmp_path))
     sizes = [2**20, 3 * 2**19, 2**21, 3 * 2**20, 2**22]
     kinds = [("copy", "cold"), ("copy", "warm"), ("add", "cold"), ("add", "warm")]
-    assert [(one.provider, one.cache, one.bytes_minimum) for one in found] == [
+    assert [(one.provider, one.cache, one.bytes_minimum) for one in recorded] == [
         (*kind, size) for kind in kinds for size in sizes
     ]
-    assert [one.ms_p50 for one in found] == [1, 2, 3, 4, 5] * 4
+    assert [one.ms_p50 for one in recorded] == [1, 2, 3, 4, 5] * 4
     moved = [sum(t.nbytes for t in call.args[:-1]) for call in timer.timed[0]]
     assert moved == sizes
     assert "Effective L2: " in capsys.readouterr().out
-    warm = [replace(one, ms_p50=one.ms_p50 / 10) for one in found if one.cache == "warm"]
-    assert ceilings.effective_l2([*found, *warm]) == 2**22
-    cold = [replace(one, cache="cold") for one in found]
+    warm = [replace(one, ms_p50=one.ms_p50 / 10) for one in recorded if one.cache == "warm"]
+    assert ceilings.effective_l2([*recorded, *warm]) == 2**22
+    cold = [replace(one, cache="cold") for one in recorded]
     assert ceilings.effective_l2(cold) == 0

@@ -1,4 +1,4 @@
-"""The tuner with kernels that run, and times that are made up."""
+"""Tuner with real kernels and invented times."""
 
 import argparse
 import sys
@@ -49,7 +49,7 @@ def preferring(*favourites: Config, ms: float = 0.5) -> Stopwatch:
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """The user's cache folder, empty."""
+    """Return an empty folder in place of the user's cache."""
 
     def forget() -> None:
         planner.forget_plans()
@@ -74,7 +74,7 @@ def options(*flags: str) -> argparse.Namespace:
 
 
 def others(problem: Problem, gpu: torch.device) -> list[Config]:
-    """What the tuner tries besides the rule's own plan."""
+    """Return the candidates other than the default config."""
     return tune.shortlist(problem, gpu_of(gpu), 4)[1:]
 
 
