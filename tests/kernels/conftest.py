@@ -21,7 +21,7 @@ if INTERPRETED:
 
 @pytest.fixture(autouse=True)
 def memory(monkeypatch: pytest.MonkeyPatch) -> Iterator[GuardedMemory]:
-    """All that the package allocates starts as NaN, between guard zones checked after the test."""
+    """Allocate tensors as NaN between guard zones, and check the zones after the test."""
     guarded = GuardedMemory()
     monkeypatch.setattr(torch, "empty", guarded.empty)
     monkeypatch.setattr(torch, "empty_strided", guarded.empty_strided)

@@ -1,4 +1,4 @@
-"""The kernels as a differentiable function."""
+"""Gradients of the kernels under autograd."""
 
 import threading
 
@@ -92,7 +92,7 @@ def test_settings_of_the_forward_hold_in_the_backward(memory: GuardedMemory, dev
 def test_y_in_float32_from_a_16_bit_input(
     memory: GuardedMemory, device: str, strategy: str
 ) -> None:
-    """What autocast asks for: no copy of the input in float32."""
+    """Autocast asks for this: no copy of the input in float32."""
     case = make_case(memory, device, (2, 6, 5, 3), 3, dtype=torch.bfloat16)
     options = settings.Settings(plan_override=(("strategy", strategy),))
     x = case.x.requires_grad_()

@@ -41,7 +41,7 @@ def test_batch_invariant(
 
 
 def test_batch_invariance_changes_the_plan() -> None:
-    """Without it this problem is planned by its batch, or the test above could not fail."""
+    """Otherwise the plan of this problem depends on its batch: the test above can fail."""
     alone, batch = (torch.empty(n, 4, 96, 100) for n in (1, 64))
     configs = [triton_gn.explain(x, 1).config for x in (alone, batch)]
     assert configs[0] != configs[1]

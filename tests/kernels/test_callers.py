@@ -1,3 +1,3 @@
-"""The tests of tests/api/test_surroundings.py on the kernels."""
+"""Run the tests of tests/api/test_surroundings.py on the kernels."""
 
 from tests.api.test_surroundings import *  # noqa: F403

@@ -135,7 +135,7 @@ def _offset_kernel(
 @pytest.mark.parametrize("strategy", ["resident", "pipelined", "split"])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_offsets_beyond_2_to_the_31(device: str, strategy: str, channels_last: bool) -> None:
-    """The last program of 2**33 elements starts where 64-bit arithmetic says, without them."""
+    """The last program of 2**33 elements starts at the right offset; no memory is allocated."""
     pixels = 2**11 if strategy == "resident" else 2**22
     problem = Problem("forward", 2**33 // (16 * pixels), 16, 8, pixels, "float16", channels_last)
     config = plan(problem, Device(), override=(("strategy", strategy),))
@@ -165,7 +165,7 @@ def _product_kernel(product_ptr, a, b):
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="GPUs do not say it")
 def test_an_overflow_is_seen() -> None:
-    """Any 32-bit sum or product of the tests that 32 bits do not hold would have raised."""
+    """A 32-bit overflow in any test raises an error."""
     product = torch.zeros(1, dtype=torch.int64)
     _product_kernel[(1,)](product, 2**15, 2**15)
     assert product.item() == 2**30

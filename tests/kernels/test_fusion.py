@@ -35,7 +35,7 @@ CASES = [
 
 
 def transposed(x: Tensor, channels_last: bool) -> Tensor:
-    """x in the other memory format."""
+    """Return x in the other memory format."""
     return x.contiguous() if channels_last else x.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
@@ -98,7 +98,7 @@ def test_each_gradient_alone(
 def test_mixed_dtypes_and_strided_rows(
     memory: GuardedMemory, device: str, channels_last: bool, strategy: str
 ) -> None:
-    """Halves of one tensor, as torch.chunk gives them, and every dtype at once."""
+    """Scale and shift are halves of one tensor (torch.chunk), and every dtype occurs at once."""
     case = make_case(
         memory, device, (3, 8, 5, 4), 2, channels_last=channels_last, dtype=torch.bfloat16,
         activation="silu", fused=ALL,
@@ -119,7 +119,7 @@ def test_mixed_dtypes_and_strided_rows(
 def unfused(
     x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, **fused: Tensor
 ) -> Tensor:
-    """The same in PyTorch's own operations, each rounding to the dtype."""
+    """Compute the same with PyTorch's operations, each of which rounds to the dtype."""
 
     def rows(values: Tensor) -> Tensor:
         return values.reshape(-1, x.shape[1], *[1] * (x.ndim - 2))
@@ -203,11 +203,11 @@ def test_gelu_keeps_its_digits_far_below_0(memory: GuardedMemory, device: str) -
     case = make_case(memory, device, tuple(z.shape), 1, activation="gelu", affine=(False, False))
     case.scale = torch.full((2,), -1.0, device=device)
     case.residual = z.to(device)
-    found = case.through_kernels()["y"].cpu().double()
+    computed = case.through_kernels()["y"].cpu().double()
     z = z.double()
     expected = z * torch.special.erfc(-z * 0.5**0.5) / 2
     # z * z is rounded before its exponential is taken
-    assert ((found - expected).abs() <= (5e-7 + 1.5e-7 * z * z) * expected.abs()).all()
+    assert ((computed - expected).abs() <= (5e-7 + 1.5e-7 * z * z) * expected.abs()).all()
 
 
 @FORMATS
@@ -275,13 +275,13 @@ def test_who_shares_an_operand_shares_its_gradient(
         "values": {name: t[0] for name, t in row.items()},
     }
     with triton_gn.plan_override(strategy=strategy):
-        found = {
+        computed = {
             form: replace(case, **operands).through_kernels() for form, operands in forms.items()
         }
     for name in names:
-        expected = found["rows"][f"d{name}"].sum(0)
+        expected = computed["rows"][f"d{name}"].sum(0)
         for form in ("row", "values"):
-            grad = found[form][f"d{name}"]
+            grad = computed[form][f"d{name}"]
             assert grad.shape == forms[form][name].shape
             # sums of 15 values a sample, in another order: some roundings of the largest
             torch.testing.assert_close(grad.reshape(6), expected, rtol=1e-5, atol=1e-5)

@@ -29,9 +29,9 @@ def test_mean_far_from_zero(
     case = make_case(
         memory, device, shape, num_groups, channels_last=channels_last, mean=1e4, std=0.1
     )
-    found = errors(case, case.through_kernels())
-    assert found.pop("y") <= 1e-6
-    assert all(error <= 2e-6 for error in found.values()), found
+    relative = errors(case, case.through_kernels())
+    assert relative.pop("y") <= 1e-6
+    assert all(error <= 2e-6 for error in relative.values()), relative
 
 
 @FORMATS
@@ -89,19 +89,19 @@ def test_mean_that_drifts_within_a_group(
 
 @FORMATS
 @pytest.mark.parametrize("splits", [1, 2])
-def test_first_stretch_far_from_the_rest(
+def test_first_block_far_from_the_others(
     memory: GuardedMemory, device: str, channels_last: bool, splits: int
 ) -> None:
-    """The worst for moments whose deviations are from the mean of the first of 16 iterations."""
+    """Worst case for deviations from the mean of the first of 16 blocks."""
     case = make_case(
         memory, device, (1, 4, 512, 128), 1, channels_last=channels_last, mean=1e4, std=0.1
     )
     case.x[:, :, :16] = 0.0
     with triton_gn.plan_override(strategy="split", splits=splits):
-        found = errors(case, case.through_kernels())
+        relative = errors(case, case.through_kernels())
     # m2 keeps 20 of its 24 bits: 1e-6, and what its sums round by
-    assert found["y"] <= 2e-6
-    assert found["dx"] <= 2e-6
+    assert relative["y"] <= 2e-6
+    assert relative["dx"] <= 2e-6
 
 
 @pytest.mark.parametrize("strategy", ["resident", "pipelined", "split"])

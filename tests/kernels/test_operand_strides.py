@@ -101,7 +101,7 @@ def test_hooks_may_give_saved_tensors_other_strides_and_addresses() -> None:
 def test_launches_take_only_dense_operands_and_declared_workspaces(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What a repeated call could not fill is refused, so that nothing is read in its place."""
+    """Launches raise for a tensor that a repeated call could not bind."""
     launcher.forget()
     x, weight = torch.randn(2, 6, 3, 4), torch.randn(6, 2)[:, 0]
     with monkeypatch.context() as patch, triton_gn.backend("triton"):

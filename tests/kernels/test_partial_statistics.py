@@ -1,4 +1,4 @@
-"""The kernels of statistics apart from apply: against float64, tile by tile, and their bytes."""
+"""Kernels of separate statistics and apply: against float64, tile by tile, and their bytes."""
 
 import os
 from collections.abc import Callable
@@ -161,7 +161,7 @@ def test_only_what_is_asked_for(memory: GuardedMemory, device: str) -> None:
 
 
 def test_double_backward(memory: GuardedMemory, device: str) -> None:
-    """That of the kernels is that of the formulas, which numerical gradients have checked."""
+    """Double backward of the kernels equals that of the formulas, which gradcheck has verified."""
     case = make_case(
         memory, device, (2, 6, 5), 2, dtype=torch.float64, fused=ALL, activation="silu"
     )
@@ -178,7 +178,7 @@ def test_double_backward(memory: GuardedMemory, device: str) -> None:
 
 
 def test_nothing_to_normalise_by_is_nan(memory: GuardedMemory, device: str) -> None:
-    """Where nobody looks at counts, as on a GPU: better than a number."""
+    """Where counts are not checked, as on a GPU, NaN is better than a number."""
     case = make_case(memory, device, (2, 4, 8), 2)
     with triton_gn.backend("triton"):
         stats = group_norm_stats(case.x, 2)

@@ -1,7 +1,7 @@
-"""Pipelined: the order of its tickets, and that nothing depends on who takes which.
+"""Pipelined: the order of tickets, and that results do not depend on which program takes which.
 
-The interpreter runs one program after the other, so the first takes all tickets: what runs at the
-same time is proven on a GPU only, in tests/gpu/test_gpu.py.
+The interpreter runs one program after the other, so the first takes all tickets. Only
+tests/gpu/test_gpu.py, on a GPU, tests programs that run at the same time.
 """
 
 import itertools
@@ -97,13 +97,13 @@ def test_stages_are_adjacent_groups_of_a_sample(device: str) -> None:
 def test_bits_do_not_depend_on_the_pipeline(
     memory: GuardedMemory, device: str, channels_last: bool, activation: str
 ) -> None:
-    """Nor on there being one: they are those of split."""
+    """The bits are those of split, whatever the pipeline."""
     case = make_case(
         memory, device, (3, 16, 12, 16), 4, channels_last=channels_last, activation=activation,
         fused=("pre_add", "residual"),
     )  # fmt: skip
-    cut = {"pixel_tiles": 1, "splits": 2}
-    with triton_gn.plan_override(strategy="split", **cut):
+    splitting = {"pixel_tiles": 1, "splits": 2}
+    with triton_gn.plan_override(strategy="split", **splitting):
         expected = case.through_kernels()
     check(expected, case.expected())
     for fields in (
@@ -111,7 +111,7 @@ def test_bits_do_not_depend_on_the_pipeline(
         {"persistent_programs": 5},
         {"persistent_programs": 64, "blocks": 1},
     ):
-        with triton_gn.plan_override(strategy="pipelined", **cut, **fields):
+        with triton_gn.plan_override(strategy="pipelined", **splitting, **fields):
             for name, value in case.through_kernels().items():
                 assert torch.equal(value, expected[name]), name
 

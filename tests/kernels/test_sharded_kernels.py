@@ -1,4 +1,4 @@
-"""The kernels of sharded GroupNorm in several processes, and their bytes."""
+"""Kernels of sharded GroupNorm in several processes, and their bytes."""
 
 import os
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Samples of one pixel, which a program takes in stacks: each row is another sample's group."""
+"""Samples of one pixel, of which a program takes several: each row is another sample's group."""
 
 import os
 
@@ -14,7 +14,7 @@ FUSED = ("scale", "shift", "pre_add", "residual")
 
 
 def tile_of(case: Case, direction: str) -> Tile:
-    """What a program holds."""
+    """Return the tile of a program."""
     return triton_gn.explain(
         case.x, case.num_groups, direction=direction, activation=case.activation,
         pre_add=case.pre_add is not None, residual=case.residual is not None,
@@ -97,10 +97,10 @@ def test_weight_and_bias_are_read_once_a_stack(memory: GuardedMemory, device: st
             y = triton_gn.group_norm(x, 4, weight, bias)
         with Traffic(x=x, dy=case.dy) as backward:
             torch.autograd.grad(y, [x, weight], case.dy)
-    stacks = -(-100 // tile_of(case, "forward").rows)
-    assert stacks < 20
+    programs = -(-100 // tile_of(case, "forward").rows)
+    assert programs < 20
     assert forward.loaded["x"] == backward.loaded["x"] == backward.loaded["dy"] == x.nbytes
-    assert forward.loaded["weight"] == forward.loaded["bias"] == stacks * weight.nbytes
-    stacks = -(-100 // tile_of(case, "backward").rows)
-    partials = weight.nbytes * stacks if stacks > 1 else 0
+    assert forward.loaded["weight"] == forward.loaded["bias"] == programs * weight.nbytes
+    programs = -(-100 // tile_of(case, "backward").rows)
+    partials = weight.nbytes * programs if programs > 1 else 0
     assert backward.stored["other"] == x.nbytes + weight.nbytes + partials

@@ -79,7 +79,7 @@ def test_nothing_is_computed_that_is_not_asked_for(memory: GuardedMemory, device
 
 
 def numbers_of(problem: Explanation) -> int:
-    """How many numbers a forward and a backward leave besides the tensors: statistics, partials."""
+    """Count the statistics and partial results that a call stores besides its tensors."""
     groups = problem.problem.n * problem.problem.groups
     num_partials = problem.config.num_partials if problem.config.strategy != "resident" else 0
     forward = problem.problem.direction == "forward"
@@ -88,7 +88,7 @@ def numbers_of(problem: Explanation) -> int:
 
 @pytest.mark.parametrize(("strategy", "passes"), [("resident", 1), ("pipelined", 2), ("split", 2)])
 @pytest.mark.parametrize("channels_last", [False, True], ids=["contiguous", "innermost"])
-@pytest.mark.parametrize("activation", ["none", "silu", "gelu"])
+@pytest.mark.parametrize("activation", ["none", "silu"])
 @pytest.mark.parametrize(
     "fused", [(), ("scale", "shift"), ("pre_add",), ("residual",), ("pre_add", "residual")], ids=str
 )
@@ -108,14 +108,14 @@ def test_fused_traffic(
         memory, device, (2, 20, 8, 8), 2, channels_last=channels_last, dtype=torch.bfloat16,
         activation=activation, fused=fused,
     )  # fmt: skip
-    given = {name: getattr(case, name) for name in fused}
+    extras = {name: getattr(case, name) for name in fused}
     x, residual = case.x.requires_grad_(), case.residual
     if residual is not None:
         residual.requires_grad_()
     operands = {"x": x} | ({} if residual is None else {"residual": residual})
     with triton_gn.plan_override(strategy=strategy), triton_gn.backend("triton"):
         with Traffic(**operands) as forward:
-            y = triton_gn.group_norm(x, 2, case.weight, case.bias, activation=activation, **given)
+            y = triton_gn.group_norm(x, 2, case.weight, case.bias, activation=activation, **extras)
         with Traffic(dy=case.dy, y=y, **operands) as backward:
             grads = torch.autograd.grad(y, list(operands.values()), case.dy)
         explained = [
@@ -144,12 +144,12 @@ def test_what_is_per_channel_moves_little(memory: GuardedMemory, device: str) ->
     """Besides the tensors, a step with everything loads and stores less than a tenth of one."""
     fused = ("scale", "shift", "pre_add", "residual")
     case = make_case(memory, device, (2, 16, 32, 32), 2, activation="silu", fused=fused)
-    given = {name: getattr(case, name).requires_grad_() for name in fused}
+    extras = {name: getattr(case, name).requires_grad_() for name in fused}
     leaves = [case.x.requires_grad_(), case.weight.requires_grad_(), case.bias.requires_grad_()]
     tensors = {"x": case.x, "residual": case.residual, "dy": case.dy}
     with triton_gn.backend("triton"), Traffic(**tensors) as traffic:
-        y = triton_gn.group_norm(case.x, 2, case.weight, case.bias, activation="silu", **given)
-        torch.autograd.grad(y, [*leaves, *given.values()], case.dy)
+        y = triton_gn.group_norm(case.x, 2, case.weight, case.bias, activation="silu", **extras)
+        torch.autograd.grad(y, [*leaves, *extras.values()], case.dy)
     size = case.x.nbytes
     assert traffic.loaded["other"] < 0.1 * size
     assert 3 * size <= traffic.stored["other"] < 3.1 * size  # y, dx, dresidual

@@ -1,4 +1,4 @@
-"""The kernels under torch.func, torch.compile, torch.export, modes and subclasses."""
+"""Kernels under torch.func, torch.compile, torch.export, modes and subclasses."""
 
 import functools
 import warnings
@@ -32,7 +32,7 @@ ALL = tuple(range(len(Operands._fields)))
 
 @pytest.fixture(autouse=True)
 def memory() -> None:
-    """In place of the guarded memory: it replaces functions that fake tensors are made with."""
+    """Turn off the guarded memory: fake tensors need the functions that it replaces."""
 
 
 @pytest.fixture(autouse=True)
@@ -209,7 +209,7 @@ def test_compile_runs_the_operator_and_no_activation(device: str) -> None:
 
 
 def test_settings_are_those_of_the_compilation(device: str) -> None:
-    """In its forward and in its backward, whatever is set when they run."""
+    """Settings hold in forward and backward, whatever is set when they run."""
     x = operands(device)[0].requires_grad_()
     expected = fused(x, *[None] * 6)
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
@@ -327,7 +327,7 @@ def test_checkpointing_changes_no_bit(device: str, kind: str) -> None:
 
 
 def test_a_subclass_sees_the_function(device: str) -> None:
-    """As it sees PyTorch's own: __torch_function__, whose default keeps the class."""
+    """A subclass sees calls through __torch_function__, whose default keeps the class."""
 
     class Marked(Tensor):
         seen: tuple[object, ...] = ()
@@ -370,7 +370,7 @@ def test_a_wrapper_goes_through_the_operator(device: str) -> None:
 
 
 def test_autocast_policy(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What dispatch asks for on a CUDA device; the result itself needs one: gpu/test_gpu.py."""
+    """Dispatch asks for the fallback on a CUDA device; gpu/test_gpu.py checks the result."""
     asked = []
     monkeypatch.setattr(
         dispatch.fallback,

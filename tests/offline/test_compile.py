@@ -1,5 +1,5 @@
-"""What the compiler makes of the kernels, for GPUs that need not be present: no spills, 16-byte
-accesses, no approximate arithmetic."""
+"""Compile the kernels for GPUs that need not be present: no spills, 16-byte accesses, no
+approximate arithmetic."""
 
 import itertools
 import re
@@ -99,7 +99,7 @@ def assert_compile_well(launches: list[Launch], dtype: torch.dtype, target: str)
 
 
 def assert_wide(launch: Launch, kernel: Kernel) -> None:
-    """Each tensor of the input's size goes through 16-byte accesses, all of it."""
+    """Assert that all accesses to tensors of the input's size are 16 bytes wide."""
     tensors = [name for name, _ in pointers_of(launch) if name in TENSORS]
     assert tensors
     for name in tensors:
@@ -200,7 +200,7 @@ def test_long_rows_that_span_channels_do_not_spill(
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_pipelined_compiles(channels_last: bool, direction: str, target: str) -> None:
-    """As the others, with what it says to other programs in order."""
+    """Pipelined compiles like the others, and orders its messages to other programs."""
     dtype = BF16 if direction == "forward" else F32
     launches = launches_of(
         direction, (2, 64, 60, 60), 16, dtype, channels_last, target=target, strategy="pipelined"
@@ -213,7 +213,7 @@ def test_pipelined_compiles(channels_last: bool, direction: str, target: str) ->
 
 
 def test_all_kernels_are_compiled_above() -> None:
-    """Both strategies in both directions and formats, for each of the targets."""
+    """Both strategies, directions and memory formats compile for each target."""
     compiled = set()
     for shape, num_groups, dtype, _, channels_last, _, direction, target in CASES:
         for launch in launches_of(

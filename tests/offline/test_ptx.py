@@ -28,7 +28,10 @@ LAYOUTS = ("contiguous", "channels_last")
 
 
 def run(launches: Iterable[Launch], target: str = "sm_90", **how: Any) -> Counter[tuple[int, str]]:
-    """All programs of each launch, ``how`` as for ``Kernel.run``; what they load and store."""
+    """Run all programs of each launch, and return what they load and store.
+
+    ``how`` are keywords of ``Kernel.run``.
+    """
     traffic: Counter[tuple[int, str]] = Counter()
     for one in launches:
         kernel = Kernel(compile.assembly_of(one, target))
@@ -135,7 +138,7 @@ def test_answers_of_other_targets(memory: str, target: str) -> None:
 @pytest.mark.parametrize("memory", LAYOUTS)
 @pytest.mark.parametrize("seed", range(4))
 def test_pipelines_of_programs_beside_each_other(memory: str, seed: int) -> None:
-    """Whichever runs next: a second pass waits for the first ones of its unit."""
+    """A second pass waits for the first ones of its stage, whichever program runs next."""
     workload = Workload("", 2, 12, 3, (16, 20), layout=memory, activation="silu")
     override = {"strategy": "pipelined", "splits": 2, "pixel_tiles": 1, "persistent_programs": 5}
     check(workload, override=override, seed=seed, at_a_time=3)
@@ -208,7 +211,7 @@ def simple() -> tuple[Launch, Tensor, Tensor]:
 
 @pytest.mark.parametrize("are_missing", [False, True])
 def test_missing_barriers_show(are_missing: bool) -> None:
-    """As NaN, of shared memory that nobody has written yet, in some order of the warps."""
+    """A missing barrier shows as NaN from unwritten shared memory, in some order of the warps."""
     one, x, y = simple()
     ptx = compile.assembly_of(one, "sm_90")
     if are_missing:

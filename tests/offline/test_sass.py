@@ -1,4 +1,4 @@
-"""Instructions counted in machine code: in listings made by hand, and in the kernels."""
+"""Count instructions in machine code: in listings made by hand, and in the kernels."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Whole calls on a GPU that is not there, by a stand-in driver (tests/support/standin)."""
+"""Run whole calls without a GPU, on a stand-in driver (tests/support/standin)."""
 
 import itertools
 import os
@@ -23,14 +23,14 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the driver, and of what Triton compiles for it."""
+    """Build the driver; return its folder, which also holds what Triton compiles for it."""
     folder = tmp_path_factory.mktemp("standin")
     gpu.build(folder)
     return folder
 
 
 def run(library: Path, *scenario: str, **environment: str) -> str:
-    """A scenario in a process of its own; what it prints."""
+    """Run a scenario in a process of its own, and return its output."""
     paths = {"TRITON_LIBCUDA_PATH": library, "TRITON_CACHE_DIR": library / "cache"}
     known = os.environ | {name: str(path) for name, path in paths.items()} | environment
     known["LD_LIBRARY_PATH"] = f"{library}:{known.get('LD_LIBRARY_PATH', '')}"

@@ -1,5 +1,4 @@
-"""The PTX that turns pairs of bfloat16 elements into float32, which no interpreter runs: its
-instructions, done here."""
+"""Run the PTX that unpacks pairs of bfloat16 elements to float32; no interpreter of Triton does."""
 
 import re
 
@@ -15,7 +14,7 @@ _ALL = np.arange(2**16, dtype=np.uint32)
 
 
 def _run(ptx: str, pairs: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What the two outputs hold, a thread for each pair: float32, as their bits."""
+    """Run a thread for each pair; return the bits of both float32 outputs."""
     threads = Threads(Code(".reg .b32 %r<9>;" + re.sub(r"\$(\d)", r"%r\1", ptx)), len(pairs))
     threads.registers["%r2"] = pairs
     threads.run()
