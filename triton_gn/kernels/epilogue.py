@@ -22,10 +22,10 @@ from .reduce import (
     zero_channel_acc,
 )
 from .tile import (
+    converted,
     load_channels,
     load_tile,
     store_tile,
-    unpacked,
     zero_beyond_pixels,
 )
 
@@ -167,11 +167,11 @@ def dz_of(
     if len(dys) == 0:
         dz = tl.zeros([TILE.rows, TILE.cols], dtype)
     else:
-        dz = unpacked(dys[c * TILE.pixel_tiles + p], dtype, TILE)
+        dz = converted(dys[c * TILE.pixel_tiles + p], dtype, TILE)
     if ACTIVATION is not None:
         z = _z_before_residual(xs[c * TILE.pixel_tiles + p], affine, region, p, TILE)
         if len(residuals) > 0:
-            z += unpacked(residuals[c * TILE.pixel_tiles + p], dtype, TILE)
+            z += converted(residuals[c * TILE.pixel_tiles + p], dtype, TILE)
         dz = ACTIVATION(dz, z, TILE.nvidia)
     return dz
 

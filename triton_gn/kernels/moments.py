@@ -11,9 +11,9 @@ import triton.language as tl
 
 from .reduce import as_tile_operand, broadcast_channels, broadcast_groups, free_layout, group_sums
 from .tile import (
+    converted,
     groups_of,
     load_channels,
-    unpacked,
     zero_beyond_channels,
     zero_beyond_pixels,
 )
@@ -108,7 +108,7 @@ def centre_of(
 @triton.jit
 def centred(x, centre, region, p: tl.constexpr, TILE: tl.constexpr):
     """Subtract the high part of the centre from fragment x of pixel tile ``p``: exact near it."""
-    return unpacked(x, centre.dtype, TILE) - broadcast_channels(centre, region, p, TILE)
+    return converted(x, centre.dtype, TILE) - broadcast_channels(centre, region, p, TILE)
 
 
 @triton.jit
@@ -122,7 +122,7 @@ def rough_mean(xs, pre_add, region, TILE: tl.constexpr, dtype: tl.constexpr):
         if pre_add is not None:
             added = as_tile_operand(load_channels(pre_add, region, c, TILE, dtype), TILE)
         for p in tl.static_range(TILE.pixel_tiles):
-            x = unpacked(xs[c * TILE.pixel_tiles + p], dtype, TILE)
+            x = converted(xs[c * TILE.pixel_tiles + p], dtype, TILE)
             if pre_add is not None:
                 x += broadcast_channels(added, region, p, TILE)
                 x = zero_beyond_pixels(x, region, p, TILE)

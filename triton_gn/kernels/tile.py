@@ -295,7 +295,7 @@ def load_tiles(ptr, region, TILE: tl.constexpr, EVICT: tl.constexpr):
 
 
 @triton.jit
-def unpacked(x, dtype: tl.constexpr, TILE: tl.constexpr):
+def converted(x, dtype: tl.constexpr, TILE: tl.constexpr):
     """Convert a fragment from memory's dtype to ``dtype``."""
     if TILE.nvidia and dtype == tl.float32 and x.dtype == tl.bfloat16:
         # One instruction less for two elements than Triton's own conversion. "&": the first output

@@ -265,7 +265,7 @@ def backward(
     if half == "reduce":
         n, num_partials = operands.x.shape[0], prepared.config.num_partials
         sums = launches.statistics(operands.x, n, call.groups, 2, num_partials)
-    prepared((*operands, dy, layout.packed(stats), *grads.values(), sums))
+    prepared((*operands, dy, layout.realigned(stats), *grads.values(), sums))
     return sums
 
 

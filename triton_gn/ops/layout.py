@@ -38,7 +38,7 @@ def is_channels_last(x: Tensor) -> bool | None:
     return None
 
 
-def packed(t: Tensor) -> Tensor:
+def realigned(t: Tensor) -> Tensor:
     """Return t, or a copy if hooks on saved tensors have changed its strides or its alignment."""
     return t if t.is_contiguous() and t.data_ptr() % ALIGNMENT == 0 else t.clone().contiguous()
 

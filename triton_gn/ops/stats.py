@@ -93,11 +93,11 @@ def apply(operands: Operands, given: Moments, call: Call) -> Tensor:
     if context.records((*operands, *given)):
         y_recorded: Tensor = _ApplyFunction.apply(*operands, *given, call)
         return y_recorded
-    y, _ = autograd.forward(operands, call, with_stats=False, moments=_packed(given))
+    y, _ = autograd.forward(operands, call, with_stats=False, moments=_as_partial(given))
     return y
 
 
-def _packed(given: Moments) -> Tensor:
+def _as_partial(given: Moments) -> Tensor:
     """Return moments as one partial of split, (N, G, 4, 1); NaN for groups without elements."""
     mean = given.mean.masked_fill(given.count == 0, torch.nan)
     # a part without elements would be passed over
@@ -110,7 +110,7 @@ class _ApplyFunction(torch.autograd.Function):
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         *tensors, call = inputs
         operands, given = Operands(*tensors[:_TENSORS]), Moments(*tensors[_TENSORS:])
-        y, stats = autograd.forward(operands, call, with_stats=True, moments=_packed(given))
+        y, stats = autograd.forward(operands, call, with_stats=True, moments=_as_partial(given))
         assert stats is not None
         autograd.keep(ctx, operands, stats, call, *given)
         return y

@@ -134,7 +134,7 @@ def estimate(
         "occupancy": rounds * occupancy_us,
     }
     bound = max(times, key=times.__getitem__)
-    del times["launch"]  # the others overlap
+    del times["launch"]  # the other bounds run concurrently
     us = launch_us + max(times.values())
     return Estimate(us, bound, dram_bytes, l2_bytes, resident_ctas, waves)
 

@@ -236,7 +236,7 @@ class Tile:
         edges = {dim: axis.edges for dim, axis in axes.items()}
         own_place = {dim: self.coords[axis.number] for dim, axis in axes.items()}
 
-        def overlap(dim: int, source: int, target: int) -> slice | None:
+        def common(dim: int, source: int, target: int) -> slice | None:
             """Return the source's pixels that the target needs, counted from the source's first."""
             start, stop = edges[dim][source : source + 2]
             first, last = needs[dim][target]
@@ -246,13 +246,13 @@ class Tile:
         def cut_out(sources: Mapping[int, int], targets: Mapping[int, int]) -> Tensor:
             slices = [slice(None)] * x.ndim
             for dim in axes:
-                slices[dim] = overlap(dim, sources[dim], targets[dim]) or slice(0, 0)
+                slices[dim] = common(dim, sources[dim], targets[dim]) or slice(0, 0)
             return x[tuple(slices)]
 
-        def tiles(overlaps: Callable[[int, int], Any]) -> Iterator[tuple[int, dict[int, int]]]:
-            """Yield index and place of the tiles that overlap in all dimensions."""
+        def tiles(is_common: Callable[[int, int], Any]) -> Iterator[tuple[int, dict[int, int]]]:
+            """Yield index and place of the tiles that have pixels in common."""
             candidates = [
-                [i for i in range(len(axis.sizes)) if overlaps(dim, i)]
+                [i for i in range(len(axis.sizes)) if is_common(dim, i)]
                 for dim, axis in axes.items()
             ]
             for indices in itertools.product(*candidates):
@@ -273,7 +273,7 @@ class Tile:
         if not stays_inside:
             strips = {
                 index: cut_out(own_place, place).clone()
-                for index, place in tiles(lambda dim, i: overlap(dim, own_place[dim], i))
+                for index, place in tiles(lambda dim, i: common(dim, own_place[dim], i))
                 if index != self._index
             }
             key = (layout, tuple(needs.items()))
@@ -284,7 +284,7 @@ class Tile:
                 if index == self._index
                 else strips_of_tiles[index][self._index]
             )
-            for index, place in tiles(lambda dim, i: overlap(dim, i, own_place[dim]))
+            for index, place in tiles(lambda dim, i: common(dim, i, own_place[dim]))
         }
         if not parts:  # the windows of this tile see padding only
             spans = {dim: needs[dim][own_place[dim]] for dim in axes}
