@@ -46,7 +46,7 @@ def test_matches_float64(
     check(case.through_kernels(), case.expected())
 
 
-def test_values_per_sample_are_not_stacked(memory: GuardedMemory, device: str) -> None:
+def test_values_per_sample_keep_samples_apart(memory: GuardedMemory, device: str) -> None:
     case = make_case(memory, device, (9, 24), 3, activation="silu", fused=FUSED)
     check(case.through_kernels(), case.expected())
 

@@ -265,7 +265,7 @@ def test_a_pipeline_takes_what_is_given() -> None:
     config = overridden(LARGE, strategy="pipelined", splits=4, blocks=2, persistent_programs=7)
     assert (config.splits, config.blocks, config.persistent_programs) == (4, 2, 7)
     assert config.grid(LARGE) == 7
-    assert config.units_in_sample(LARGE) == 16
+    assert config.stages_per_sample(LARGE) == 16
 
 
 @for_any_problem
@@ -274,15 +274,15 @@ def test_pipelines_fill_the_gpu_and_their_second_pass_is_late_enough(problem: Pr
     """The second pass is behind by as many work items as there are programs, or by all items."""
     problem = replace(problem, n=min(problem.n, 64))  # or there may be more tickets than numbers
     config = overridden(problem, strategy="pipelined")
-    units = problem.n * config.units_in_sample(problem)
+    stages = problem.n * config.stages_per_sample(problem)
     prefetch_distance, items = (
         config.prefetch_distance(problem),
         config.blocks * config.num_partials,
     )
-    assert units * items == config.programs(problem)
+    assert stages * items == config.programs(problem)
     assert 1 <= config.persistent_programs <= max(config.programs(problem), 1)
     assert (
-        prefetch_distance == units or (prefetch_distance - 1) * items >= config.persistent_programs
+        prefetch_distance == stages or (prefetch_distance - 1) * items >= config.persistent_programs
     )
 
 

@@ -130,7 +130,7 @@ def _sizes(problem: Problem, config: Config) -> dict[str, Any]:
 
 def _pipeline(problem: Problem, config: Config, x: Tensor) -> Any:
     """Return the stages of a pipelined launch; its counters are zero before each call."""
-    stages_per_sample = config.units_in_sample(problem)
+    stages_per_sample = config.stages_per_sample(problem)
     stages = problem.n * stages_per_sample
     counters = torch.zeros(1 + stages, dtype=torch.int32, device=x.device)
     return _kernels().pipelined.Pipeline(

@@ -69,11 +69,11 @@ class Config:
         """Return the number of launched programs."""
         return self.persistent_programs or self.programs(problem)
 
-    def units_in_sample(self, problem: Problem) -> int:
+    def stages_per_sample(self, problem: Problem) -> int:
         """Return the number of stages of a pipelined config in a sample."""
         return -(-problem.groups // self.tile.groups) // self.blocks
 
     def prefetch_distance(self, problem: Problem) -> int:
         """Return the stages between first and second pass, enough that no program waits."""
         in_flight = -(-self.persistent_programs // (self.blocks * self.num_partials))
-        return min(in_flight + 1, problem.n * self.units_in_sample(problem))
+        return min(in_flight + 1, problem.n * self.stages_per_sample(problem))
