@@ -166,12 +166,14 @@ def _best(
     if not candidates:
         return None
     widest = max(problem.access_bytes(config.tile.groups) for config in candidates)
-    spilled = min(excess_registers(problem, config, device) for config in candidates)
+    candidates = [
+        config for config in candidates if problem.access_bytes(config.tile.groups) == widest
+    ]
+    excess = {config: excess_registers(problem, config, device) for config in candidates}
     times = {
         config: estimate(problem, config, device).us
         for config in candidates
-        if problem.access_bytes(config.tile.groups) == widest
-        and excess_registers(problem, config, device) == spilled
+        if excess[config] == min(excess.values())
     }
     equals = [config for config in times if times[config] <= _EQUAL * min(times.values())]
     simplicity = _resident_simplicity if strategy == "resident" else _split_simplicity
