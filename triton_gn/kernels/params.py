@@ -17,6 +17,8 @@ from .tile import SIZES, Params, load_channels, store_channels
 # are one 128-byte line
 REDUCE_ROWS = tl.constexpr(64)
 REDUCE_COLS = tl.constexpr(32)
+# Triton 3.6 cannot take the length of a struct with None in it
+NUM_PARAMS = tl.constexpr(len(Params._fields))
 
 
 class ChannelSums(NamedTuple):
@@ -28,6 +30,18 @@ class ChannelSums(NamedTuple):
 
     dz: tl.tensor
     dz_x_hat: tl.tensor
+
+
+class ParamGrads(NamedTuple):
+    """A program tile's part of the gradients per channel.
+
+    All fields are tensors: Triton 3.6 cannot return None in a struct.
+    """
+
+    weight: tl.tensor
+    bias: tl.tensor
+    scale: tl.tensor  # computed only if there is a gradient to store
+    shift: tl.tensor
 
 
 class Reduction(NamedTuple):
@@ -54,17 +68,12 @@ def sum_over_pixels(acc, affine_params, stats, region, c: tl.constexpr, TILE: tl
 def compute_param_grads(
     sums, affine_params, grads, region, c: tl.constexpr, TILE: tl.constexpr, dtype: tl.constexpr
 ):
-    """Compute the program tile's part of each gradient in ``grads``, for channel tile ``c``.
-
-    ``sums`` are ChannelSums. Returns Params; gradients that are None in ``grads``, and pre_add's,
-    are None.
-    """
+    """Compute ParamGrads of channel tile ``c`` from ChannelSums, for those in ``grads``."""
     dz, dz_x_hat = sums
     if TILE.batch_rows:
         dz, dz_x_hat = channel_sums(dz, TILE), channel_sums(dz_x_hat, TILE)
-    dscale = None
+    dscale = dz_x_hat
     if grads.scale is not None:
-        dscale = dz_x_hat
         if affine_params.weight is not None:
             dscale *= load_channels(affine_params.weight, region, c, TILE, dtype)
         if affine_params.bias is not None:
@@ -74,12 +83,12 @@ def compute_param_grads(
         scale = load_channels(affine_params.scale, region, c, TILE, dtype)
         dweight += dweight * scale
         dbias += dbias * scale
-    return Params(dweight, dbias, dscale, dz, None)
+    return ParamGrads(dweight, dbias, dscale, dz)
 
 
 @triton.jit
 def store_param_grads(grads, values, region, c: tl.constexpr, TILE: tl.constexpr):
-    """Store ``values`` (Params) to the program's rows of ``grads``, each unless None."""
+    """Store ParamGrads to the program's rows of ``grads``, each unless None there."""
     if grads.shift is not None:
         store_channels(grads.shift, values.shift, region, c, TILE)
     if grads.scale is not None:
@@ -127,7 +136,7 @@ def sum_params(reductions, pid, rows, channels):
     """
     blocks = tl.cdiv(channels, REDUCE_COLS)
     first = 0
-    for k in tl.static_range(len(reductions)):
+    for k in tl.static_range(NUM_PARAMS):
         if reductions[k] is not None:
             reduction = reductions[k]
             programs = blocks * reduction.total_rows
