@@ -55,8 +55,13 @@ def graph(
     if example_inputs is not None:
         mode = detect_fake_mode(example_inputs) or FakeTensorMode(allow_non_fake_inputs=True)
         FakeTensorProp(graph_module, mode).propagate(*example_inputs)
+    return rewrite_all(graph_module, always)
+
+
+def rewrite_all(root: fx.GraphModule, always: bool) -> Report:
+    """Fuse in the graph of a module and in the graphs inside it; return the report."""
     report = Report()
-    for name, module in graph_module.named_modules():
+    for name, module in root.named_modules():
         if isinstance(module, fx.GraphModule):
             rewrite(module.graph, report, always, f"{name}." if name else "")
             module.recompile()
