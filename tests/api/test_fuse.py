@@ -17,17 +17,17 @@ N, C, GROUPS = 2, 8, 4
 Block = Callable[..., Any]
 
 
-def operands(dtype: torch.dtype = torch.float64, n: int = N) -> dict[str, Tensor]:
+def operands(dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
     """Return x, parameters and tensors around the norm, all of which need gradients."""
     generator = torch.Generator().manual_seed(0)
     shapes: dict[str, tuple[int, ...]] = {
-        "x": (n, C, 3, 5),
+        "x": (N, C, 3, 5),
         "w": (C,),
         "b": (C,),
-        "s": (n, C),
-        "t": (n, C),
+        "s": (N, C),
+        "t": (N, C),
         "c": (C, 1, 1),
-        "r": (n, C, 3, 5),
+        "r": (N, C, 3, 5),
     }
     return {
         name: torch.randn(shape, generator=generator, dtype=dtype).requires_grad_()
@@ -51,7 +51,11 @@ def run(block: Block, tensors: dict[str, Tensor], grads: bool = True) -> list[Te
 
 
 def fused_in(
-    block: Block, inner: str = "aot_eager", dynamic: bool = False, n: int = N, grads: bool = True
+    block: Block,
+    inner: str = "aot_eager",
+    dynamic: bool = False,
+    grads: bool = True,
+    tolerance: float = 1e-10,
 ) -> Report:
     """Fuse a block that Dynamo traced, compare it with the eager block; return the report."""
     reports: list[Report] = []
@@ -62,8 +66,8 @@ def fused_in(
 
     torch._dynamo.reset()
     compiled = torch.compile(block, backend=compiler, fullgraph=True, dynamic=dynamic)
-    expected, received = (run(f, operands(n=n), grads) for f in (block, compiled))
-    torch.testing.assert_close(received, expected, rtol=1e-10, atol=1e-10)
+    expected, received = (run(f, operands(), grads) for f in (block, compiled))
+    torch.testing.assert_close(received, expected, rtol=tolerance, atol=tolerance)
     (report,) = reports
     return report
 
@@ -335,7 +339,8 @@ def _mutates_scale(x: Tensor, s: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", REFUSED)
 def test_in_doubt_nothing_is_fused_and_the_reason_is_told(name: str) -> None:
     block, reason = REFUSED[name]
-    report = fused_in(block, grads=name != "mutated input")
+    tolerance = 1e-5 if name == "promoted" else 1e-10  # the norm is in float32
+    report = fused_in(block, grads=name != "mutated input", tolerance=tolerance)
     assert report.folded == []
     assert reason in only(report.replaced)
 

@@ -94,10 +94,10 @@ def _fuse(norm: Norm, barriers: list[fx.Node], always: bool) -> tuple[str, str]:
     order = {node: index for index, node in enumerate(code.nodes)}
     chain = Chain(norm, order, barriers)
     chain.follow()
-    if not norm.fused:
-        slower = None if always else decision.why_slower(norm)
-        if norm.is_ours or slower is not None:
-            return "left", f"{chain.stop}; {slower or 'it is a call of triton_gn already'}"
+    if not norm.fused and norm.is_ours:
+        return "left", f"{chain.stop}; it is a call of triton_gn already"
+    if not norm.fused and not always and (slower := decision.why_slower(norm)) is not None:
+        return "left", f"{chain.stop}; {slower}"
     reader = _stride_reader(chain)
     if reader is not None:
         return "left", f"its memory format would change, which {reader.name} may read"
