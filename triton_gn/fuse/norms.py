@@ -96,7 +96,7 @@ def _of_module(node: fx.Node) -> Norm | str | None:
             zip(("scale", "shift", "residual", "pre_add"), node.args[1:], strict=False)
         )
         operands |= dict(node.kwargs)
-        activation = getattr(module, "activation", None)
+        activation = _activation(getattr(module, "activation", None))
         norm = Norm(node, node, operands, module.num_groups, module.eps, activation, module=path)
         norm.is_ours = isinstance(module, GroupNorm)
         return norm
@@ -109,8 +109,12 @@ def _of_our_function(node: fx.Node) -> Norm:
     given = dict(zip(_ARGUMENTS, node.args, strict=False)) | dict(node.kwargs)
     operands = {name: given.get(name) for name in ("input", *_OPERANDS)}
     norm = Norm(node, node, operands, given["num_groups"], given.get("eps", 1e-5), is_ours=True)
-    norm.activation = None if given.get("activation") is None else str(given["activation"])
+    norm.activation = _activation(given.get("activation"))
     return norm
+
+
+def _activation(name: Any) -> str | None:
+    return None if name in (None, "none") else str(name)
 
 
 def _of_operator(node: fx.Node) -> Norm | str:
@@ -121,8 +125,8 @@ def _of_operator(node: fx.Node) -> Norm | str:
         return "its result is used in several places"
     operands = dict(zip(_OPERATOR_OPERANDS, node.args, strict=False))
     num_groups, eps, activation, y_dtype, settings = node.args[len(_OPERATOR_OPERANDS) :]
-    name = None if activation == "none" else str(activation)
-    norm = Norm(node, users[0], operands, num_groups, eps, name, (y_dtype, settings))
+    norm = Norm(node, users[0], operands, num_groups, eps, _activation(activation))
+    norm.operator_settings = y_dtype, settings
     norm.is_ours = True
     return norm
 

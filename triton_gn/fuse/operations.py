@@ -144,11 +144,14 @@ def _asks_in_place(node: fx.Node) -> bool:
     """Return whether ``inplace`` of a Python function is set, by name or by position."""
     if "inplace" in node.kwargs:
         return node.kwargs["inplace"] is not False
-    if not inspect.isfunction(node.target):
-        return False
-    parameters = list(inspect.signature(node.target).parameters)
-    index = parameters.index("inplace") if "inplace" in parameters else len(node.args)
-    return index < len(node.args) and node.args[index] is not False
+    index = _index_of_inplace(node.target) if inspect.isfunction(node.target) else None
+    return index is not None and index < len(node.args) and node.args[index] is not False
+
+
+@functools.cache
+def _index_of_inplace(function: Any) -> int | None:
+    parameters = list(inspect.signature(function).parameters)
+    return parameters.index("inplace") if "inplace" in parameters else None
 
 
 def activation_of(node: fx.Node, input: fx.Node) -> str | None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch._guards import detect_fake_mode
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from triton_gn.convert import Report
@@ -71,12 +72,15 @@ def rewrite_all(root: fx.GraphModule, always: bool) -> Report:
 def rewrite(code: fx.Graph, report: Report, always: bool, prefix: str = "") -> None:
     """Fuse the operations around each group norm of one graph, and report on them."""
     barriers = [node for node in code.nodes if is_barrier(node)]
+    is_transformed = any("increment_nesting" in str(node.target) for node in barriers)
     for node in list(code.nodes):
         norm = find(node)
         if norm is None:
             continue
         name = prefix + node.name
         reason = norm if isinstance(norm, str) else _why_untouched(norm, always)
+        if is_transformed:
+            reason = "torch.func transforms calls of this graph"
         if isinstance(norm, str) or reason is not None:
             fate, reason = "left", str(reason)
         else:
@@ -111,12 +115,15 @@ def _why_untouched(norm: Norm, always: bool) -> str | None:
     """Return why a norm must stay as it is, whatever follows; None if it may be replaced."""
     if not isinstance(norm.operands["input"], fx.Node) or type(norm.eps) not in (int, float):
         return "its input is not a tensor, or its eps not a number"
+    x, y = value(norm.operands["input"]), value(norm.output)
+    if x is None and {"example_value", "val"} & norm.operands["input"].meta.keys():
+        return "its input is a tensor subclass"
     if not always and (reason := decision.why_no_kernels(norm)) is not None:
         return reason
-    x, y = value(norm.operands["input"]), value(norm.output)
     if x is None or y is None:
-        has_meta = {"example_value", "val"} & norm.operands["input"].meta.keys()
-        return "its input is a tensor subclass" if has_meta else None
+        return None
+    if free_unbacked_symbols(x):
+        return "its sizes depend on data"
     if x.dtype not in FLOATS or x.layout is not torch.strided or x.is_nested or x.ndim < 2:
         return f"its input, {x.dtype} of layout {x.layout}, has no kernels"
     if not norm.is_ours and y.dtype is not _predicted_dtype(norm, x, y):
