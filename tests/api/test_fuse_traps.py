@@ -55,6 +55,35 @@ def test_hook_on_the_result_of_the_norm() -> None:
     assert report.folded == []
 
 
+class BasicBlock(nn.Module):
+    """A block of a ResNet, with layers in place as torchvision has them."""
+
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(C, C, 3, stride, 1, bias=False)
+        self.conv2 = nn.Conv2d(C, C, 3, 1, 1, bias=False)
+        self.norm1, self.norm2 = nn.GroupNorm(GROUPS, C), nn.GroupNorm(GROUPS, C)
+        self.relu = nn.ReLU(inplace=True)
+        self.downsample = None
+        if stride > 1:
+            convolution = nn.Conv2d(C, C, 1, stride, bias=False)
+            self.downsample = nn.Sequential(convolution, nn.GroupNorm(GROUPS, C))
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = x if self.downsample is None else self.downsample(x)
+        y = self.relu(self.norm1(self.conv1(x)))
+        y = self.norm2(self.conv2(y))
+        y += identity
+        return self.relu(y)  # type: ignore[no-any-return]
+
+
+def test_resnet() -> None:
+    model = nn.Sequential(BasicBlock(1), BasicBlock(2), BasicBlock(1)).double()
+    (report,) = compiled_like(lambda x: model(x), image())
+    fused = [reason.partition(";")[0] for _, reason in report.folded]
+    assert fused == ["relu", "residual, relu"] * 3
+
+
 def test_control_flow() -> None:
     def block(x: Tensor) -> Tensor:
         y: Tensor = torch.cond(

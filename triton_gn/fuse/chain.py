@@ -12,6 +12,7 @@ from triton_gn.fuse.norms import Norm
 from triton_gn.fuse.operations import (
     FLOATS,
     activation_of,
+    described,
     equal,
     is_identity,
     is_written,
@@ -85,7 +86,7 @@ class Chain:
         activation = "silu" if is_formula else activation_of(node, current)
         done = operation(node)
         if activation is None and (done is None or done.name not in ("add", "mul", "addcmul")):
-            return f"{node.name} is not an operation that can be fused"
+            return f"{described(node)} is not an operation that can be fused"
         problem = self._barrier_before(node, identities) or self._dtype_change(node)
         if problem is not None:
             return problem
@@ -244,7 +245,7 @@ class Chain:
         ours = {*self.taken, *(identities or []), self.norm.node, node}
         for barrier in self._barriers:
             if barrier not in ours and self._earliest < self._order[barrier] < self._order[node]:
-                return f"{barrier.name}, in between, may write to memory or change a mode"
+                return f"{described(barrier)}, in between, may write to memory or change a mode"
         return None
 
 

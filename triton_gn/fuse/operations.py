@@ -38,6 +38,22 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 # a view or a read of the memory of a tensor: its result depends on the strides
 STRIDE_READERS = ("view", "view_as", "as_strided", "stride", "is_contiguous", "data_ptr", "set_")
 
+# functions, methods and modules whose result may be their first argument, or a view of it
+_SHARING = frozenset(
+    (
+        *_CASTS,
+        *_VIEWS,
+        *("view_as", "reshape_as", "expand", "expand_as", "broadcast_to", "as_strided", "flatten"),
+        *("unflatten", "squeeze", "transpose", "permute", "t", "movedim", "moveaxis", "swapaxes"),
+        *("swapdims", "getitem", "__getitem__", "getattr", "select", "narrow", "chunk", "split"),
+        *("tensor_split", "split_with_sizes", "hsplit", "vsplit", "unbind", "unfold", "diagonal"),
+        *("real", "imag", "view_as_real", "view_as_complex", "detach", "alias", "positive"),
+        *("dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "identity", "data"),
+        *("atleast_1d", "atleast_2d", "atleast_3d", "ravel", "resolve_conj", "resolve_neg"),
+        *("requires_grad", "rearrange", "conj", "adjoint", "cpu", "cuda", "pad"),
+    )
+)
+
 
 @dataclass(frozen=True)
 class Operation:
@@ -234,7 +250,8 @@ def is_barrier(node: fx.Node) -> bool:
     target: Any = node.target
     if node.op == "call_method":
         name = str(target)
-        return (name.endswith("_") and not name.endswith("__")) or name.startswith("register")
+        writes = name.startswith(("__i", "__set")) or not name.endswith("__")
+        return (name.endswith("_") and writes) or name.startswith("register")
     if node.op == "call_module":
         module = module_of(node)
         is_torch = type(module).__module__.startswith("torch.nn.modules.")
@@ -269,13 +286,29 @@ def _inplace(module: nn.Module | None) -> bool:
 
 def is_written(node: fx.Node) -> bool:
     """Return whether any node writes into the tensor of this one, or into a view of it."""
-    for user in node.users:
-        done = operation(user)
-        if not user.args or user.args[0] is not node:
-            continue
-        if is_barrier(user):
-            return True
-        may_share = done is None or done.name in (*_VIEWS, *_CASTS, "getitem", "dropout")
-        if may_share and value(user) is not None and is_written(user):
-            return True
+    reached, waiting = {node}, [node]
+    while waiting:
+        source = waiting.pop()
+        for user in source.users:
+            if not user.args or user.args[0] is not source:
+                continue
+            if is_barrier(user):
+                return True
+            if called_name(user).lower() in _SHARING and user not in reached:
+                reached.add(user)
+                waiting.append(user)
     return False
+
+
+def called_name(node: fx.Node) -> str:
+    """Return the name of the function, method, operator or class of module that a node calls."""
+    module = module_of(node)
+    if module is not None:
+        return type(module).__name__
+    return str(getattr(node.target, "__name__", node.target)).partition(".")[0]
+
+
+def described(node: fx.Node) -> str:
+    """Return a node's name, and what it calls if the name does not tell."""
+    name = called_name(node)
+    return node.name if name in node.name else f"{node.name} ({name})"

@@ -19,6 +19,7 @@ from triton_gn.fuse.norms import Norm, emit, find
 from triton_gn.fuse.operations import (
     FLOATS,
     STRIDE_READERS,
+    called_name,
     equal,
     is_barrier,
     is_pure,
@@ -37,8 +38,8 @@ def graph(
 ) -> Report:
     """Fuse the operations around each group norm of a graph into one call, in place.
 
-    A norm that reads an unfused sum, or whose result nothing unfused follows, becomes one call of
-    :func:`triton_gn.group_norm`. docs/fusion.md lists what is fused, and when nothing is.
+    Each norm, with the operations around it, becomes one call of :func:`triton_gn.group_norm`.
+    docs/fusion.md lists what is fused, and when nothing is.
 
     Args:
         graph_module: a graph before autograd: from torch.compile, ``torch.fx.symbolic_trace``, or
@@ -152,8 +153,7 @@ def _stride_reader(chain: Chain) -> fx.Node | None:
     reached, waiting = set(), [chain.last]
     while waiting:
         for user in waiting.pop().users:
-            name = str(getattr(user.target, "__name__", user.target)).partition(".")[0]
-            if user.op != "output" and (name in STRIDE_READERS or is_barrier(user)):
+            if called_name(user) in STRIDE_READERS or is_barrier(user):
                 return user
             if user not in reached:
                 reached.add(user)
