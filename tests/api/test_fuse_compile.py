@@ -198,6 +198,20 @@ def test_backend_is_found_by_its_name(tmp_path: Path) -> None:
         "model, x = nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU()), torch.randn(2, 4, 8)\n"
         "compiled = torch.compile(model, backend='triton_gn', options={'max_autotune': False})\n"
         "torch.testing.assert_close(compiled(x), model(x))\n"
+        # the fused call is one operator of the kernels to the compiler, in both directions
+        "import triton_gn.fuse\n"
+        "from functorch.compile import make_boxed_func\n"
+        "from torch._dynamo.backends.common import aot_autograd\n"
+        "code = []\n"
+        "def show(graph_module, inputs):\n"
+        "    code.append(graph_module.code)\n"
+        "    return make_boxed_func(graph_module)\n"
+        "backend = triton_gn.fuse.backend(aot_autograd(fw_compiler=show))\n"
+        "torch.compile(model, backend=backend)(x).sum().backward()\n"
+        "forward, backward = code\n"
+        "assert forward.count('torch.ops.triton_gn.group_norm.default(') == 1, forward\n"
+        "assert 'sigmoid' not in forward and 'native_group_norm' not in forward, forward\n"
+        "assert backward.count('torch.ops.triton_gn.group_norm_backward.default(') == 1, backward\n"
     )
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)]),
