@@ -42,11 +42,11 @@ def run(block: Block, tensors: dict[str, Tensor], grads: bool = True) -> list[Te
     if not grads:
         return list(results)
     loss = sum((y * (y.detach() + 1)).sum() for y in results)
-    found = torch.autograd.grad(loss, list(tensors.values()), allow_unused=True)
+    computed = torch.autograd.grad(loss, list(tensors.values()), allow_unused=True)
     zeros = (torch.zeros_like(tensor) for tensor in tensors.values())
     return [
         *results,
-        *(zero if grad is None else grad for zero, grad in zip(zeros, found, strict=True)),
+        *(zero if grad is None else grad for zero, grad in zip(zeros, computed, strict=True)),
     ]
 
 

@@ -84,8 +84,8 @@ class Chain:
         if node.op == "output":
             return "nothing follows it"
         activation = "silu" if is_formula else activation_of(node, current)
-        done = operation(node)
-        if activation is None and (done is None or done.name not in ("add", "mul", "addcmul")):
+        call = operation(node)
+        if activation is None and (call is None or call.name not in ("add", "mul", "addcmul")):
             return f"{described(node)} is not an operation that can be fused"
         problem = self._barrier_before(node, identities) or self._dtype_change(node)
         if problem is not None:
@@ -105,30 +105,30 @@ class Chain:
 
     def _arithmetic(self, node: fx.Node, current: fx.Node) -> str | None:
         """Fuse a sum, a product or both, or return why not, as what follows the node's name."""
-        done, result = operation(node), value(node)
-        assert done is not None
+        call, result = operation(node), value(node)
+        assert call is not None
         if self._y is None or result is None:
             return f"cannot be judged: {_UNKNOWN_SHAPES}"
         if not same_shape(result, self._y):
             return "broadcasts the result of the norm"
-        if done.in_place and done.args[0] is not current:
+        if call.in_place and call.args[0] is not current:
             return "writes into its other operand"
-        if any(number != 1 for number in done.kwargs.values()):
+        if any(number != 1 for number in call.kwargs.values()):
             return "has further arguments"
-        if done.name == "addcmul":
-            if len(done.args) != 3:
+        if call.name == "addcmul":
+            if len(call.args) != 3:
                 return "has further arguments"
-            addend, *factors = done.args
+            addend, *factors = call.args
             others = [factor for factor in factors if factor is not current]
             if len(others) != 1:
                 return "does not multiply the result of the norm"
             if addend is current:  # y + y * s
                 return self._scale(others[0], with_one=True)
             return self._scale(others[0]) or self._add(addend)
-        others = [term for term in done.args if term is not current]
+        others = [term for term in call.args if term is not current]
         if len(others) != 1:
             return "uses the result of the norm twice"
-        return self._scale(others[0]) if done.name == "mul" else self._add(others[0])
+        return self._scale(others[0]) if call.name == "mul" else self._add(others[0])
 
     def _add(self, term: Any) -> str | None:
         """Fuse a term as residual or shift."""
@@ -212,12 +212,12 @@ class Chain:
         total = self.norm.operands["input"]
         if not isinstance(total, fx.Node) or self.norm.has("pre_add"):
             return
-        done, x = operation(total), value(total)
-        if done is None or done.name != "add" or done.in_place or x is None or self._y is None:
+        call, x = operation(total), value(total)
+        if call is None or call.name != "add" or call.in_place or x is None or self._y is None:
             return
-        if list(total.users) != [self.norm.node] or len(done.args) != 2 or done.kwargs:
+        if list(total.users) != [self.norm.node] or len(call.args) != 2 or call.kwargs:
             return
-        for term, other in (done.args, done.args[::-1]):
+        for term, other in (call.args, call.args[::-1]):
             tensor, values = value(term), value(other)
             if tensor is None or values is None or term is other:
                 continue
@@ -283,13 +283,13 @@ def _silu_formula(node: fx.Node) -> list[fx.Node]:
     if len(node.users) != 2:
         return []
     for sigmoid, product in (list(node.users), list(node.users)[::-1]):
-        done = operation(product)
-        is_product = done is not None and done.name == "mul" and not done.in_place
+        call = operation(product)
+        is_product = call is not None and call.name == "mul" and not call.in_place
         alone = activation_of(sigmoid, node) == "sigmoid" and list(sigmoid.users) == [product]
         first = operation(sigmoid)
         if is_product and alone and first is not None and not first.in_place:
-            assert done is not None
-            if set(done.args) == {node, sigmoid} and not done.kwargs:
+            assert call is not None
+            if set(call.args) == {node, sigmoid} and not call.kwargs:
                 return [sigmoid, product]
     return []
 

@@ -67,9 +67,9 @@ def find(node: fx.Node) -> Norm | str | None:
     if target is group_norm:
         return _of_our_function(node)
     if target in (F.group_norm, torch.group_norm, torch.ops.aten.group_norm.default):
-        given = dict(zip(_ARGUMENTS, node.args, strict=False)) | dict(node.kwargs)
-        operands = {name: given.get(name) for name in ("input", "weight", "bias")}
-        return Norm(node, node, operands, given["num_groups"], given.get("eps", 1e-5))
+        arguments = dict(zip(_ARGUMENTS, node.args, strict=False)) | dict(node.kwargs)
+        operands = {name: arguments.get(name) for name in ("input", "weight", "bias")}
+        return Norm(node, node, operands, arguments["num_groups"], arguments.get("eps", 1e-5))
     if target is F.instance_norm:
         return _of_instance_norm(node, _INSTANCE_NORM)
     if target in (torch.instance_norm, torch.ops.aten.instance_norm.default):
@@ -106,10 +106,12 @@ def _of_module(node: fx.Node) -> Norm | str | None:
 
 
 def _of_our_function(node: fx.Node) -> Norm:
-    given = dict(zip(_ARGUMENTS, node.args, strict=False)) | dict(node.kwargs)
-    operands = {name: given.get(name) for name in ("input", *_OPERANDS)}
-    norm = Norm(node, node, operands, given["num_groups"], given.get("eps", 1e-5), is_ours=True)
-    norm.activation = _activation(given.get("activation"))
+    arguments = dict(zip(_ARGUMENTS, node.args, strict=False)) | dict(node.kwargs)
+    operands = {name: arguments.get(name) for name in ("input", *_OPERANDS)}
+    norm = Norm(
+        node, node, operands, arguments["num_groups"], arguments.get("eps", 1e-5), is_ours=True
+    )
+    norm.activation = _activation(arguments.get("activation"))
     return norm
 
 
@@ -132,13 +134,13 @@ def _of_operator(node: fx.Node) -> Norm | str:
 
 
 def _of_instance_norm(node: fx.Node, names: tuple[str, ...]) -> Norm | str:
-    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-    if given.get("running_mean") is not None or given.get("running_var") is not None:
+    arguments = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    if arguments.get("running_mean") is not None or arguments.get("running_var") is not None:
         return "has running statistics"
-    if given.get("use_input_stats", True) is not True:
+    if arguments.get("use_input_stats", True) is not True:
         return "does not use the statistics of its input"
-    operands = {name: given.get(name) for name in ("input", "weight", "bias")}
-    return _with_channels(Norm(node, node, operands, 0, given.get("eps", 1e-5)))
+    operands = {name: arguments.get(name) for name in ("input", "weight", "bias")}
+    return _with_channels(Norm(node, node, operands, 0, arguments.get("eps", 1e-5)))
 
 
 def _with_channels(norm: Norm) -> Norm | str:

@@ -135,7 +135,7 @@ def operation(node: fx.Node) -> Operation | None:
         return None
     base = name if name.endswith("__") else name.removesuffix("_")
     in_place = base != name or _asks_in_place(node)
-    kwargs = {key: given for key, given in node.kwargs.items() if key != "inplace"}
+    kwargs = {key: argument for key, argument in node.kwargs.items() if key != "inplace"}
     return Operation(base, node.args, kwargs, in_place)
 
 
@@ -172,67 +172,67 @@ def _index_of_inplace(function: Any) -> int | None:
 
 def activation_of(node: fx.Node, input: fx.Node) -> str | None:
     """Return the name of the activation that a node applies to ``input``, None if it is none."""
-    done = operation(node)
-    if done is None or not done.args or done.args[0] is not input:
+    call = operation(node)
+    if call is None or not call.args or call.args[0] is not input:
         return None
-    arguments = dict(done.kwargs)
-    parameter = _PARAMETERS.get(done.name)
+    arguments = dict(call.kwargs)
+    parameter = _PARAMETERS.get(call.name)
     if parameter is not None:
-        given = done.args[1] if len(done.args) > 1 else parameter[1]
-        arguments.setdefault(parameter[0], given)
+        argument = call.args[1] if len(call.args) > 1 else parameter[1]
+        arguments.setdefault(parameter[0], argument)
     # what is left by position is ``inplace``, or a parameter of an operator that has no name here
-    others = done.args[1 if parameter is None else 2 :]
-    if any(type(given) is not bool for given in others):
+    others = call.args[1 if parameter is None else 2 :]
+    if any(type(argument) is not bool for argument in others):
         return None
     for name, row in TABLE.items():
-        if row.function == done.name and dict(row.arguments) == arguments:
+        if row.function == call.name and dict(row.arguments) == arguments:
             return name
     return None
 
 
 def is_identity(node: fx.Node, input: fx.Node) -> bool:
     """Return whether a node returns ``input`` as it is: a dropout of 0, a cast to its own dtype."""
-    done = operation(node)
-    if done is None or not done.args or done.args[0] is not input:
+    call = operation(node)
+    if call is None or not call.args or call.args[0] is not input:
         return False
-    if done.name == "dropout":
-        rate = done.kwargs.get("p", done.args[1] if len(done.args) > 1 else 0.5)
-        training = done.kwargs.get("training", done.args[2] if len(done.args) > 2 else True)
-        training = done.kwargs.get("train", training)
+    if call.name == "dropout":
+        rate = call.kwargs.get("p", call.args[1] if len(call.args) > 1 else 0.5)
+        training = call.kwargs.get("training", call.args[2] if len(call.args) > 2 else True)
+        training = call.kwargs.get("train", training)
         return training is False or (type(rate) in (int, float) and rate == 0)
     before, after = value(input), value(node)
-    if done.name not in _CASTS or before is None or after is None or _copies(done):
+    if call.name not in _CASTS or before is None or after is None or _copies(call):
         return False
     same = after.dtype is before.dtype and after.device == before.device
     strides = all(map(equal, before.stride(), after.stride()))
     return same and same_shape(before, after) and strides
 
 
-def _copies(done: Operation) -> bool:
-    given = done.args[1:] + tuple(done.kwargs.values())
-    return done.kwargs.get("copy", False) is not False or True in given
+def _copies(call: Operation) -> bool:
+    arguments = call.args[1:] + tuple(call.kwargs.values())
+    return call.kwargs.get("copy", False) is not False or True in arguments
 
 
 def sum_with_one(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
     """Return s and the node of 1 + s if a node is that sum, or a view that only adds sizes of 1."""
-    done = operation(node)
-    while done is not None and _only_reshapes(done):
-        node = done.args[0]
-        done = operation(node)
-    if done is None or done.name != "add" or done.in_place or done.kwargs or len(done.args) != 2:
+    call = operation(node)
+    while call is not None and _only_reshapes(call):
+        node = call.args[0]
+        call = operation(node)
+    if call is None or call.name != "add" or call.in_place or call.kwargs or len(call.args) != 2:
         return None
-    terms = [term for term in done.args if isinstance(term, fx.Node)]
-    numbers = [term for term in done.args if type(term) in (int, float)]
+    terms = [term for term in call.args if isinstance(term, fx.Node)]
+    numbers = [term for term in call.args if type(term) in (int, float)]
     return (terms[0], node) if len(terms) == 1 and numbers == [1] else None
 
 
-def _only_reshapes(done: Operation) -> bool:
-    if not done.args or not isinstance(done.args[0], fx.Node):
+def _only_reshapes(call: Operation) -> bool:
+    if not call.args or not isinstance(call.args[0], fx.Node):
         return False
-    if done.name == "getitem":
-        index = done.args[1] if isinstance(done.args[1], tuple) else (done.args[1],)
+    if call.name == "getitem":
+        index = call.args[1] if isinstance(call.args[1], tuple) else (call.args[1],)
         return all(part is None or part is Ellipsis or part == slice(None) for part in index)
-    return done.name in _VIEWS
+    return call.name in _VIEWS
 
 
 def is_barrier(node: fx.Node) -> bool:
@@ -244,8 +244,8 @@ def is_barrier(node: fx.Node) -> bool:
         return False
     if "out" in node.kwargs:
         return True
-    done = operation(node)
-    if done is not None and done.in_place:
+    call = operation(node)
+    if call is not None and call.in_place:
         return True
     target: Any = node.target
     if node.op == "call_method":
@@ -275,8 +275,8 @@ _READERS = ("index", "inv", "invert", "is_", "is_not", "indexOf", "itemgetter")
 
 def is_pure(node: fx.Node) -> bool:
     """Return whether a node is a known operation that can go if nothing uses its result."""
-    done = operation(node)
-    known = done is not None and done.name in ("add", "getitem", *_VIEWS)
+    call = operation(node)
+    known = call is not None and call.name in ("add", "getitem", *_VIEWS)
     return known and node.op != "call_module" and not is_barrier(node)
 
 
