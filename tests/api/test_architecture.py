@@ -26,9 +26,13 @@ NEVER = {
         "triton_gn.functional",
         "triton_gn.module",
         "triton_gn.checks",
+        "triton_gn.fuse",
         "triton_gn.tiling",
         "triton_gn.tools",
     },
+    # it loads torch.fx and the compiler, which most users of the package never need
+    "triton_gn.__init__": {"triton_gn.fuse"},
+    "triton_gn.fuse": {"triton_gn.kernels", "triton_gn.tiling", "triton_gn.tools"},
 }
 # Besides the standard library.
 ONLY = {
@@ -110,6 +114,9 @@ def test_package_keeps_its_layers() -> None:
         ("triton_gn.ops", "from .module import GroupNorm"),
         ("triton_gn.ops.__init__", "from triton_gn.tools.tune import load"),
         ("triton_gn.ops.stats", "from triton_gn.functional import GroupNormStats"),
+        ("triton_gn.ops.dispatch", "from triton_gn.fuse import graph"),
+        ("triton_gn.__init__", "from triton_gn import fuse"),
+        ("triton_gn.fuse.chain", "from triton_gn.tools import tune"),
         ("triton_gn.reference", "import numpy"),
         ("triton_gn.reference", "from . import plan"),
     ],
@@ -153,6 +160,7 @@ def test_import_neither_loads_triton_nor_initialises_cuda() -> None:
     run_python(
         "import sys, torch, triton_gn\n"
         "assert not [name for name in sys.modules if name.partition('.')[0] == 'triton']\n"
+        "assert 'triton_gn.fuse' not in sys.modules\n"
         "assert not torch.cuda.is_initialized()"
     )
 
