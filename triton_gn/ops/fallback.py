@@ -96,7 +96,7 @@ def _repaired(x: Tensor, call: Call, weight: Tensor | None, bias: Tensor | None)
     if x.is_contiguous():
         y, _, rstd = torch.native_group_norm(*arguments)
         is_right = (
-            context.has_mode() or rstd.amax().item() ** 2 * call.eps * (1 + _NEARLY_CONSTANT) < 1
+            context.has_mode() or rstd.max().item() ** 2 * call.eps * (1 + _NEARLY_CONSTANT) < 1
         )
     else:
         records = context.records((x, weight, bias))
