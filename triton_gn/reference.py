@@ -5,7 +5,7 @@ the kernels too. The compute dtype is float64 for float64 inputs and float32 for
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -202,6 +202,12 @@ def gradients(
         return group_norm(Operands._make(tensors), num_groups, eps, activation)
 
     return pull_back(y_of, operands, needs, dy.to(compute_dtype(operands.x)))
+
+
+def spread(values: Iterable[Tensor], needs: Iterable[bool]) -> list[Tensor | None]:
+    """Return one value for each of ``needs``, in order, None where ``needs`` is false."""
+    remaining = iter(values)
+    return [next(remaining) if needed else None for needed in needs]
 
 
 def pull_back(

@@ -128,6 +128,24 @@ def test_the_second_call_is_past_triton(
     assert len(launched) == 2
 
 
+def test_another_thread_may_launch_during_the_first_call(
+    launched: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its launch comes after Triton has compiled the kernel, while the call is not yet ready."""
+    workload, lookups = Workload("", 2, 24, 3, (8, 8)), []
+
+    def get_current_stream(self: standin.StandIn) -> Any:
+        lookups.append(self)
+        if len(lookups) == 2:  # the first is Triton's own
+            run("forward", workload, "resident")
+        return lambda device: 0
+
+    monkeypatch.setattr(standin.StandIn, "get_current_stream", property(get_current_stream))
+    run("forward", workload, "resident")
+    run("forward", workload, "resident")
+    assert len(launched) == 3
+
+
 @pytest.mark.parametrize("hook", ["launch_enter_hook", "launch_exit_hook"])
 def test_a_profiler_hears_of_each_launch(launched: Launches, hook: str) -> None:
     """A profiler adds a hook; Triton hands it to the launcher."""

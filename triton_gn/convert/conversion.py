@@ -30,9 +30,10 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", *_BACKWARD_HOOKS)
 
 @dataclass
 class Report:
-    """Result of :func:`convert` for each GroupNorm layer, as (name, reason).
+    """Result of :func:`convert` or :func:`triton_gn.fuse.graph` for each norm, as (name, reason).
 
-    The names are those of ``model.named_modules()``, "" for the model itself.
+    The names of convert are those of ``model.named_modules()``, "" for the model itself; the names
+    of fuse.graph are those of the graph's nodes.
 
     Attributes:
         replaced: all replaced layers; the reason says what was folded, or why nothing was.

@@ -57,7 +57,7 @@ _SHARING = frozenset(
 
 @dataclass(frozen=True)
 class Operation:
-    """What a node computes: its canonical name and its arguments."""
+    """Canonical name and arguments of the operation that a node computes."""
 
     name: str
     args: tuple[Any, ...] = ()

@@ -123,8 +123,8 @@ def gradients(ctx: Any, dy: Tensor, run: Any) -> list[Tensor | None]:
     *kept, stats = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:_TENSORS])
     dresidual = gradient_of_sum(ctx, dy, needs)
-    found = iter(run(dy, stats, Operands(*kept), ctx.call, needs) if any(needs) else ())
-    grads = [next(found) if needed else None for needed in needs]
+    present = run(dy, stats, Operands(*kept), ctx.call, needs) if any(needs) else ()
+    grads = reference.spread(present, needs)
     if dresidual is not None:
         grads[-1] = dresidual
     return grads
@@ -228,15 +228,13 @@ def double_backward(
     is_present = [t is not None for t in operands]
 
     def grads_of(dy: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        present = iter(tensors)
-        same = Operands._make(next(present) if is_one else None for is_one in is_present)
+        same = Operands._make(reference.spread(tensors, is_present))
         grads = reference.gradients(dy, same, call.groups, call.eps, call.activation, needs)
         return tuple(grads)
 
     _, vjp, *_ = torch.func.vjp(grads_of, dy, *(t for t in operands if t is not None))
     d_dy, *d_operands = vjp(tuple(d_grads))
-    present = iter(d_operands)
-    return [d_dy, *(next(present) if is_one else None for is_one in is_present)]
+    return [d_dy, *reference.spread(d_operands, is_present)]
 
 
 class VmapFold:
@@ -288,11 +286,11 @@ class VmapFold:
     ) -> tuple[Tensor, ...]:
         """Unfold the gradients of folded operands, the vmapped dimension first."""
         unfolded = []
-        rest = iter(grads)
+        folded = iter(grads)
         for t, dim, needed in zip(operands, dims, needs, strict=True):
             if not needed:
                 continue
-            grad = self.undo(next(rest))
+            grad = self.undo(next(folded))
             shape = t.shape if dim is None else t.movedim(dim, 0).shape[1:]
             shared = len(shape) == 1 or (len(shape) == 2 and shape[0] == 1 < self.samples)
             if shared:

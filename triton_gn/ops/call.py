@@ -1,4 +1,4 @@
-"""What a call is made of besides its tensors, which are ``reference.Operands``."""
+"""The constants of a call. Its tensors are ``reference.Operands``."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from triton_gn.ops.settings import Settings
 
 
 class Call(NamedTuple):
-    """The constants of a call, handed whole from dispatch to the launch cache."""
+    """Constants that travel together from dispatch to the launch cache."""
 
     groups: int
     eps: float

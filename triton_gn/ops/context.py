@@ -61,8 +61,11 @@ def untraced(function: Callable[P, None]) -> Callable[P, None]:
 
 
 def has_subclass(tensors: Iterable[Tensor | None]) -> bool:
-    """Return True if the class of a tensor redefines operators."""
-    return any(t is not None and type(t) not in (Tensor, Parameter) for t in tensors)
+    """Return True if the class of a tensor may redefine operators."""
+    for t in tensors:
+        if t is not None and type(t) is not Tensor and type(t) is not Parameter:
+            return True
+    return False
 
 
 def is_expanded_weight(t: object) -> bool:
@@ -79,19 +82,15 @@ def is_eager(tensors: Iterable[Tensor | None]) -> bool:
 def is_transformed(tensors: Iterable[Tensor | None]) -> bool:
     """Return True if a compiler, a tracer, a transform or a tensor subclass takes part in the call.
 
-    All questions in one function, since every call asks them.
+    Questions asked elsewhere as ``is_compiling`` and so on are inline: every call asks them.
     """
-    if (
+    return (
         torch.compiler.is_compiling()
         or torch._C._get_tracing_state() is not None
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
-    ):
-        return True
-    for t in tensors:
-        if t is not None and type(t) is not Tensor and type(t) is not Parameter:
-            return True
-    return False
+        or has_subclass(tensors)
+    )
 
 
 def records(tensors: Iterable[Tensor | None]) -> bool:

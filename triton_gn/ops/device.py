@@ -9,18 +9,18 @@ from triton_gn.plan import TARGETS, Device
 
 
 def _nearest(name: str) -> str:
-    """The newest target of the same maker that is no newer than this one; else its oldest."""
+    """Return the vendor's newest known target that is not newer than ``name``, else its oldest."""
 
     def version(target: str) -> int:
         return int(target.lstrip("smgfx_"), 16)
 
-    same = sorted((one for one in TARGETS if one[:2] == name[:2]), key=version)
-    return [same[0], *(one for one in same if version(one) <= version(name))][-1]
+    targets = sorted((target for target in TARGETS if target[:2] == name[:2]), key=version)
+    return [targets[0], *(target for target in targets if version(target) <= version(name))][-1]
 
 
 @functools.cache
 def gpu_of(device: torch.device) -> Device:
-    """What plans need to know of a device; they are made for an H100 where it is no GPU."""
+    """Return the planner's description of a GPU; an H100 stands for a device that is not one."""
     if device.type != "cuda":
         return TARGETS["sm_90"]
     properties = torch.cuda.get_device_properties(device)

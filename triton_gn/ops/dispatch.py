@@ -172,7 +172,7 @@ def group_norm_stats(x: Tensor, num_groups: int, pre_add: Tensor | None) -> Mome
     return stats.moments(x, pre_add, num_groups, current)
 
 
-def group_norm_apply(operands: Operands, given: Moments, eps: float, activation: str) -> Tensor:
+def group_norm_apply(operands: Operands, moments: Moments, eps: float, activation: str) -> Tensor:
     """Return y of x's shape, for operands and moments that ``functional`` has checked."""
     x = operands.x
     if context.is_compiling():
@@ -180,16 +180,16 @@ def group_norm_apply(operands: Operands, given: Moments, eps: float, activation:
     else:
         autocast_policy = settings.current().autocast_policy
     y_dtype = _y_dtype(x, autocast_policy)
-    current = _for_kernels(x, (*operands, *given))
+    current = _for_kernels(x, (*operands, *moments))
     if current is None:
-        y = reference.group_norm_apply(operands, given, eps, activation).to(y_dtype)
+        y = reference.group_norm_apply(operands, moments, eps, activation).to(y_dtype)
         # a compiler cannot sort strides that are symbols, and keeps the format by itself; a trace
         # would keep those of its example
         if context.is_compiling() or context.is_tracing():
             return y
         return layout.like(y, layout.native(x)[0])
-    call = Call(given.mean.shape[1], eps, activation, y_dtype, current)
-    return stats.apply(operands, given, call)
+    call = Call(moments.mean.shape[1], eps, activation, y_dtype, current)
+    return stats.apply(operands, moments, call)
 
 
 def sharded_group_norm(

@@ -133,20 +133,20 @@ class _ChannelsLast(torch.autograd.Function):
         needs = ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():
             # create_graph=True: what runs now must itself be differentiable
-            given = Operands(x, weight, bias), ctx.sizes[-1], ctx.eps, "none"
-            grads = iter(reference.gradients(dy, *given, (*needs, *[False] * 4)))
-            found = [next(grads) if needed else None for needed in needs]
-            return *found, *[None] * 5
+            arguments = Operands(x, weight, bias), ctx.sizes[-1], ctx.eps, "none"
+            present = reference.gradients(dy, *arguments, (*needs, *[False] * 4))
+            return *reference.spread(present, needs), *[None] * 5
         # hooks on saved tensors may have given them any strides
         x, dy = (t.contiguous(memory_format=_IMAGE_FORMATS[x.ndim]) for t in (x, dy))
         weight, mean, rstd = (t if t is None else t.contiguous() for t in (weight, mean, rstd))
         dx, dweight, dbias = torch.ops.aten.native_group_norm_backward(
             dy, x, mean, rstd, weight, *ctx.sizes, [True, *[weight is not None] * 2]
         )
-        found = [
-            d if needed else None for d, needed in zip((dx, dweight, dbias), needs, strict=True)
+        grads = [
+            grad if needed else None
+            for grad, needed in zip((dx, dweight, dbias), needs, strict=True)
         ]
-        return *found, *[None] * 5
+        return *grads, *[None] * 5
 
 
 def _parameters(

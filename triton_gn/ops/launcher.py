@@ -55,7 +55,7 @@ class Prepared:
         self._device = device
         places = {id(tensor): i for i, tensor in enumerate(templates) if tensor is not None}
         self._workspaces: list[tuple[torch.Size, tuple[int, ...], torch.dtype]] = []
-        for tensor in _tensors_in([one.arguments for one in launches]):
+        for tensor in _tensors_in([launch.arguments for launch in launches]):
             if id(tensor) not in places:
                 if not isinstance(tensor, Workspace):
                     raise RuntimeError(
@@ -64,7 +64,7 @@ class Prepared:
                     )
                 places[id(tensor)] = len(templates) + len(self._workspaces)
                 self._workspaces.append((tensor.shape, tensor.stride(), tensor.dtype))
-        self._kernels = [_BoundKernel(one, places, device) for one in launches]
+        self._kernels = [_BoundKernel(launch, places, device) for launch in launches]
 
     def __call__(self, tensors: tuple[Tensor | None, ...]) -> None:
         """Launch on the current stream of the tensors' device, whichever device is current."""
@@ -88,28 +88,31 @@ class Prepared:
 class _BoundKernel:
     """One launch whose arguments are bound to the tensors of a call."""
 
-    def __init__(self, one: Launch, places: Mapping[int, int], device: torch.device) -> None:
+    def __init__(self, launch: Launch, places: Mapping[int, int], device: torch.device) -> None:
         nvidia = device.type == "cuda" and torch.version.hip is None
-        arguments = one.arguments_on(nvidia)
-        self._kernel, self._grid, self._options = one.kernel, one.grid, one.options(nvidia)
-        self._bind = _binding([arguments[name] for name in one.kernel.arg_names], places)
+        arguments = launch.arguments_on(nvidia)
+        self._kernel, self._grid = launch.kernel, launch.grid
+        self._options = launch.options(nvidia)
+        self._bind = _binding([arguments[name] for name in launch.kernel.arg_names], places)
         self._index = device.index
-        self._compiled: Any = None
-        self._stream_of: Any = None
+        # the compiled kernel and the driver's get_current_stream: one value, since another thread
+        # may launch while this one makes its first call
+        self._ready: tuple[Any, Callable[[int], int]] | None = None
 
     def __call__(self, tensors: Tensors, is_observed: bool) -> None:
-        arguments, compiled = self._bind(tensors), self._compiled
-        if compiled is None or is_observed:
-            # None from the interpreter, which compiles nothing
-            self._compiled = self._kernel[(self._grid,)](*arguments, **self._options)
-            if self._compiled is not None:
+        arguments, ready = self._bind(tensors), self._ready
+        if ready is None or is_observed:
+            compiled = self._kernel[(self._grid,)](*arguments, **self._options)
+            if compiled is not None:  # the interpreter compiles nothing
                 from triton.runtime import driver
 
-                self._stream_of = driver.active.get_current_stream
+                self._ready = compiled, driver.active.get_current_stream
             return
-        # what Triton does with a compiled kernel, without asking each time which one it is
+        # What Triton does with a compiled kernel, without looking it up. ``compiled`` is kept, not
+        # its function alone: Triton unloads a kernel that nobody refers to.
+        compiled, stream_of = ready
         compiled.run(
-            self._grid, 1, 1, self._stream_of(self._index), compiled.function,
+            self._grid, 1, 1, stream_of(self._index), compiled.function,
             compiled.packed_metadata, None, None, None, *arguments,
         )  # fmt: skip
 
@@ -157,8 +160,8 @@ def _tensors_in(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, list | tuple):
-        for one in value:
-            yield from _tensors_in(one)
+        for item in value:
+            yield from _tensors_in(item)
     elif isinstance(value, dict):
         yield from _tensors_in(list(value.values()))
 

@@ -65,7 +65,7 @@ def _kernels() -> ModuleType:
 
 
 def _activation(problem: Problem) -> Any:
-    """The device function of the problem's activation, in its direction; None without one."""
+    """Return the device function of the activation or of its gradient, None without one."""
     functions = _kernels().activations.DEVICE_FUNCTIONS[problem.activation]
     return functions.forward if problem.direction == "forward" else functions.gradient
 

@@ -30,7 +30,7 @@ class Step(NamedTuple):
 
 
 class Way(Protocol):
-    """How a process computes on its own part: by kernels or by formulas."""
+    """Interface to the computation on a process's own part, by kernels or by formulas."""
 
     def moments(self, step: Step) -> Tensor:
         """Return count, mean, mean_lo and m2: (4, N, G)."""
@@ -86,15 +86,15 @@ class ByFormulas:
 
     def moments(self, step: Step) -> Tensor:
         operands = step.operands
-        count, *rest = reference.moments(operands.x, step.call.groups, operands.pre_add)
-        return torch.stack([count.to(rest[0].dtype), *rest])
+        count, *floats = reference.moments(operands.x, step.call.groups, operands.pre_add)
+        return torch.stack([count.to(floats[0].dtype), *floats])
 
     def apply(self, step: Step, parts: Tensor, with_stats: bool) -> tuple[Tensor, Tensor | None]:
         operands, call = step.operands, step.call
-        found = reference.merge(*parts.unbind(2))
-        y = reference.group_norm_apply(operands, found, call.eps, call.activation)
-        rstd = (found.m2 / found.count + call.eps).rsqrt()
-        stats = torch.stack([found.mean, found.mean_lo, rstd], -1)
+        merged = reference.merge(*parts.unbind(2))
+        y = reference.group_norm_apply(operands, merged, call.eps, call.activation)
+        rstd = (merged.m2 / merged.count + call.eps).rsqrt()
+        stats = torch.stack([merged.mean, merged.mean_lo, rstd], -1)
         return layout.like(y.to(call.y_dtype), layout.native(operands.x)[0]), stats
 
     def backward_reduce(
@@ -102,10 +102,10 @@ class ByFormulas:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         x_hat = _x_hat(step)
         names = [name for name, needed in zip(Operands._fields, needs, strict=True) if needed]
-        dx_hat, *found = _of_affine(step, x_hat, (True, *needs[1:]))
+        dx_hat, *grads = _of_affine(step, x_hat, (True, *needs[1:]))
         products = torch.stack([dx_hat, dx_hat * x_hat])
         sums = products.reshape(2, x_hat.shape[0], step.call.groups, -1).sum(-1).movedim(0, -1)
-        return sums, dict(zip(names, found, strict=True))
+        return sums, dict(zip(names, grads, strict=True))
 
     def backward_apply(self, step: Step, sums: Tensor, needs: Sequence[bool]) -> dict[str, Tensor]:
         x, pre_add, x_hat = step.operands.x, step.operands.pre_add, _x_hat(step)
@@ -134,8 +134,8 @@ def _of_affine(step: Step, x_hat: Tensor, needs: Sequence[bool]) -> list[Tensor]
     """
 
     def formulas(*tensors: Tensor | None) -> Tensor:
-        given = Operands._make(tensors)
-        return reference.affine(given.x, given, step.call.activation)
+        operands = Operands._make(tensors)
+        return reference.affine(operands.x, operands, step.call.activation)
 
     assert step.dy is not None
     *per_channel, residual = step.operands[1:]
@@ -223,9 +223,9 @@ class _ShardedFunction(torch.autograd.Function):
         needs = list(ctx.needs_input_grad[:_TENSORS])
         dresidual = autograd.gradient_of_sum(ctx, dy, needs)
         step = Step(operands, ctx.call, dy, stats)
-        found = _backward(step, share, ctx.way, ctx.shards, needs)
+        named = _backward(step, share, ctx.way, ctx.shards, needs)
         grads = [
-            None if operand is None or name not in found else found[name].to(operand.dtype)
+            None if operand is None or name not in named else named[name].to(operand.dtype)
             for name, operand in operands._asdict().items()
         ]
         if dresidual is not None:
@@ -241,25 +241,25 @@ def _backward(
     of_input = [n and name in _OF_INPUT for n, name in zip(needs, Operands._fields, strict=True)]
     others = [n and not of_x for n, of_x in zip(needs, of_input, strict=True)]
     if is_empty:
-        sums, found = share.new_zeros(*share.shape[:2], 2), _zeros(operands, others)
+        sums, grads = share.new_zeros(*share.shape[:2], 2), _zeros(operands, others)
     else:
-        sums, found = way.backward_reduce(step, others)
-    shared = [name for name in found if name != "residual"]
-    to_sum = [found[name] for name in shared]
+        sums, grads = way.backward_reduce(step, others)
+    shared = [name for name in grads if name != "residual"]
+    to_sum = [grads[name] for name in shared]
     if any(of_input):
         to_sum.append(sums)
     totals = summed(to_sum, shards)
-    found.update(zip(shared, totals, strict=False))
+    grads.update(zip(shared, totals, strict=False))
     if any(of_input):
-        # it divides by what a group has here, and all of it is what counts
-        found |= (
+        # ``share`` makes up for the division by the elements of this process alone
+        grads |= (
             _zeros(operands, of_input)
             if is_empty
             else way.backward_apply(step, totals[-1] * share, of_input)
         )
-    if "pre_add" in found:
-        (found["pre_add"],) = summed([found["pre_add"]], shards)
-    return found
+    if "pre_add" in grads:
+        (grads["pre_add"],) = summed([grads["pre_add"]], shards)
+    return grads
 
 
 def _zeros(operands: Operands, needs: Iterable[bool]) -> dict[str, Tensor]:

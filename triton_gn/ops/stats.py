@@ -5,7 +5,6 @@ differentiable runs the formulas in plain PyTorch.
 """
 
 import functools
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -42,9 +41,9 @@ def own_moments(operands: Operands, call: Call) -> Tensor:
     """Return count, mean, mean_lo and m2 of x + pre_add: (4, N, G)."""
     operands = autograd.native(operands)
     x = operands.x
-    found = launches.statistics(x, 4, x.shape[0], call.groups)
-    launcher.forward(operands, call, None, None, found)
-    return found
+    moments = launches.statistics(x, 4, x.shape[0], call.groups)
+    launcher.forward(operands, call, None, None, moments)
+    return moments
 
 
 class _MomentsFunction(torch.autograd.Function):
@@ -64,8 +63,8 @@ class _MomentsFunction(torch.autograd.Function):
         if torch.is_grad_enabled():
 
             def formulas(x: Tensor, pre_add: Tensor | None) -> tuple[Tensor, Tensor]:
-                found = reference.moments(x, groups, pre_add)
-                return found.mean, found.m2
+                moments = reference.moments(x, groups, pre_add)
+                return moments.mean, moments.m2
 
             grads = reference.pull_back(formulas, (x, pre_add), needs, (d_mean, d_m2))
         else:
@@ -78,30 +77,24 @@ class _MomentsFunction(torch.autograd.Function):
             sums = torch.stack([-d_mean, d_m2 * (-2 * (x[0].numel() // groups))], -1)
             launcher.backward(operands, ctx.call, None, stats, named, "apply", sums)
             grads = list(named.values())
-        return *_spread(grads, needs), None
+        return *reference.spread(grads, needs), None
 
 
-def _spread(found: Iterable[Tensor], needs: Iterable[bool]) -> list[Tensor | None]:
-    """Return one gradient for each of ``needs``, None where it says no."""
-    rest = iter(found)
-    return [next(rest) if needed else None for needed in needs]
-
-
-def apply(operands: Operands, given: Moments, call: Call) -> Tensor:
+def apply(operands: Operands, moments: Moments, call: Call) -> Tensor:
     """Return y of a non-empty x, normalised by precomputed moments."""
     call = call._replace(settings=split_settings(call.settings))
-    if context.records((*operands, *given)):
-        y_recorded: Tensor = _ApplyFunction.apply(*operands, *given, call)
+    if context.records((*operands, *moments)):
+        y_recorded: Tensor = _ApplyFunction.apply(*operands, *moments, call)
         return y_recorded
-    y, _ = autograd.forward(operands, call, with_stats=False, moments=_as_partial(given))
+    y, _ = autograd.forward(operands, call, with_stats=False, moments=_as_partial(moments))
     return y
 
 
-def _as_partial(given: Moments) -> Tensor:
+def _as_partial(moments: Moments) -> Tensor:
     """Return moments as one partial of split, (N, G, 4, 1); NaN for groups without elements."""
-    mean = given.mean.masked_fill(given.count == 0, torch.nan)
+    mean = moments.mean.masked_fill(moments.count == 0, torch.nan)
     # a part without elements would be passed over
-    fields = given.count.clamp(min=1).to(mean.dtype), mean, given.mean_lo, given.m2
+    fields = moments.count.clamp(min=1).to(mean.dtype), mean, moments.mean_lo, moments.m2
     return torch.stack(fields, -1)[..., None]
 
 
@@ -109,29 +102,29 @@ class _ApplyFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         *tensors, call = inputs
-        operands, given = Operands(*tensors[:_TENSORS]), Moments(*tensors[_TENSORS:])
-        y, stats = autograd.forward(operands, call, with_stats=True, moments=_as_partial(given))
+        operands, moments = Operands(*tensors[:_TENSORS]), Moments(*tensors[_TENSORS:])
+        y, stats = autograd.forward(operands, call, with_stats=True, moments=_as_partial(moments))
         assert stats is not None
-        autograd.keep(ctx, operands, stats, call, *given)
+        autograd.keep(ctx, operands, stats, call, *moments)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         *kept, stats, count, mean, mean_lo, m2 = ctx.saved_tensors
-        operands, given = Operands(*kept), Moments(count, mean, mean_lo, m2)
+        operands, moments = Operands(*kept), Moments(count, mean, mean_lo, m2)
         *of_operands, _, needs_mean, _, needs_m2, _ = ctx.needs_input_grad
         dresidual = autograd.gradient_of_sum(ctx, dy, of_operands)
         run = _differentiable_apply_backward if torch.is_grad_enabled() else _apply_backward
         needs = [*of_operands, needs_mean, needs_m2]
-        found = run(dy, stats, operands, given, ctx.call, needs)
-        *grads, d_mean, d_m2 = _spread(found, needs)
+        present = run(dy, stats, operands, moments, ctx.call, needs)
+        *grads, d_mean, d_m2 = reference.spread(present, needs)
         if dresidual is not None:
             grads[-1] = dresidual
         return *grads, None, d_mean, None, d_m2, None
 
 
 def _apply_backward(
-    dy: Tensor, stats: Tensor, operands: Operands, given: Moments, call: Call, needs: list[bool]
+    dy: Tensor, stats: Tensor, operands: Operands, moments: Moments, call: Call, needs: list[bool]
 ) -> list[Tensor]:
     """Return the gradients of the operands, mean and m2 that ``needs`` names."""
     *of_operands, needs_mean, needs_m2 = needs
@@ -142,16 +135,16 @@ def _apply_backward(
     assert parts is not None
     dx_hat_sum, dx_hat_x_hat_sum = parts.sum(-1).unbind(-1)
     rstd = stats[..., 2]
-    found = list(grads.values())
+    present = list(grads.values())
     if needs_mean:
-        found.append(-rstd * dx_hat_sum)
+        present.append(-rstd * dx_hat_sum)
     if needs_m2:
-        found.append(-0.5 * rstd.square() / given.count * dx_hat_x_hat_sum)
-    return found
+        present.append(-0.5 * rstd.square() / moments.count * dx_hat_x_hat_sum)
+    return present
 
 
 def _differentiable_apply_backward(
-    dy: Tensor, stats: Tensor, operands: Operands, given: Moments, call: Call, needs: list[bool]
+    dy: Tensor, stats: Tensor, operands: Operands, moments: Moments, call: Call, needs: list[bool]
 ) -> list[Tensor]:
     """Run ``_apply_backward`` by the formulas, so that autograd can differentiate it."""
 
@@ -159,11 +152,11 @@ def _differentiable_apply_backward(
         *values, mean, m2 = tensors
         assert mean is not None
         assert m2 is not None
-        replaced = given._replace(mean=mean, m2=m2)
+        replaced = moments._replace(mean=mean, m2=m2)
         return reference.group_norm_apply(
             Operands._make(values), replaced, call.eps, call.activation
         )
 
-    inputs = (*operands, given.mean, given.m2)
+    inputs = (*operands, moments.mean, moments.m2)
     dy = dy.to(reference.compute_dtype(operands.x))
     return reference.pull_back(formulas, inputs, needs, dy)

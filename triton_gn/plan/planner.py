@@ -170,12 +170,14 @@ def _best(
         config for config in candidates if problem.access_bytes(config.tile.groups) == widest
     ]
     excess = {config: excess_registers(problem, config, device) for config in candidates}
+    least = min(excess.values())
     times = {
         config: estimate(problem, config, device).us
         for config in candidates
-        if excess[config] == min(excess.values())
+        if excess[config] == least
     }
-    equals = [config for config in times if times[config] <= _EQUAL * min(times.values())]
+    limit = _EQUAL * min(times.values())
+    equals = [config for config in times if times[config] <= limit]
     simplicity = _resident_simplicity if strategy == "resident" else _split_simplicity
     return min(equals, key=lambda config: (*simplicity(problem, config), times[config]))
 
