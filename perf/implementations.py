@@ -23,7 +23,7 @@ import triton_gn
 from perf.records import OURS
 from triton_gn.ops import dispatch, launcher
 from triton_gn.plan import STRATEGIES, UNVERIFIED, fields_of
-from triton_gn.reference import ACTIVATIONS, Operands
+from triton_gn.reference import Operands, activation_function
 from triton_gn.tools.verify import EPS, Verifier, errors_of, fault_of
 from triton_gn.tools.workloads import Workload
 
@@ -94,7 +94,7 @@ def unfused(norm: Norm, workload: Workload) -> Compute:
             z = z + per_pixel(shift)
         if residual is not None:
             z = z + residual
-        return ACTIVATIONS[workload.activation](z)
+        return activation_function(workload.activation)(z)
 
     return compute
 

@@ -2,11 +2,16 @@
 
 ``forward`` and ``gradient`` are device code. kernels/activations.py compiles them with its own
 names as their globals, so that importing this file does not import Triton. They may call what that
-file defines and read no other globals. ``NVIDIA`` tells whether the GPU is NVIDIA's.
+file defines, read the row's arguments by name, and read no other globals. ``NVIDIA`` tells whether
+the GPU is NVIDIA's.
+
+An activation is named by a string everywhere: in a call, a layer, an operator, a plan and a file.
+A row with a ``parameter`` takes another value of it in parentheses: "leaky_relu(0.2)".
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -15,6 +20,8 @@ if TYPE_CHECKING:
     import triton.language as tl
 
     from triton_gn.kernels.activations import exp, normal_cdf, reciprocal, sigmoid
+
+    negative_slope = alpha = tl.constexpr(0.0)
 
 
 @dataclass(frozen=True)
@@ -33,6 +40,7 @@ class Activation:
     function: str | None
     module: str | None
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    parameter: str | None = None  # the argument that a name may give in parentheses
 
 
 def _relu(z, NVIDIA: tl.constexpr):
@@ -44,11 +52,11 @@ def _relu_gradient(dy, z, NVIDIA: tl.constexpr):
 
 
 def _leaky_relu(z, NVIDIA: tl.constexpr):
-    return tl.where(z < 0, z * 0.01, z)
+    return tl.where(z < 0, z * negative_slope, z)
 
 
 def _leaky_relu_gradient(dy, z, NVIDIA: tl.constexpr):
-    return tl.where(z > 0, dy, dy * 0.01)
+    return tl.where(z > 0, dy, dy * negative_slope)
 
 
 def _silu(z, NVIDIA: tl.constexpr):
@@ -160,11 +168,11 @@ def _elu(z, NVIDIA: tl.constexpr):
         s = 0.001388888888888889
     s = ((s * z + 0.008333333333333333) * z + 0.041666666666666664) * z + 0.16666666666666666
     series = z + z * z * (s * z + 0.5)
-    return tl.where(z > 0, z, tl.where(z > -0.25, series, exp(z, NVIDIA) - 1.0))
+    return tl.where(z > 0, z, tl.where(z > -0.25, series, exp(z, NVIDIA) - 1.0) * alpha)
 
 
 def _elu_gradient(dy, z, NVIDIA: tl.constexpr):
-    return tl.where(z <= 0, dy * exp(z, NVIDIA), dy)
+    return tl.where(z <= 0, dy * (exp(z, NVIDIA) * alpha), dy)
 
 
 TABLE = {
@@ -172,7 +180,7 @@ TABLE = {
     "relu": Activation(_relu, _relu_gradient, (2, 3), "relu", "ReLU"),
     "leaky_relu": Activation(
         _leaky_relu, _leaky_relu_gradient, (2, 3), "leaky_relu", "LeakyReLU",
-        {"negative_slope": 0.01},
+        {"negative_slope": 0.01}, "negative_slope",
     ),
     "silu": Activation(_silu, _silu_gradient, (5, 9), "silu", "SiLU"),
     "gelu": Activation(_gelu, _gelu_gradient, (18, 21), "gelu", "GELU", {"approximate": "none"}),
@@ -186,5 +194,53 @@ TABLE = {
         _hardswish, _hardswish_gradient, (6, 6), "hardswish", "Hardswish"
     ),
     "relu6": Activation(_relu6, _relu6_gradient, (3, 5), "relu6", "ReLU6"),
-    "elu": Activation(_elu, _elu_gradient, (12, 5), "elu", "ELU", {"alpha": 1.0}),
+    "elu": Activation(_elu, _elu_gradient, (12, 5), "elu", "ELU", {"alpha": 1.0}, "alpha"),
 }  # fmt: skip
+
+# as errors and help texts list the names
+NAMES = ", ".join(
+    name + (f"({row.parameter})" if row.parameter else "") for name, row in TABLE.items()
+)
+
+
+def lookup(name: str) -> tuple[Activation, Mapping[str, Any]] | None:
+    """Return the row and the arguments that a name stands for, None if there is no such name."""
+    row = TABLE.get(name)  # torch.compile traces this function
+    if row is not None:
+        return row, row.arguments
+    base, parenthesis, number = name.partition("(")
+    row = TABLE.get(base)
+    if row is None or row.parameter is None or not parenthesis or not number.endswith(")"):
+        return None
+    try:
+        value = float(number[:-1])
+    except ValueError:
+        return None
+    return (row, {row.parameter: value}) if math.isfinite(value) else None
+
+
+def name_of(function: str, arguments: Mapping[str, Any]) -> str | None:
+    """Return the name of a function of torch.nn.functional with these arguments, if it has one."""
+    for name, row in TABLE.items():
+        if row.function != function or row.arguments.keys() != arguments.keys():
+            continue
+        if row.arguments == arguments:
+            return name
+        value = arguments.get(row.parameter)
+        if type(value) in (int, float) and math.isfinite(value):
+            return f"{name}({float(value)!r})"
+    return None
+
+
+def function_of(module: Any) -> tuple[str, dict[str, Any]] | None:
+    """Return the function of torch.nn.functional that a layer of torch.nn calls, and its arguments.
+
+    None for every other module, and for subclasses.
+    """
+    kind = type(module)
+    if not kind.__module__.startswith("torch.nn."):
+        return None
+    for row in TABLE.values():
+        if row.function is not None and row.module == kind.__name__:
+            return row.function, {name: getattr(module, name) for name in row.arguments}
+    return None

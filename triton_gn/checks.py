@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from triton_gn import reference
+from triton_gn import activations, reference
 from triton_gn.ops import context
-from triton_gn.reference import ACTIVATIONS, Operands
+from triton_gn.reference import Operands
 
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 _NAMES = ("input", *Operands._fields[1:])
@@ -103,14 +103,14 @@ def check(
 
 def check_activation(activation: str | None) -> None:
     """Raise unless ``activation`` is None or a known name."""
-    if activation is None or (isinstance(activation, str) and activation in ACTIVATIONS):
+    if activation is None or (isinstance(activation, str) and activations.lookup(activation)):
         return
     if not isinstance(activation, str):
         raise TypeError(
             f"group_norm: activation must be None or a name, such as 'silu'; got {activation!r}."
         )
     raise ValueError(
-        f"group_norm: activation must be one of {', '.join(ACTIVATIONS)}; got {activation!r}. "
+        f"group_norm: activation must be one of {activations.NAMES}; got {activation!r}. "
         "Apply any other to the result."
     )
 

@@ -48,7 +48,8 @@ def group_norm(
         weight: (C,), or None for 1. This and all further tensors may have any of these dtypes.
         bias: (C,), or None for 0.
         eps: added to the variance.
-        activation: None, "silu", "gelu", "relu" or another name from the list in docs/math.md.
+        activation: None, "silu", "gelu", "leaky_relu(0.2)" or another name from the list in
+            docs/math.md.
         scale: (C,), (1, C) or (N, C), also with trailing sizes of 1 up to input's rank.
         shift: as scale; together they are AdaGN, also known as FiLM.
         residual: of input's shape, copied once if its strides differ.

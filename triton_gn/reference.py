@@ -5,7 +5,7 @@ the kernels too. The compute dtype is float64 for float64 inputs and float32 for
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,18 +13,34 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from triton_gn.activations import TABLE, Activation
+from triton_gn import activations
 
 
-def _torch_function(row: Activation) -> Callable[[Tensor], Tensor]:
+def activation_function(name: str) -> Callable[[Tensor], Tensor]:
+    """Return PyTorch's own function for the name of an activation.
+
+    Raises:
+        KeyError: no activation has this name.
+    """
+    function = _FUNCTIONS.get(name)
+    if function is not None:
+        return function
+    found = activations.lookup(name)
+    if found is None:
+        raise KeyError(name)
+    return _torch_function(*found)
+
+
+def _torch_function(
+    row: activations.Activation, arguments: Mapping[str, Any]
+) -> Callable[[Tensor], Tensor]:
     if row.function is None:
         return lambda z: z
     function = getattr(F, row.function)
-    return partial(function, **row.arguments) if row.arguments else function
+    return partial(function, **arguments) if arguments else function
 
 
-# PyTorch's own function, by the activation's name
-ACTIVATIONS = {name: _torch_function(row) for name, row in TABLE.items()}
+_FUNCTIONS = {name: _torch_function(row, row.arguments) for name, row in activations.TABLE.items()}
 
 
 class Operands(NamedTuple):
@@ -91,7 +107,7 @@ def epilogue(n: Tensor, operands: Operands, activation: str) -> Tensor:
         n = n + per_channel(operands.shift, n)
     if operands.residual is not None:
         n = n + operands.residual.to(n.dtype)
-    return ACTIVATIONS[activation](n)
+    return activation_function(activation)(n)
 
 
 def affine(x_hat: Tensor, operands: Operands, activation: str) -> Tensor:

@@ -26,6 +26,8 @@ ROOT = Path(__file__).parents[2]
 ACTIVATIONS: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "relu in place": (lambda: nn.ReLU(inplace=True), "relu"),
     "silu in place": (lambda: nn.SiLU(inplace=True), "silu"),
+    "other slope": (lambda: nn.LeakyReLU(0.2), "leaky_relu(0.2)"),
+    "other alpha": (lambda: nn.ELU(2), "elu(2.0)"),
 } | {
     name: (partial(getattr(nn, row.module), **row.arguments), name)
     for name, row in TABLE.items()
@@ -230,8 +232,6 @@ class SubclassOfSiLU(nn.SiLU):
 
 
 UNKNOWN: dict[str, tuple[Callable[[], nn.Module], str]] = {
-    "slope": (lambda: nn.LeakyReLU(0.2), "is followed by LeakyReLU(negative_slope=0.2)"),
-    "elu": (lambda: nn.ELU(2.0), "is followed by ELU(alpha=2.0)"),
     "prelu": (nn.PReLU, "is followed by PReLU(num_parameters=1)"),
     "dropout": (lambda: nn.Sequential(nn.SiLU()), "is followed by Sequential()"),
     "subclass": (SubclassOfSiLU, "is followed by SubclassOfSiLU()"),

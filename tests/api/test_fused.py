@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import triton_gn
+from tests.support.activations import ACTIVATIONS
 from tests.support.pairs import each_pair, pairwise
 from tests.support.tensors import channels_innermost, random
-from triton_gn.reference import ACTIVATIONS
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 PER_SAMPLE = ("scale", "shift", "pre_add")

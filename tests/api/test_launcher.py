@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from perf import standin
+from triton_gn.kernels.activations import device_functions
 from triton_gn.ops import launcher, launches, layout
 from triton_gn.ops.call import Call
 from triton_gn.ops.device import gpu_of
@@ -203,3 +204,11 @@ def test_another_signature_is_compiled_anew(launched: Launches, change: Any) -> 
     assert call(operands.x.clone()) is one
     assert call(change(operands.x)) is not one
     assert call(operands.x) is one
+
+
+def test_values_of_a_parameter_do_not_share_a_compiled_kernel() -> None:
+    names = ("leaky_relu", "leaky_relu(0.2)", "leaky_relu(0.3)", "leaky_relu(0.20)")
+    forwards: list[Any] = [device_functions(name).forward for name in names]
+    keys = [forward.cache_key for forward in forwards]
+    assert len({*keys}) == 3
+    assert keys[1] == keys[3]

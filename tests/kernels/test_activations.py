@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import triton_gn
-from triton_gn.reference import ACTIVATIONS
+from tests.support.activations import ACTIVATIONS
 
 # z is the residual where weight and bias are 0
 EDGES = torch.tensor([-3.0, 3.0, 6.0, -0.25, 0.25, 20.0])

@@ -6,11 +6,11 @@ import pytest
 import torch
 
 import triton_gn
+from tests.support.activations import ACTIVATIONS
 from tests.support.memory import GuardedMemory
 from tests.support.oracle import check, make_case
 from triton_gn.ops import autograd, launcher, settings
 from triton_gn.ops.call import Call
-from triton_gn.reference import ACTIVATIONS
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import triton_gn
+from tests.support.activations import ACTIVATIONS
 from tests.support.memory import GuardedMemory
 from tests.support.oracle import check, make_case, relative_error
-from triton_gn.reference import ACTIVATIONS, Operands
+from triton_gn.reference import Operands
 
 STRATEGIES = ("resident", "pipelined", "split")
 EACH_STRATEGY = pytest.mark.parametrize("strategy", STRATEGIES)

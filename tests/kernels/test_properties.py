@@ -7,9 +7,9 @@ from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
 import triton_gn
+from tests.support.activations import ACTIVATIONS
 from tests.support.memory import GuardedMemory
 from tests.support.oracle import check, make_case
-from triton_gn.reference import ACTIVATIONS
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

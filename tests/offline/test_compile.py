@@ -10,9 +10,9 @@ import pytest
 import torch
 import triton
 
+from tests.support.activations import ACTIVATIONS
 from tests.support.compiling import launches_of, statistics_launches
 from triton_gn.ops.launches import Launch
-from triton_gn.reference import ACTIVATIONS
 from triton_gn.tools.compile import Kernel, assembly_of, compile_launch, pointers_of
 
 pytest.importorskip("triton")

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import layer_norm
 
+from tests.support.activations import ACTIVATIONS
 from tests.support.ptx import Code, Fault, Kernel, Threads
 from triton_gn.ops import launches, layout
 from triton_gn.ops.launches import Launch
 from triton_gn.plan import TARGETS, Config, plan
-from triton_gn.reference import ACTIVATIONS
 from triton_gn.tools import compile
 from triton_gn.tools.verify import EPS, Verifier, errors_of, tolerance
 from triton_gn.tools.workloads import FUSED, Workload

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from tests.support.activations import ACTIVATIONS
 from triton_gn.plan import (
     TARGETS,
     Config,
@@ -22,7 +23,6 @@ from triton_gn.plan import (
     plan,
 )
 from triton_gn.plan.candidates import MAX_PARTIALS, block_extent, make_tile
-from triton_gn.reference import ACTIVATIONS
 
 H100 = Device()
 REGISTERS = 65536  # of a multiprocessor, 32 bits each

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import triton_gn
+from tests.support.activations import ACTIVATIONS
 from triton_gn import reference
-from triton_gn.reference import ACTIVATIONS, Operands
+from triton_gn.reference import Operands
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 VIEWS = (

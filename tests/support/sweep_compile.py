@@ -11,9 +11,9 @@ from concurrent.futures import ProcessPoolExecutor
 
 import torch
 
+from tests.support.activations import ACTIVATIONS
 from tests.support.compiling import launches_of
 from triton_gn.ops.launches import Launch
-from triton_gn.reference import ACTIVATIONS
 from triton_gn.tools.compile import Kernel, compile_launch
 
 _GROUP_CHANNELS = (1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 30, 40, 60, 64, 96, 127, 129, 384, 1000)

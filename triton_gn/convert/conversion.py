@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from triton_gn.activations import TABLE
+from triton_gn import activations
 from triton_gn.distributed import ProcessGroup, ShardedGroupNorm
 from triton_gn.module import GroupNorm
 
@@ -363,10 +363,5 @@ def _activation_name(module: nn.Module) -> str | None:
     """Return the activation's name in :func:`triton_gn.group_norm`; None if it has none."""
     if module._parameters or module._buffers or module._modules:
         return None
-    for name, row in TABLE.items():
-        kind = row.module and getattr(nn, row.module)
-        if type(module) is kind and all(
-            getattr(module, key) == value for key, value in row.arguments.items()
-        ):
-            return name
-    return None
+    function = activations.function_of(module)
+    return None if function is None else activations.name_of(*function)

@@ -18,19 +18,19 @@ from torch._ops import OpOverload
 from torch._subclasses import FakeTensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from triton_gn.activations import TABLE
+from triton_gn import activations
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# functions of one argument besides the input, with its default
-_PARAMETERS: dict[str, tuple[str, Any]] = {
-    "leaky_relu": ("negative_slope", 0.01),
-    "gelu": ("approximate", "none"),
-    "elu": ("alpha", 1.0),
-}
+# functions of one argument besides the input, and its default
+_ARGUMENTS = {
+    str(row.function): next(iter(row.arguments.items()))
+    for row in activations.TABLE.values()
+    if row.arguments
+} | {"gelu": ("approximate", "none")}
 _CASTS = ("to", "type_as", "float", "double", "half", "bfloat16", "contiguous", "type")
 _VIEWS = ("unsqueeze", "view", "reshape")
 _NAMES = (
-    *sorted({row.function for row in TABLE.values() if row.function is not None}),
+    *sorted({row.function for row in activations.TABLE.values() if row.function is not None}),
     *("add", "mul", "sub", "div", "addcmul", "dropout", *_CASTS, *_VIEWS),
 )
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
@@ -149,11 +149,8 @@ def _module_operation(node: fx.Node) -> Operation | None:
     if type(module) in _DROPOUTS:
         # the mode may change after the pass, the probability does not
         return Operation("dropout", node.args, {"p": module.p}, in_place)
-    for row in TABLE.values():
-        if row.module is not None and type(module) is getattr(nn, row.module):
-            arguments = {name: getattr(module, name) for name in row.arguments}
-            return Operation(str(row.function), node.args, arguments, in_place)
-    return None
+    function = activations.function_of(module)
+    return None if function is None else Operation(function[0], node.args, function[1], in_place)
 
 
 def _asks_in_place(node: fx.Node) -> bool:
@@ -176,7 +173,7 @@ def activation_of(node: fx.Node, input: fx.Node) -> str | None:
     if call is None or not call.args or call.args[0] is not input:
         return None
     arguments = dict(call.kwargs)
-    parameter = _PARAMETERS.get(call.name)
+    parameter = _ARGUMENTS.get(call.name)
     if parameter is not None:
         argument = call.args[1] if len(call.args) > 1 else parameter[1]
         arguments.setdefault(parameter[0], argument)
@@ -184,10 +181,7 @@ def activation_of(node: fx.Node, input: fx.Node) -> str | None:
     others = call.args[1 if parameter is None else 2 :]
     if any(type(argument) is not bool for argument in others):
         return None
-    for name, row in TABLE.items():
-        if row.function == call.name and dict(row.arguments) == arguments:
-            return name
-    return None
+    return activations.name_of(call.name, arguments)
 
 
 def is_identity(node: fx.Node, input: fx.Node) -> bool:

@@ -4,13 +4,14 @@
 instruction each, within 2 ulp, where Triton's own take several. docs/math.md has the formulas.
 """
 
+import functools
 from types import FunctionType
 from typing import NamedTuple
 
 import triton
 import triton.language as tl
 
-from triton_gn.activations import TABLE
+from triton_gn.activations import lookup
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
@@ -64,14 +65,17 @@ class DeviceFunctions(NamedTuple):
     gradient: triton.runtime.JITFunction | None
 
 
-def _compiled(function):
-    """Make a device function of a row's function; its globals are the names of this file."""
-    return function and triton.jit(FunctionType(function.__code__, globals()))
+def _compiled(function, arguments):
+    """Make a device function of a row's, whose globals are this file's names and the arguments."""
+    constants = {name: tl.constexpr(value) for name, value in arguments.items()}
+    return function and triton.jit(FunctionType(function.__code__, globals() | constants))
 
 
-# Kernels take a device function as the constexpr ACTIVATION, or None. Triton's compile cache is
-# keyed by the source of such an argument.
-DEVICE_FUNCTIONS = {
-    name: DeviceFunctions(_compiled(row.forward), _compiled(row.gradient))
-    for name, row in TABLE.items()
-}
+@functools.cache
+def device_functions(name: str) -> DeviceFunctions:
+    """Return what kernels take as the constexpr ACTIVATION, (None, None) for "none".
+
+    Triton's compile cache is keyed by the source of such an argument and the constants it reads.
+    """
+    row, arguments = lookup(name)
+    return DeviceFunctions(_compiled(row.forward, arguments), _compiled(row.gradient, arguments))

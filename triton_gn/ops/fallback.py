@@ -15,7 +15,7 @@ from torch import Tensor
 from triton_gn import reference
 from triton_gn.ops import context, layout
 from triton_gn.ops.call import Call
-from triton_gn.reference import ACTIVATIONS, Operands
+from triton_gn.reference import Operands, activation_function
 
 # Largest |mean| / std of a group for which PyTorch's channels-last kernel is trusted: its variance,
 # E[x^2] - E[x]^2, loses digits as the square of this ratio.
@@ -32,7 +32,7 @@ def group_norm(operands: Operands, call: Call, is_transformed: bool = False) -> 
     run = _on_cpu if x.is_cpu and not is_transformed and x.numel() > 0 else _in_context
     if scale is None and shift is None and pre_add is None and residual is None:
         y = run(x, call, weight, bias)
-        y = y if call.activation == "none" else ACTIVATIONS[call.activation](y)
+        y = y if call.activation == "none" else activation_function(call.activation)(y)
         return y if y.dtype is call.y_dtype else y.to(call.y_dtype)
     prepared = reference.prologue(x, pre_add).to(reference.compute_dtype(x))
     n = run(prepared, call, weight, bias)

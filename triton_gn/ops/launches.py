@@ -66,7 +66,7 @@ def _kernels() -> ModuleType:
 
 def _activation(problem: Problem) -> Any:
     """Return the device function of the activation or of its gradient, None without one."""
-    functions = _kernels().activations.DEVICE_FUNCTIONS[problem.activation]
+    functions = _kernels().activations.device_functions(problem.activation)
     return functions.forward if problem.direction == "forward" else functions.gradient
 
 

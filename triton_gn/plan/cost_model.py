@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from triton_gn.activations import TABLE
+from triton_gn.activations import TABLE, lookup
 
 from .candidates import iterations
 from .config import Config
@@ -143,7 +143,8 @@ def instructions(problem: Problem, config: Config) -> int:
     """Return the instructions of a thread per element, in all passes."""
     forward = problem.direction == "forward"
     first, second = _PER_ELEMENT[problem.direction]
-    of_activation = TABLE[problem.activation].cost[not forward]
+    activation, _ = lookup(problem.activation) or (TABLE["none"], {})
+    of_activation = activation.cost[not forward]
     times = 1 if forward or config.strategy == "resident" else 2
     return first + second + times * of_activation
 

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from triton_gn import activations
 from triton_gn.ops import launches
 from triton_gn.plan import Problem
-from triton_gn.reference import ACTIVATIONS, Operands
+from triton_gn.reference import Operands
 
 DTYPES = {
     "float16": torch.float16,
@@ -64,11 +65,14 @@ class Workload:
             ("dtype", self.dtype, DTYPES),
             ("parameters' dtype", self.param_dtype, DTYPES),
             ("layout", self.layout, LAYOUTS),
-            ("activation", self.activation, ACTIVATIONS),
             *(("fused operand", name, FUSED) for name in self.fused),
         ):
             if value not in allowed:
                 raise ValueError(f"the {what} must be one of {', '.join(allowed)}; got {value!r}.")
+        if activations.lookup(self.activation) is None:
+            raise ValueError(
+                f"the activation must be one of {activations.NAMES}; got {self.activation!r}."
+            )
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -196,7 +200,7 @@ def add_arguments(parser: argparse.ArgumentParser, direction: str) -> Any:
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
     parser.add_argument("--param-dtype", choices=DTYPES, default="", help="default: the input's")
     parser.add_argument("--layout", choices=LAYOUTS, default="contiguous")
-    parser.add_argument("--activation", choices=ACTIVATIONS, default="none")
+    parser.add_argument("--activation", default="none", help=activations.NAMES)
     parser.add_argument("--fused", default="", metavar="A,B", help=f"some of {','.join(FUSED)}")
     parser.add_argument("--direction", choices=(*DIRECTIONS, "both"), default=direction)
     return source
