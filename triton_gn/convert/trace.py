@@ -1,0 +1,354 @@
+"""Trace the forward of one module into a graph, with the conditions under which the graph is right.
+
+torch.fx bakes into a graph what Python decides while it traces: which branch an attribute selects,
+which layers a list holds. Here every attribute that the forward reads becomes a condition, or, if
+it could change unseen, a reason not to trace.
+"""
+
+import contextlib
+import enum
+import functools
+import math
+import types
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, fx, nn
+
+from triton_gn.activations import function_of
+
+# What PyTorch keeps in every module, and torch.fx reads; reading it decides nothing in a forward.
+_INTERNALS = frozenset(
+    vars(nn.Module()).keys() - {"training", "_modules", "_parameters", "_buffers"} | {"forward"}
+)
+_SCALARS = (bool, int, float, complex, str, bytes, type(None), enum.Enum)
+_TORCH_VALUES = (torch.dtype, torch.device, torch.layout, torch.memory_format)
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, type, functools.partial)
+# Questions whose answer torch.fx would bake in; torch.is_grad_enabled becomes a condition instead.
+_QUESTIONS = (
+    *("is_autocast_enabled", "is_autocast_cpu_enabled", "get_autocast_dtype"),
+    *("get_autocast_gpu_dtype", "is_inference_mode_enabled", "get_default_dtype"),
+)
+
+Key = tuple[Any, ...]
+
+
+class UntraceableError(Exception):
+    """The forward cannot be traced; the text continues "cannot be traced: it ..."."""
+
+
+def structure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Key | None:
+    """Return which arguments are tensors, and the value of every other argument.
+
+    None if an argument is neither a plain tensor nor a scalar, dtype or device.
+    """
+    key: list[Any] = []
+    for name, value in (*((None, arg) for arg in args), *kwargs.items()):
+        kind = type(value)
+        if kind is Tensor or kind is nn.Parameter:
+            key.append((name, Tensor))
+        elif value is None or kind in (bool, int, float, str, torch.dtype, torch.device):
+            key.append((name, kind, value))
+        else:
+            return None
+    return tuple(key)
+
+
+class _TensorProxy(fx.Proxy):
+    """Proxy that isinstance takes for a tensor, so that a forward which asks goes on as usual."""
+
+    __class__ = property(lambda self: Tensor)
+
+
+class Tracer(fx.Tracer):
+    """Tracer of one module's forward for arguments of one structure.
+
+    Args:
+        root: the module.
+        key: the structure of its arguments.
+        inlined: the modules inside it that are traced too. All others stay calls.
+
+    Attributes:
+        conditions: Python expressions over ``self``, the module, and ``torch``, which must be true
+            for the graph to be right.
+        constants: the values that the expressions name.
+    """
+
+    def __init__(self, root: nn.Module, key: Key, inlined: set[nn.Module]) -> None:
+        super().__init__()
+        self.conditions: dict[str, None] = {}  # a set that keeps its order
+        self.constants: dict[str, Any] = {"torch": torch}
+        self._key = key
+        self._inlined = inlined
+        self._reading = False
+        names = list(root.named_modules(remove_duplicate=False))
+        self._paths: dict[nn.Module, str] = {module: name for name, module in names}
+        self._shared = {module for name, module in names if self._paths[module] != name}
+        tensors = (*root.named_parameters(), *root.named_buffers())
+        self._tensors = {id(tensor): name for name, tensor in tensors}
+
+    def run(self, root: nn.Module) -> fx.Graph:
+        """Return the graph. Its placeholders are the module, then the tensors among the arguments.
+
+        Raises:
+            UntraceableError: the forward decides by values, reads what may change unseen, or more.
+        """
+        self._modes = _modes()
+        try:
+            with self._watching(), warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                code = self.trace(root)
+        except UntraceableError:
+            raise
+        except fx.proxy.TraceError:
+            raise UntraceableError("decides by the values or shapes of tensors") from None
+        except Exception as error:  # whatever a forward does with a proxy that is no tensor
+            raise UntraceableError(f"raises {type(error).__name__} under torch.fx") from None
+        if told:
+            raise UntraceableError("warns, which a graph would not")
+        return code
+
+    def require_layer(self, layer: nn.Module) -> None:
+        """Require that a layer which is fused keeps its class, its settings, and no hooks."""
+        self._require_plain(layer)
+        function = function_of(layer)
+        settings = {
+            name: getattr(layer, name) for name in ("activation", "p") if hasattr(layer, name)
+        }
+        for name, value in (settings | (function[1] if function else {})).items():
+            self._require_equal(expression(self._paths[layer], name), value)
+
+    def condition(self) -> Callable[[nn.Module], bool]:
+        """Return the function that tells whether a module is in the state of the graph."""
+        conditions = " and ".join(self.conditions) or "True"
+        source = (
+            f"def holds(self):\n    try:\n        return {conditions}\n"
+            "    except AttributeError:\n        return False\n"
+        )
+        names = dict(self.constants)
+        exec(compile(source, "<triton_gn.convert: holds>", "exec"), names)
+        holds: Callable[[nn.Module], bool] = names["holds"]
+        return holds
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        """Return the function to trace, and its arguments: the placeholders."""
+        forward = unfused_class(self.root).forward
+        args: list[Any] = []
+        kwargs: dict[str, Any] = {}
+        self.create_proxy("placeholder", "block", (), {})
+        for index, (name, kind, *value) in enumerate(self._key):
+            is_tensor = kind is Tensor
+            argument = (
+                self.create_proxy("placeholder", f"input_{index}", (), {})
+                if is_tensor
+                else value[0]
+            )
+            if name is None:
+                args.append(argument)
+            else:
+                kwargs[name] = argument
+
+        def function() -> Any:
+            self._reading = True
+            try:
+                return forward(self.root, *args, **kwargs)
+            finally:
+                self._reading = False
+
+        return function, []
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Return a proxy that isinstance takes for a tensor."""
+        return _TensorProxy(node, self)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Return whether a call of the module stays a call."""
+        return m not in self._inlined
+
+    def call_module(
+        self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Record the call of a module, or trace into it."""
+        if m not in self._paths:
+            raise UntraceableError(f"calls a {type(m).__name__} that it does not hold")
+        if m in self._shared:
+            raise UntraceableError(f"calls {self._paths[m]}, which it holds in several places")
+        if m in self._inlined:
+            self._require_plain(m)
+            return unfused_class(m).forward(m, *args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Return a proxy of a parameter or buffer, and anything else as it is."""
+        if not isinstance(attr_val, Tensor):
+            return attr_val
+        path = self._tensors.get(id(attr_val))
+        if path is None:
+            raise UntraceableError(f"reads {attr}, a tensor that is no parameter or buffer")
+        return self.create_proxy("get_attr", path, (), {})
+
+    def create_arg(self, a: Any) -> Any:
+        """Return the node of a proxy; refuse tensors that were computed while tracing."""
+        if type(a) is _TensorProxy:
+            return a.node
+        if isinstance(a, Tensor):
+            raise UntraceableError("computes with a tensor that depends on no argument")
+        if isinstance(a, float):
+            return float(a)  # the text of a NumPy number would need NumPy
+        return super().create_arg(a)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """Record a node, unless the forward has switched gradients or autocast."""
+        if _modes() != self._modes:
+            raise UntraceableError("switches gradients or autocast")
+        return super().create_node(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _watching(self) -> Iterator[None]:
+        """Record what the forward reads, and refuse what it writes."""
+        lookup: Any = nn.Module.__getattribute__
+        assign = nn.Module.__setattr__
+
+        def read(module: nn.Module, name: str) -> Any:
+            if not self._reading or name in _INTERNALS or name.startswith("__"):
+                return lookup(module, name)
+            try:
+                value = lookup(module, name)
+            except AttributeError:  # nn.Module.__getattr__ looks for it next
+                self._reading = False
+                try:
+                    self._read_registered(module, name)
+                finally:
+                    self._reading = True
+                raise
+            self._reading = False
+            try:
+                self._read(module, name, value)
+            finally:
+                self._reading = True
+            return value
+
+        def write(module: nn.Module, name: str, value: Any) -> None:
+            if self._reading:
+                raise UntraceableError(f"sets an attribute, {name}")
+            assign(module, name, value)
+
+        def asks(question: str) -> Callable[..., Any]:
+            original = getattr(torch, question)
+
+            def ask(*args: Any, **kwargs: Any) -> Any:
+                if self._reading:
+                    raise UntraceableError(f"asks torch.{question}")
+                return original(*args, **kwargs)
+
+            return ask
+
+        is_grad_enabled = torch.is_grad_enabled
+
+        def ask_for_gradients() -> bool:
+            answer = is_grad_enabled()
+            if self._reading:
+                self.conditions[f"torch.is_grad_enabled() is {answer}"] = None
+            return answer
+
+        with contextlib.ExitStack() as stack:
+            for question in _QUESTIONS:
+                stack.enter_context(mock.patch.object(torch, question, asks(question)))
+            stack.enter_context(mock.patch.object(torch, "is_grad_enabled", ask_for_gradients))
+            stack.enter_context(mock.patch.object(nn.Module, "__setattr__", write))
+            nn.Module.__getattribute__ = read  # type: ignore[method-assign, assignment]
+            stack.callback(delattr, nn.Module, "__getattribute__")
+            yield
+
+    def _path(self, module: nn.Module, name: str) -> str | None:
+        """Return the expression of a module's attribute, None if the module is elsewhere."""
+        return None if module not in self._paths else expression(self._paths[module], name)
+
+    def _read(self, module: nn.Module, name: str, value: Any) -> None:
+        """Make a condition of an attribute that the forward has read."""
+        path = self._path(module, name)
+        if isinstance(getattr(type(module), name, None), property):
+            return  # what its function reads is a condition by itself
+        if path is None:
+            raise UntraceableError(f"reads {name} of a {type(module).__name__} elsewhere")
+        if name == "_modules":
+            self.conditions[f"[*{path}] == {[*value]!r}"] = None
+        elif type(value) is float and math.isnan(value):
+            raise UntraceableError(f"reads {name}, which is nan")
+        elif _is_constant(value):
+            self._require_equal(path, value)
+        elif isinstance(value, types.MethodType) or name not in vars(module):
+            pass  # a method: what it reads is a condition by itself
+        else:
+            raise UntraceableError(f"reads {name}, a {type(value).__name__}, which may change")
+
+    def _read_registered(self, module: nn.Module, name: str) -> None:
+        """Make a condition of a parameter, buffer or module, or of their absence."""
+        path = self._path(module, name)
+        if path is None:
+            raise UntraceableError(f"reads {name} of a {type(module).__name__} elsewhere")
+        for registered in (module._parameters, module._buffers, module._modules):
+            if name in registered:
+                kind = "is" if registered[name] is None else "is not"
+                self.conditions[f"{path} {kind} None"] = None
+                return
+        self.conditions[f"not hasattr({expression(self._paths[module])}, {name!r})"] = None
+
+    def _require_equal(self, path: str, value: Any) -> None:
+        if value is None or type(value) is bool:
+            self.conditions[f"{path} is {value}"] = None
+            return
+        constant = f"constant_{len(self.constants)}"
+        self.constants[constant] = value
+        self.conditions[f"{path} == {constant}"] = None
+
+    def _require_plain(self, module: nn.Module) -> None:
+        """Require that a module which is traced too has the class and the forward of now."""
+        path, kind = expression(self._paths[module]), f"class_{len(self.constants)}"
+        self.constants |= {kind: type(module), "is_hooked": is_hooked}
+        self.conditions[f"type({path}) is {kind}"] = None
+        self.conditions[f"not is_hooked({path})"] = None
+
+
+def _modes(
+    # bound here, before the tracer replaces them in torch
+    gradients: Callable[[], bool] = torch.is_grad_enabled,
+    inference: Callable[[], bool] = torch.is_inference_mode_enabled,
+    autocast: Callable[[str], bool] = torch.is_autocast_enabled,
+) -> tuple[bool, ...]:
+    return gradients(), inference(), autocast("cpu"), autocast("cuda")
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Return whether a module's call does more than its class's forward."""
+    return bool(
+        "forward" in module.__dict__
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def unfused_class(module: nn.Module) -> Any:
+    """Return a module's class, or the one that it had before ``convert``."""
+    return getattr(type(module), "unfused", type(module))
+
+
+def expression(path: str, *names: str) -> str:
+    """Return the Python expression of an attribute, such as ``self.blocks`` for "blocks"."""
+    text = "self"
+    for name in (*filter(None, path.split(".")), *names):
+        text = f"{text}.{name}" if name.isidentifier() else f'getattr({text}, "{name}")'
+    return text
+
+
+def _is_constant(value: Any) -> bool:
+    if isinstance(value, tuple):
+        return all(map(_is_constant, value))
+    return isinstance(value, (*_SCALARS, *_TORCH_VALUES, *_FUNCTIONS))
