@@ -66,7 +66,7 @@ help: ## List these targets
 demo: .venv/.installed ## Train with PyTorch's GroupNorm and triton_gn's, fuse a U-Net, draw a sweep of plans
 	@env -u TRITON_INTERPRET $(BIN)/python examples/digits.py
 	@echo
-	@env -u TRITON_INTERPRET $(BIN)/python -m perf coverage --model UNet2DConditionModel
+	@env -u TRITON_INTERPRET $(BIN)/python -m perf coverage --model UNet2DCondition
 	@echo
 	@env -u TRITON_INTERPRET $(BIN)/python -m perf demo
 

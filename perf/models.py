@@ -136,7 +136,7 @@ MODELS: dict[str, tuple[str, Callable[[], Case]]] = {
             num_head_channels=4, norm_num_groups=4,
         ),
     ),
-    "UNet2DConditionModel": (
+    "UNet2DCondition": (
         "diffusers",
         partial(
             diffusers, "UNet2DConditionModel", (2, 4, 16, 16), _TIME, _TEXT, sample_size=16,
@@ -144,7 +144,7 @@ MODELS: dict[str, tuple[str, Callable[[], Case]]] = {
             up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=32, **_WIDTHS,
         ),
     ),
-    "UNet2DModel scale_shift": (
+    "UNet2D scale_shift": (
         "diffusers",
         partial(
             diffusers, "UNet2DModel", (2, 3, 16, 16), _TIME, sample_size=16, norm_num_groups=8,

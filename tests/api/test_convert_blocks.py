@@ -672,3 +672,36 @@ def test_bound_forward_and_wrapped_class_work() -> None:
     torch.testing.assert_close(model(x), expected)
     with pytest.raises(RuntimeError, match="Take that back first"):
         unconvert(model)
+
+
+class Conditional(nn.Module):
+    """A norm with a scale and shift of its own, which asks for the rank of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.mlp = nn.GroupNorm(GROUPS, C, affine=False), nn.Linear(C, 2 * C)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Any:
+        emb = self.mlp(emb)
+        for _ in range(len(x.shape[2:])):
+            emb = emb.unsqueeze(-1)
+        scale, shift = emb.chunk(2, dim=1)
+        return self.norm(x) * (scale + 1.0) + shift
+
+
+class Ranks(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.act = Conditional(), nn.SiLU()
+
+    def forward(self, x: Tensor, emb: Tensor) -> Any:
+        y = self.act(self.norm(x, emb))
+        return y.flatten(2) if x.ndim == 4 and x.dim() == 4 and len(emb.shape) == 2 else y
+
+
+@pytest.mark.parametrize("shape", [IMAGE, (N, C, 7), (N, C, 2, 3, 4), (N, C)])
+def test_rank_of_an_argument_may_decide(shape: tuple[int, ...]) -> None:
+    model = make(Ranks)
+    shift = "shift" if len(shape) > 2 else "residual"  # without pixels they are the same
+    assert check(model, tensor(*shape), tensor(*ROWS)) == [["activation", "scale", shift]]
+    assert check(model.norm, tensor(*shape), tensor(*ROWS)) == [["scale", shift]]

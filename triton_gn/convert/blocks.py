@@ -8,7 +8,7 @@ module's own forward runs.
 import functools
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils import parametrize
 
 from triton_gn.convert.regions import compile_graph, follow, fuse_region
-from triton_gn.convert.trace import Key, Tracer, UntraceableError, is_hooked, structure
+from triton_gn.convert.trace import Condition, Key, Tracer, UntraceableError, is_hooked, structure
 from triton_gn.distributed import ShardedGroupNorm
 from triton_gn.fuse.norms import emit, find
 from triton_gn.fuse.operations import activation_of, module_of
@@ -35,18 +35,19 @@ class Trace:
 
     Attributes:
         key: the structure of the arguments.
-        holds: whether the module is in the state in which it was traced.
+        holds: whether the graph is right for a module, in its present state, and tensors.
         function: the forward, of the module twice and the tensors; None to run the module's own.
         fates: for the path of each norm, "folded" or "replaced", and the reason.
-        ends_in: path of the norm whose unfused result the forward returns, None if there is none.
+        is_open: whether the forward returns the result of a norm, possibly scaled or shifted, which
+            a caller may give to more operations that one call can compute.
         is_fused: whether the function differs from the module's own forward.
     """
 
     key: Key
-    holds: Callable[[nn.Module], bool]
+    holds: Condition
     function: Callable[..., Any] | None
     fates: dict[str, tuple[str, str]]
-    ends_in: str | None = None
+    is_open: bool = False
     is_fused: bool = True
 
     def __deepcopy__(self, memo: object) -> "Trace":
@@ -75,18 +76,19 @@ class Forwards:
         return Forwards(self.inlined, [*self.traces])
 
 
-def trace(module: nn.Module, key: Key, inlined: tuple[str, ...]) -> Trace:
+def trace(module: nn.Module, key: Key, ranks: Sequence[int], inlined: Sequence[str]) -> Trace:
     """Trace the forward of a module and fuse its norms.
 
     Raises:
         UntraceableError: the forward cannot be traced.
     """
     children = dict(module.named_modules())  # one that was inlined may have gone since
-    tracer = Tracer(module, key, {children[path] for path in inlined if path in children})
+    tracer = Tracer(module, key, ranks, {children[path] for path in inlined if path in children})
     code = tracer.run(module)
-    fx.GraphModule(module, code)  # which lets the nodes of the graph find their layers
+    owned: Any = code
+    owned.owning_module = module  # where the nodes of the graph find their layers
     fates: dict[str, tuple[str, str]] = {}
-    ends_in, is_fused = None, False
+    is_open = is_fused = False
     for node in list(code.nodes):
         norm = find(node)
         if norm is None:
@@ -101,6 +103,7 @@ def trace(module: nn.Module, key: Key, inlined: tuple[str, ...]) -> Trace:
         if norm.module is None and not norm.is_ours:
             norm, is_fused = _replace(norm), True
         found = follow(norm)
+        is_open = is_open or found.is_returned
         region = fuse_region(found, module) if len(found.nodes) > 1 else None
         if region is not None:
             fates[path], is_fused = ("folded", region.fused), True
@@ -108,13 +111,12 @@ def trace(module: nn.Module, key: Key, inlined: tuple[str, ...]) -> Trace:
                 tracer.require_layer(layer)
         else:
             fates[path] = "replaced", found.stop
-            ends_in = path if found.is_returned else ends_in
     return Trace(
         key,
         tracer.condition(),
         compile_graph(code, type(module).__name__),
         fates,
-        ends_in,
+        is_open,
         is_fused,
     )
 
@@ -137,22 +139,21 @@ def _replace(norm: Any) -> Any:
     return find(ours)
 
 
-def select(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Trace | None:
+def select(module: nn.Module, key: Key, tensors: Sequence[Tensor]) -> Trace | None:
     """Return the fused forward for a call, None if the module's own must run."""
-    key = structure(args, kwargs)
-    if key is None or _has_any_global_hook() or context.is_tracing():
+    if _has_any_global_hook() or context.is_tracing():
         return None
     forwards = vars(module)[FORWARDS]
     for known in forwards.traces:
-        if known.key == key and known.holds(module):
+        if known.key == key and known.holds(module, tensors):
             return known  # type: ignore[no-any-return]
     watched = torch._C._len_torch_function_stack() > 0 or context.has_mode()
     if context.is_compiling() or watched or len(forwards.traces) >= _MOST_TRACES:
         return None
     try:
-        new = trace(module, key, forwards.inlined)
+        new = trace(module, key, [tensor.ndim for tensor in tensors], forwards.inlined)
     except UntraceableError:
-        new = Trace(key, lambda module: True, None, {})
+        new = Trace(key, lambda module, tensors: True, None, {})
     forwards.traces.append(new)
     return new
 
@@ -163,11 +164,11 @@ def fused_class(kind: Any) -> Any:
 
     @functools.wraps(kind.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        chosen = select(self, args, kwargs)
-        if chosen is None or chosen.function is None:
+        known = structure(args, kwargs)
+        chosen = None if known is None else select(self, *known)
+        if known is None or chosen is None or chosen.function is None:
             return kind.forward(self, *args, **kwargs)
-        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        return chosen.function(self, self, *tensors)
+        return chosen.function(self, self, *known[1])
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
         reduced: Any = kind.__reduce_ex__(self, protocol)
@@ -248,11 +249,11 @@ def fuse_blocks(model: nn.Module, sharded: bool) -> Outcome:
         try:
             if reason is not None:
                 raise UntraceableError(reason)
-            traced = trace(module, _key_of(module), inside)
+            traced, inside = _first_trace(module, inside)
         except UntraceableError as error:
             outcome.untraced[module] = f"its parent, a {type(module).__name__}, {error}"
             continue
-        if traced.ends_in is not None:
+        if traced.is_open:
             inlined.add(module)
             candidates.update(_owners(module, parents))
         for path, fate in traced.fates.items():
@@ -263,6 +264,21 @@ def fuse_blocks(model: nn.Module, sharded: bool) -> Outcome:
             vars(module)[FORWARDS] = Forwards(inside, [traced])
             module.__class__ = fused_class(type(module))  # type: ignore[arg-type]
     return outcome
+
+
+def _first_trace(module: nn.Module, inlined: tuple[str, ...]) -> tuple[Trace, tuple[str, ...]]:
+    """Trace a module before any call, and return what could be traced inside it too.
+
+    Tensors count as images, of rank 4. A call with others traces anew if that matters.
+    """
+    key = _key_of(module)
+    ranks = [4] * len(key)
+    try:
+        return trace(module, key, ranks, inlined), inlined
+    except UntraceableError:
+        if not inlined:
+            raise
+        return trace(module, key, ranks, ()), ()
 
 
 def _parents(model: nn.Module) -> dict[nn.Module, list[nn.Module]]:
@@ -287,7 +303,7 @@ def _is_activation(module: nn.Module) -> bool:
     if module._modules or module._parameters or module._buffers:
         return False
     try:
-        code = Tracer(module, ((None, Tensor),), set()).run(module)
+        code = Tracer(module, ((None, Tensor),), [4], set()).run(module)
     except UntraceableError:
         return False
     *placeholders, last, output = code.nodes

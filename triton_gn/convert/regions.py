@@ -27,7 +27,8 @@ from triton_gn.fuse.operations import (
     operation,
     sum_with_one,
 )
-from triton_gn.fuse.rewrite import graph as fuse_graph
+from triton_gn.fuse.rewrite import rewrite
+from triton_gn.report import Report
 
 Function = Callable[..., Any]
 RETURNED = "nothing follows it"
@@ -92,7 +93,7 @@ class Found:
     norm: Norm
     nodes: list[fx.Node]
     stop: str = ""
-    is_returned: bool = False  # as it is, or through layers that change nothing
+    is_returned: bool = False  # the last node, or through layers that change nothing
 
     @property
     def last(self) -> fx.Node:
@@ -116,7 +117,7 @@ def follow(norm: Norm) -> Found:
         problem = _why_not(nodes, current) or _written(found, nodes, identities, order)
         if problem is not None:
             found.stop = problem
-            found.is_returned = len(found.nodes) == 1 and problem == RETURNED
+            found.is_returned = problem == RETURNED
             break
         if is_identity(nodes[-1], current):
             identities.append(nodes[-1])
@@ -207,10 +208,10 @@ def fuse_region(found: Found, root: nn.Module) -> Region | None:
     ]
     if not variants:
         return None
-    module = fx.GraphModule(root, _copy(found, tensors)[0])
-    fuse_graph(module, always=True)  # without shapes: a directly following activation
-    _call_the_layer(found.norm, module.graph)
-    otherwise = compile_graph(module.graph, found.norm.node.name)
+    rest, _ = _copy(found, tensors, root)
+    rewrite(rest, Report(), always=True)  # without shapes: a directly following activation
+    _call_the_layer(found.norm, rest)
+    otherwise = compile_graph(rest, found.norm.node.name)
     region = Region(f"fused_{found.norm.node.name}", variants, otherwise)
     with code.inserting_before(found.last):
         y = code.call_function(region, (block, *tensors))
@@ -242,9 +243,12 @@ def _cases(found: Found, tensors: Sequence[fx.Node]) -> Iterator[dict[fx.Node, s
             yield dict(zip(choices, kinds, strict=True))
 
 
-def _copy(found: Found, tensors: Sequence[fx.Node]) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
+def _copy(
+    found: Found, tensors: Sequence[fx.Node], root: nn.Module
+) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     """Return the region as a graph of its own, and the copy of each node."""
-    code = fx.Graph()
+    owner: Any = root  # where nodes find their layers
+    code = fx.Graph(owner)
     copies = {node: code.placeholder(node.name) for node in tensors}
     for node in found.nodes:
         copies[node] = code.node_copy(node, copies.__getitem__)
@@ -256,7 +260,7 @@ def _variant(
     found: Found, tensors: Sequence[fx.Node], kinds: dict[fx.Node, str], root: nn.Module
 ) -> Variant | None:
     """Return the region as the graph pass fuses it for tensors of these kinds, if it does."""
-    code, copies = _copy(found, tensors)
+    code, copies = _copy(found, tensors, root)
     channels = _channels(found.norm, root)
     full = torch.empty(2, channels, 3, 5, device="meta")
     rows = torch.empty(2, channels, 1, 1, device="meta")
@@ -265,8 +269,8 @@ def _variant(
             copy.meta["val"] = rows if kinds[node] == _ROWS else full
         elif node not in tensors:
             copy.meta["val"] = rows if _is_sum_with_one(node) else full
-    module = fx.GraphModule(root, code)
-    report = fuse_graph(module, always=True)
+    report = Report()
+    rewrite(code, report, always=True)
     if not report.folded:
         return None
     _call_the_layer(found.norm, code)

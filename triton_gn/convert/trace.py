@@ -9,9 +9,10 @@ import contextlib
 import enum
 import functools
 import math
+import operator
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 from unittest import mock
 
@@ -34,33 +35,60 @@ _QUESTIONS = (
 )
 
 Key = tuple[Any, ...]
+Condition = Callable[[nn.Module, Sequence[Tensor]], bool]
 
 
 class UntraceableError(Exception):
     """The forward cannot be traced; the text continues "cannot be traced: it ..."."""
 
 
-def structure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Key | None:
-    """Return which arguments are tensors, and the value of every other argument.
+def structure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Key, list[Tensor]] | None:
+    """Return the structure of a call's arguments, and the tensors among them.
 
-    None if an argument is neither a plain tensor nor a scalar, dtype or device.
+    The structure tells which arguments are tensors, and the value of every other argument. None if
+    one is neither a plain tensor nor a scalar, dtype or device.
     """
     key: list[Any] = []
+    tensors = []
     for name, value in (*((None, arg) for arg in args), *kwargs.items()):
         kind = type(value)
         if kind is Tensor or kind is nn.Parameter:
             key.append((name, Tensor))
+            tensors.append(value)
         elif value is None or kind in (bool, int, float, str, torch.dtype, torch.device):
             key.append((name, kind, value))
         else:
             return None
-    return tuple(key)
+    return tuple(key), tensors
 
 
 class _TensorProxy(fx.Proxy):
-    """Proxy that isinstance takes for a tensor, so that a forward which asks goes on as usual."""
+    """Proxy that isinstance takes for a tensor, and that tells the rank of an argument."""
 
+    tracer: "Tracer"
     __class__ = property(lambda self: Tensor)
+
+    def __getattr__(self, name: str) -> Any:
+        """Return the rank or a proxy of the shape, for code that asks for the length of either."""
+        rank = self.tracer.rank_of(self.node) if name in ("ndim", "dim") else None
+        if rank is not None:
+            return rank if name == "ndim" else lambda: rank
+        if name == "shape":
+            return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+        return super().__getattr__(name)
+
+    def __len__(self) -> int:
+        """Return the length of a shape, or of a slice of one."""
+        node: Any = self.node
+        part = slice(None)
+        if node.target is operator.getitem and isinstance(node.args[1], slice):
+            node, part = node.args[0], node.args[1]
+        rank = None
+        if node.target is getattr and node.args[1] == "shape":
+            rank = self.tracer.rank_of(node.args[0])
+        if rank is None:
+            raise UntraceableError("decides by the values or shapes of tensors")
+        return len(range(rank)[part])
 
 
 class Tracer(fx.Tracer):
@@ -69,19 +97,24 @@ class Tracer(fx.Tracer):
     Args:
         root: the module.
         key: the structure of its arguments.
+        ranks: the number of dimensions of each tensor among them.
         inlined: the modules inside it that are traced too. All others stay calls.
 
     Attributes:
-        conditions: Python expressions over ``self``, the module, and ``torch``, which must be true
-            for the graph to be right.
+        conditions: Python expressions over ``self``, the module, ``tensors``, those among the
+            arguments, and ``torch``. They must be true for the graph to be right.
         constants: the values that the expressions name.
     """
 
-    def __init__(self, root: nn.Module, key: Key, inlined: set[nn.Module]) -> None:
+    def __init__(
+        self, root: nn.Module, key: Key, ranks: Sequence[int], inlined: set[nn.Module]
+    ) -> None:
         super().__init__()
         self.conditions: dict[str, None] = {}  # a set that keeps its order
         self.constants: dict[str, Any] = {"torch": torch}
         self._key = key
+        self._ranks = ranks
+        self._inputs: list[fx.Node] = []
         self._inlined = inlined
         self._reading = False
         names = list(root.named_modules(remove_duplicate=False))
@@ -121,16 +154,16 @@ class Tracer(fx.Tracer):
         for name, value in (settings | (function[1] if function else {})).items():
             self._require_equal(expression(self._paths[layer], name), value)
 
-    def condition(self) -> Callable[[nn.Module], bool]:
-        """Return the function that tells whether a module is in the state of the graph."""
+    def condition(self) -> Condition:
+        """Return the function that tells whether the graph is right for a module and tensors."""
         conditions = " and ".join(self.conditions) or "True"
         source = (
-            f"def holds(self):\n    try:\n        return {conditions}\n"
+            f"def holds(self, tensors):\n    try:\n        return {conditions}\n"
             "    except AttributeError:\n        return False\n"
         )
         names = dict(self.constants)
         exec(compile(source, "<triton_gn.convert: holds>", "exec"), names)
-        holds: Callable[[nn.Module], bool] = names["holds"]
+        holds: Condition = names["holds"]
         return holds
 
     def create_args_for_root(
@@ -142,12 +175,10 @@ class Tracer(fx.Tracer):
         kwargs: dict[str, Any] = {}
         self.create_proxy("placeholder", "block", (), {})
         for index, (name, kind, *value) in enumerate(self._key):
-            is_tensor = kind is Tensor
-            argument = (
-                self.create_proxy("placeholder", f"input_{index}", (), {})
-                if is_tensor
-                else value[0]
-            )
+            argument = value[0] if value else None
+            if kind is Tensor:
+                argument = self.create_proxy("placeholder", f"input_{index}", (), {})
+                self._inputs.append(argument.node)
             if name is None:
                 args.append(argument)
             else:
@@ -165,6 +196,14 @@ class Tracer(fx.Tracer):
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Return a proxy that isinstance takes for a tensor."""
         return _TensorProxy(node, self)
+
+    def rank_of(self, node: Any) -> int | None:
+        """Return the rank of an argument, which becomes a condition; None for other tensors."""
+        if node not in self._inputs:
+            return None
+        index = self._inputs.index(node)
+        self.conditions[f"tensors[{index}].ndim == {self._ranks[index]}"] = None
+        return self._ranks[index]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Return whether a call of the module stays a call."""
