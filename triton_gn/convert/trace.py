@@ -34,6 +34,8 @@ _QUESTIONS = (
     *("get_autocast_gpu_dtype", "is_inference_mode_enabled", "get_default_dtype"),
 )
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
 Key = tuple[Any, ...]
 Condition = Callable[[nn.Module, Sequence[Tensor]], bool]
 
@@ -112,6 +114,7 @@ class Tracer(fx.Tracer):
         super().__init__()
         self.conditions: dict[str, None] = {}  # a set that keeps its order
         self.constants: dict[str, Any] = {"torch": torch}
+        self._names: dict[str, str] = {}  # variables of modules in the conditions, by their source
         self._key = key
         self._ranks = ranks
         self._inputs: list[fx.Node] = []
@@ -152,14 +155,17 @@ class Tracer(fx.Tracer):
             name: getattr(layer, name) for name in ("activation", "p") if hasattr(layer, name)
         }
         for name, value in (settings | (function[1] if function else {})).items():
-            self._require_equal(expression(self._paths[layer], name), value)
+            self._require_equal(f"{self._name(layer)}.{name}", value)
 
     def condition(self) -> Condition:
         """Return the function that tells whether the graph is right for a module and tensors."""
+        # a look-up in _modules costs a tenth of one through nn.Module.__getattr__
+        lines = [f"{name} = {source}" for source, name in self._names.items()]
         conditions = " and ".join(self.conditions) or "True"
+        body = "\n        ".join([*lines, f"return {conditions}"])
         source = (
-            f"def holds(self, tensors):\n    try:\n        return {conditions}\n"
-            "    except AttributeError:\n        return False\n"
+            f"def holds(self, tensors):\n    try:\n        {body}\n"
+            "    except (AttributeError, KeyError):\n        return False\n"
         )
         names = dict(self.constants)
         exec(compile(source, "<triton_gn.convert: holds>", "exec"), names)
@@ -304,17 +310,22 @@ class Tracer(fx.Tracer):
             stack.callback(delattr, nn.Module, "__getattribute__")
             yield
 
-    def _path(self, module: nn.Module, name: str) -> str | None:
-        """Return the expression of a module's attribute, None if the module is elsewhere."""
-        return None if module not in self._paths else expression(self._paths[module], name)
+    def _name(self, module: nn.Module) -> str:
+        """Return the variable that stands for a module in the conditions."""
+        path = self._paths.get(module)
+        if path is None:
+            raise UntraceableError(f"reads an attribute of a {type(module).__name__} elsewhere")
+        name = "self"
+        for part in filter(None, path.split(".")):
+            source = f"{name}._modules[{part!r}]"
+            name = self._names.setdefault(source, f"module_{len(self._names)}")
+        return name
 
     def _read(self, module: nn.Module, name: str, value: Any) -> None:
         """Make a condition of an attribute that the forward has read."""
-        path = self._path(module, name)
         if isinstance(getattr(type(module), name, None), property):
             return  # what its function reads is a condition by itself
-        if path is None:
-            raise UntraceableError(f"reads {name} of a {type(module).__name__} elsewhere")
+        path = f"{self._name(module)}.{name}"
         if name == "_modules":
             self.conditions[f"[*{path}] == {[*value]!r}"] = None
         elif type(value) is float and math.isnan(value):
@@ -328,15 +339,14 @@ class Tracer(fx.Tracer):
 
     def _read_registered(self, module: nn.Module, name: str) -> None:
         """Make a condition of a parameter, buffer or module, or of their absence."""
-        path = self._path(module, name)
-        if path is None:
-            raise UntraceableError(f"reads {name} of a {type(module).__name__} elsewhere")
-        for registered in (module._parameters, module._buffers, module._modules):
+        owner = self._name(module)
+        for registry in ("_parameters", "_buffers", "_modules"):
+            registered = vars(module)[registry]
             if name in registered:
                 kind = "is" if registered[name] is None else "is not"
-                self.conditions[f"{path} {kind} None"] = None
+                self.conditions[f"{owner}.{registry}[{name!r}] {kind} None"] = None
                 return
-        self.conditions[f"not hasattr({expression(self._paths[module])}, {name!r})"] = None
+        self.conditions[f"not hasattr({owner}, {name!r})"] = None
 
     def _require_equal(self, path: str, value: Any) -> None:
         if value is None or type(value) is bool:
@@ -348,10 +358,11 @@ class Tracer(fx.Tracer):
 
     def _require_plain(self, module: nn.Module) -> None:
         """Require that a module which is traced too has the class and the forward of now."""
-        path, kind = expression(self._paths[module]), f"class_{len(self.constants)}"
-        self.constants |= {kind: type(module), "is_hooked": is_hooked}
-        self.conditions[f"type({path}) is {kind}"] = None
-        self.conditions[f"not is_hooked({path})"] = None
+        name, kind = self._name(module), f"class_{len(self.constants)}"
+        self.constants[kind] = type(module)
+        self.conditions[f"type({name}) is {kind}"] = None
+        hooks = (f"{name}.{hooks}" for hooks in _HOOKS)
+        self.conditions[f"not ('forward' in {name}.__dict__ or {' or '.join(hooks)})"] = None
 
 
 def _modes(
@@ -365,26 +376,13 @@ def _modes(
 
 def is_hooked(module: nn.Module) -> bool:
     """Return whether a module's call does more than its class's forward."""
-    return bool(
-        "forward" in module.__dict__
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
+    own = vars(module)
+    return "forward" in own or any(own[hooks] for hooks in _HOOKS)
 
 
 def unfused_class(module: nn.Module) -> Any:
     """Return a module's class, or the one that it had before ``convert``."""
     return getattr(type(module), "unfused", type(module))
-
-
-def expression(path: str, *names: str) -> str:
-    """Return the Python expression of an attribute, such as ``self.blocks`` for "blocks"."""
-    text = "self"
-    for name in (*filter(None, path.split(".")), *names):
-        text = f"{text}.{name}" if name.isidentifier() else f'getattr({text}, "{name}")'
-    return text
 
 
 def _is_constant(value: Any) -> bool:
