@@ -3,8 +3,10 @@
 import copy
 import functools
 import pickle
+import threading
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -567,7 +569,7 @@ UNTRACEABLE: dict[Callable[[Any, Tensor], Any], str] = {
     draws_a_constant: "computes with a tensor that depends on no argument",
     warns: "warns, which a graph would not",
     reads_a_plain_tensor: "reads plain, a Tensor, which may change",
-    calls_what_it_does_not_hold: "calls a Conv2d that it does not hold",
+    calls_what_it_does_not_hold: "uses a Conv2d that it does not hold",
 }
 
 
@@ -705,3 +707,42 @@ def test_rank_of_an_argument_may_decide(shape: tuple[int, ...]) -> None:
     shift = "shift" if len(shape) > 2 else "residual"  # without pixels they are the same
     assert check(model, tensor(*shape), tensor(*ROWS)) == [["activation", "scale", shift]]
     assert check(model.norm, tensor(*shape), tensor(*ROWS)) == [["scale", shift]]
+
+
+def test_other_threads_may_call_modules_meanwhile() -> None:
+    """torch.fx replaces methods of nn.Module while it traces, which a first call may do."""
+    x = tensor()
+    other = nn.Sequential(nn.Conv2d(C, C, 1), nn.GroupNorm(GROUPS, C), nn.SiLU()).double()
+    with torch.no_grad():
+        expected = other(x)
+        running, wrong = threading.Event(), []
+
+        def run() -> None:
+            running.set()
+            with torch.no_grad():
+                while running.is_set():
+                    other.flag = True  # type: ignore[assignment]
+                    if not torch.equal(other(x), expected):
+                        wrong.append("a value")
+
+        def call(model: Any) -> Tensor:
+            with torch.no_grad():
+                return model(x)  # type: ignore[no-any-return]
+
+        caller = threading.Thread(target=run)
+        caller.start()
+        try:
+            for _ in range(5):
+                model = make(Residual)
+                plain = copy.deepcopy(model)
+                convert(model)
+                copies = [pickle.loads(pickle.dumps(model)) for _ in range(4)]  # trace again
+                with ThreadPoolExecutor(4) as pool:
+                    for y in pool.map(call, copies):
+                        torch.testing.assert_close(y, plain(x))
+                assert sorted(calls_of(copies[0], x)) == sorted(BLOCKS[Residual][1])
+        finally:
+            running.clear()
+            caller.join()
+    assert not wrong
+    assert "__getattribute__" not in vars(nn.Module)

@@ -17,8 +17,9 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils import parametrize
 
+from triton_gn.convert.conditions import Condition, UntraceableError, is_hooked
 from triton_gn.convert.regions import compile_graph, follow, fuse_region
-from triton_gn.convert.trace import Condition, Key, Tracer, UntraceableError, is_hooked, structure
+from triton_gn.convert.trace import Key, Tracer, structure
 from triton_gn.distributed import ShardedGroupNorm
 from triton_gn.fuse.norms import emit, find
 from triton_gn.fuse.operations import activation_of, module_of
@@ -108,12 +109,12 @@ def trace(module: nn.Module, key: Key, ranks: Sequence[int], inlined: Sequence[s
         if region is not None:
             fates[path], is_fused = ("folded", region.fused), True
             for layer in filter(None, map(module_of, found.nodes)):
-                tracer.require_layer(layer)
+                tracer.conditions.require_layer(layer)
         else:
             fates[path] = "replaced", found.stop
     return Trace(
         key,
-        tracer.condition(),
+        tracer.conditions.function(),
         compile_graph(code, type(module).__name__),
         fates,
         is_open,

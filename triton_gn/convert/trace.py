@@ -1,16 +1,8 @@
-"""Trace the forward of one module into a graph, with the conditions under which the graph is right.
-
-torch.fx bakes into a graph what Python decides while it traces: which branch an attribute selects,
-which layers a list holds. Here every attribute that the forward reads becomes a condition, or, if
-it could change unseen, a reason not to trace.
-"""
+"""Trace the forward of one module into a graph, and the conditions under which it is right."""
 
 import contextlib
-import enum
-import functools
-import math
 import operator
-import types
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -19,29 +11,20 @@ from unittest import mock
 import torch
 from torch import Tensor, fx, nn
 
-from triton_gn.activations import function_of
+from triton_gn.convert.conditions import Conditions, UntraceableError
 
 # What PyTorch keeps in every module, and torch.fx reads; reading it decides nothing in a forward.
 _INTERNALS = frozenset(
     vars(nn.Module()).keys() - {"training", "_modules", "_parameters", "_buffers"} | {"forward"}
 )
-_SCALARS = (bool, int, float, complex, str, bytes, type(None), enum.Enum)
-_TORCH_VALUES = (torch.dtype, torch.device, torch.layout, torch.memory_format)
-_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, type, functools.partial)
 # Questions whose answer torch.fx would bake in; torch.is_grad_enabled becomes a condition instead.
 _QUESTIONS = (
     *("is_autocast_enabled", "is_autocast_cpu_enabled", "get_autocast_dtype"),
     *("get_autocast_gpu_dtype", "is_inference_mode_enabled", "get_default_dtype"),
 )
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
+_TRACING = threading.Lock()  # torch.fx replaces methods of nn.Module while it traces
 Key = tuple[Any, ...]
-Condition = Callable[[nn.Module, Sequence[Tensor]], bool]
-
-
-class UntraceableError(Exception):
-    """The forward cannot be traced; the text continues "cannot be traced: it ..."."""
 
 
 def structure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Key, list[Tensor]] | None:
@@ -103,26 +86,20 @@ class Tracer(fx.Tracer):
         inlined: the modules inside it that are traced too. All others stay calls.
 
     Attributes:
-        conditions: Python expressions over ``self``, the module, ``tensors``, those among the
-            arguments, and ``torch``. They must be true for the graph to be right.
-        constants: the values that the expressions name.
+        conditions: what must hold for the graph to be right.
     """
 
     def __init__(
         self, root: nn.Module, key: Key, ranks: Sequence[int], inlined: set[nn.Module]
     ) -> None:
         super().__init__()
-        self.conditions: dict[str, None] = {}  # a set that keeps its order
-        self.constants: dict[str, Any] = {"torch": torch}
-        self._names: dict[str, str] = {}  # variables of modules in the conditions, by their source
+        self.conditions = Conditions(root)
         self._key = key
         self._ranks = ranks
         self._inputs: list[fx.Node] = []
         self._inlined = inlined
-        self._reading = False
-        names = list(root.named_modules(remove_duplicate=False))
-        self._paths: dict[nn.Module, str] = {module: name for name, module in names}
-        self._shared = {module for name, module in names if self._paths[module] != name}
+        self._reading = False  # whether the forward itself runs now
+        self._thread = threading.get_ident()
         tensors = (*root.named_parameters(), *root.named_buffers())
         self._tensors = {id(tensor): name for name, tensor in tensors}
 
@@ -134,7 +111,7 @@ class Tracer(fx.Tracer):
         """
         self._modes = _modes()
         try:
-            with self._watching(), warnings.catch_warnings(record=True) as told:
+            with _TRACING, self._watching(), warnings.catch_warnings(record=True) as told:
                 warnings.simplefilter("always")
                 code = self.trace(root)
         except UntraceableError:
@@ -146,31 +123,6 @@ class Tracer(fx.Tracer):
         if told:
             raise UntraceableError("warns, which a graph would not")
         return code
-
-    def require_layer(self, layer: nn.Module) -> None:
-        """Require that a layer which is fused keeps its class, its settings, and no hooks."""
-        self._require_plain(layer)
-        function = function_of(layer)
-        settings = {
-            name: getattr(layer, name) for name in ("activation", "p") if hasattr(layer, name)
-        }
-        for name, value in (settings | (function[1] if function else {})).items():
-            self._require_equal(f"{self._name(layer)}.{name}", value)
-
-    def condition(self) -> Condition:
-        """Return the function that tells whether the graph is right for a module and tensors."""
-        # a look-up in _modules costs a tenth of one through nn.Module.__getattr__
-        lines = [f"{name} = {source}" for source, name in self._names.items()]
-        conditions = " and ".join(self.conditions) or "True"
-        body = "\n        ".join([*lines, f"return {conditions}"])
-        source = (
-            f"def holds(self, tensors):\n    try:\n        {body}\n"
-            "    except (AttributeError, KeyError):\n        return False\n"
-        )
-        names = dict(self.constants)
-        exec(compile(source, "<triton_gn.convert: holds>", "exec"), names)
-        holds: Condition = names["holds"]
-        return holds
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
@@ -208,7 +160,7 @@ class Tracer(fx.Tracer):
         if node not in self._inputs:
             return None
         index = self._inputs.index(node)
-        self.conditions[f"tensors[{index}].ndim == {self._ranks[index]}"] = None
+        self.conditions.add(f"tensors[{index}].ndim == {self._ranks[index]}")
         return self._ranks[index]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -219,18 +171,17 @@ class Tracer(fx.Tracer):
         self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Record the call of a module, or trace into it."""
-        if m not in self._paths:
-            raise UntraceableError(f"calls a {type(m).__name__} that it does not hold")
-        if m in self._shared:
-            raise UntraceableError(f"calls {self._paths[m]}, which it holds in several places")
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)  # torch.fx replaces nn.Module.__call__ for all
+        self.conditions.path_of(m)
         if m in self._inlined:
-            self._require_plain(m)
+            self.conditions.require_plain(m)
             return unfused_class(m).forward(m, *args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Return a proxy of a parameter or buffer, and anything else as it is."""
-        if not isinstance(attr_val, Tensor):
+        if not isinstance(attr_val, Tensor) or threading.get_ident() != self._thread:
             return attr_val
         path = self._tensors.get(id(attr_val))
         if path is None:
@@ -253,6 +204,10 @@ class Tracer(fx.Tracer):
             raise UntraceableError("switches gradients or autocast")
         return super().create_node(*args, **kwargs)
 
+    def _is_ours(self) -> bool:
+        """Return whether the traced forward runs now, and not another thread's code."""
+        return self._reading and threading.get_ident() == self._thread
+
     @contextlib.contextmanager
     def _watching(self) -> Iterator[None]:
         """Record what the forward reads, and refuse what it writes."""
@@ -260,26 +215,26 @@ class Tracer(fx.Tracer):
         assign = nn.Module.__setattr__
 
         def read(module: nn.Module, name: str) -> Any:
-            if not self._reading or name in _INTERNALS or name.startswith("__"):
+            if name.startswith("__") or name in _INTERNALS or not self._is_ours():
                 return lookup(module, name)
             try:
                 value = lookup(module, name)
             except AttributeError:  # nn.Module.__getattr__ looks for it next
                 self._reading = False
                 try:
-                    self._read_registered(module, name)
+                    self.conditions.read_registered(module, name)
                 finally:
                     self._reading = True
                 raise
             self._reading = False
             try:
-                self._read(module, name, value)
+                self.conditions.read(module, name, value)
             finally:
                 self._reading = True
             return value
 
         def write(module: nn.Module, name: str, value: Any) -> None:
-            if self._reading:
+            if self._is_ours():
                 raise UntraceableError(f"sets an attribute, {name}")
             assign(module, name, value)
 
@@ -287,7 +242,7 @@ class Tracer(fx.Tracer):
             original = getattr(torch, question)
 
             def ask(*args: Any, **kwargs: Any) -> Any:
-                if self._reading:
+                if self._is_ours():
                     raise UntraceableError(f"asks torch.{question}")
                 return original(*args, **kwargs)
 
@@ -297,8 +252,8 @@ class Tracer(fx.Tracer):
 
         def ask_for_gradients() -> bool:
             answer = is_grad_enabled()
-            if self._reading:
-                self.conditions[f"torch.is_grad_enabled() is {answer}"] = None
+            if self._is_ours():
+                self.conditions.add(f"torch.is_grad_enabled() is {answer}")
             return answer
 
         with contextlib.ExitStack() as stack:
@@ -310,60 +265,6 @@ class Tracer(fx.Tracer):
             stack.callback(delattr, nn.Module, "__getattribute__")
             yield
 
-    def _name(self, module: nn.Module) -> str:
-        """Return the variable that stands for a module in the conditions."""
-        path = self._paths.get(module)
-        if path is None:
-            raise UntraceableError(f"reads an attribute of a {type(module).__name__} elsewhere")
-        name = "self"
-        for part in filter(None, path.split(".")):
-            source = f"{name}._modules[{part!r}]"
-            name = self._names.setdefault(source, f"module_{len(self._names)}")
-        return name
-
-    def _read(self, module: nn.Module, name: str, value: Any) -> None:
-        """Make a condition of an attribute that the forward has read."""
-        if isinstance(getattr(type(module), name, None), property):
-            return  # what its function reads is a condition by itself
-        path = f"{self._name(module)}.{name}"
-        if name == "_modules":
-            self.conditions[f"[*{path}] == {[*value]!r}"] = None
-        elif type(value) is float and math.isnan(value):
-            raise UntraceableError(f"reads {name}, which is nan")
-        elif _is_constant(value):
-            self._require_equal(path, value)
-        elif isinstance(value, types.MethodType) or name not in vars(module):
-            pass  # a method: what it reads is a condition by itself
-        else:
-            raise UntraceableError(f"reads {name}, a {type(value).__name__}, which may change")
-
-    def _read_registered(self, module: nn.Module, name: str) -> None:
-        """Make a condition of a parameter, buffer or module, or of their absence."""
-        owner = self._name(module)
-        for registry in ("_parameters", "_buffers", "_modules"):
-            registered = vars(module)[registry]
-            if name in registered:
-                kind = "is" if registered[name] is None else "is not"
-                self.conditions[f"{owner}.{registry}[{name!r}] {kind} None"] = None
-                return
-        self.conditions[f"not hasattr({owner}, {name!r})"] = None
-
-    def _require_equal(self, path: str, value: Any) -> None:
-        if value is None or type(value) is bool:
-            self.conditions[f"{path} is {value}"] = None
-            return
-        constant = f"constant_{len(self.constants)}"
-        self.constants[constant] = value
-        self.conditions[f"{path} == {constant}"] = None
-
-    def _require_plain(self, module: nn.Module) -> None:
-        """Require that a module which is traced too has the class and the forward of now."""
-        name, kind = self._name(module), f"class_{len(self.constants)}"
-        self.constants[kind] = type(module)
-        self.conditions[f"type({name}) is {kind}"] = None
-        hooks = (f"{name}.{hooks}" for hooks in _HOOKS)
-        self.conditions[f"not ('forward' in {name}.__dict__ or {' or '.join(hooks)})"] = None
-
 
 def _modes(
     # bound here, before the tracer replaces them in torch
@@ -374,18 +275,6 @@ def _modes(
     return gradients(), inference(), autocast("cpu"), autocast("cuda")
 
 
-def is_hooked(module: nn.Module) -> bool:
-    """Return whether a module's call does more than its class's forward."""
-    own = vars(module)
-    return "forward" in own or any(own[hooks] for hooks in _HOOKS)
-
-
 def unfused_class(module: nn.Module) -> Any:
     """Return a module's class, or the one that it had before ``convert``."""
     return getattr(type(module), "unfused", type(module))
-
-
-def _is_constant(value: Any) -> bool:
-    if isinstance(value, tuple):
-        return all(map(_is_constant, value))
-    return isinstance(value, (*_SCALARS, *_TORCH_VALUES, *_FUNCTIONS))
