@@ -48,10 +48,20 @@ def structure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Key, list[
 
 
 class _TensorProxy(fx.Proxy):
-    """Proxy that isinstance takes for a tensor, and that tells the rank of an argument."""
+    """Proxy that behaves more like the tensor, or the size of one, that it stands for.
+
+    isinstance takes it for a tensor. It tells the rank of an argument, and records operations in
+    place as such: torch.fx would make ``y += x`` a new tensor, though others may refer to y.
+    """
 
     tracer: "Tracer"
-    __class__ = property(lambda self: Tensor)
+
+    @property
+    def __class__(self) -> Any:
+        """Return the class for isinstance, which torch.fx does not know of a size."""
+        if _is_size(self.node):
+            raise UntraceableError("asks for the class of a size")
+        return Tensor
 
     def __getattr__(self, name: str) -> Any:
         """Return the rank or a proxy of the shape, for code that asks for the length of either."""
@@ -60,7 +70,13 @@ class _TensorProxy(fx.Proxy):
             return rank if name == "ndim" else lambda: rank
         if name == "shape":
             return self.tracer.create_proxy("call_function", getattr, (self, name), {})
-        return super().__getattr__(name)
+        return _Attribute(self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set what torch.fx needs; refuse attributes of tensors, such as requires_grad."""
+        if name not in ("tracer", "node"):
+            raise UntraceableError(f"sets an attribute of a tensor, {name}")
+        object.__setattr__(self, name, value)
 
     def __len__(self) -> int:
         """Return the length of a shape, or of a slice of one."""
@@ -74,6 +90,51 @@ class _TensorProxy(fx.Proxy):
         if rank is None:
             raise UntraceableError("decides by the values or shapes of tensors")
         return len(range(rank)[part])
+
+    def __str__(self) -> str:
+        """Refuse: a text may decide what happens next."""
+        raise UntraceableError("reads a tensor or its attributes as text")
+
+    def __format__(self, spec: str) -> str:
+        """Refuse: a text may decide what happens next."""
+        return str(self)
+
+
+class _Attribute(fx.proxy.Attribute):
+    """Attribute of a tensor, or a method until it is called."""
+
+    __str__, __format__ = _TensorProxy.__str__, _TensorProxy.__format__
+
+
+def _record_in_place(function: Callable[..., Any]) -> Callable[..., Any]:
+    def operate(self: _TensorProxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return operate
+
+
+for _name in (
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "matmul",
+    "and",
+    "or",
+    "xor",
+):
+    setattr(_TensorProxy, f"__i{_name}__", _record_in_place(getattr(operator, f"i{_name}")))
+
+
+def _is_size(node: fx.Node) -> bool:
+    """Return whether a node's value is a shape, a size, or computed from sizes."""
+    if node.target in ("size", "dim", "numel") or (node.target is getattr and "shape" in node.args):
+        return True
+    is_arithmetic = getattr(node.target, "__module__", "") == "_operator"
+    return is_arithmetic and any(map(_is_size, node.all_input_nodes))
 
 
 class Tracer(fx.Tracer):
