@@ -396,8 +396,8 @@ def formats_a_size(self: Any, x: Tensor) -> Any:
 
 
 def sets_an_attribute_of_a_tensor(self: Any, x: Tensor) -> Any:
-    y = F.silu(self.norm1(x.detach()))
-    y.requires_grad = False
+    y = F.silu(self.norm1(x))
+    y.note = "seen"
     return y
 
 
@@ -643,7 +643,7 @@ UNTRACEABLE: dict[Callable[[Any, Tensor], Any], str] = {
     draws_a_constant: "computes with a tensor that depends on no argument",
     warns: "warns, which a graph would not",
     reads_a_plain_tensor: "reads plain, a Tensor, which may change",
-    sets_an_attribute_of_a_tensor: "sets an attribute of a tensor, requires_grad",
+    sets_an_attribute_of_a_tensor: "sets an attribute of a tensor, note",
     reads_text: "reads a tensor or its attributes as text",
     formats_a_size: "reads a tensor or its attributes as text",
     asks_for_the_class_of_a_size: "asks for the class of a size",

@@ -56,7 +56,7 @@ class _TensorProxy(fx.Proxy):
 
     tracer: "Tracer"
 
-    @property
+    @property  # type: ignore[misc]
     def __class__(self) -> Any:
         """Return the class for isinstance, which torch.fx does not know of a size."""
         if _is_size(self.node):
