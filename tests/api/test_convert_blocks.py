@@ -396,7 +396,7 @@ def formats_a_size(self: Any, x: Tensor) -> Any:
 
 
 def sets_an_attribute_of_a_tensor(self: Any, x: Tensor) -> Any:
-    y = F.silu(self.norm1(x))
+    y: Any = F.silu(self.norm1(x))
     y.note = "seen"
     return y
 
