@@ -246,8 +246,10 @@ def _is_float(value: Any) -> bool:
 
 
 def cell(row: dict[str, Any], kind: str) -> str:
-    fused = dict.fromkeys(str(row[way][kind]) for way in ("converted", "compiled"))
-    return f"{', '.join(fused)} of {row['foldable'][kind]}" if row["foldable"][kind] else ""
+    """Return what is fused of a kind, and of how many; both ways if they differ."""
+    foldable = row["foldable"].get(kind, 0)
+    fused = dict.fromkeys(str(row[way].get(kind, 0)) for way in ("converted", "compiled"))
+    return f"{', '.join(fused)} of {foldable}" if foldable else ""
 
 
 def run(options: argparse.Namespace) -> int:

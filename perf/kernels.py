@@ -11,7 +11,7 @@ from perf.common import WORKLOADS
 from triton_gn.ops.launches import Launch
 from triton_gn.plan import TARGETS, plan
 from triton_gn.tools import workloads
-from triton_gn.tools.compile import source_of
+from triton_gn.tools.compile import cache_key
 from triton_gn.tools.inspection import launches_of
 from triton_gn.tools.workloads import Workload
 
@@ -57,15 +57,7 @@ def resized(layers: Iterable[Workload], size: tuple[int, int]) -> Iterator[Workl
 
 def count(layers: Iterable[Workload], target: str) -> int:
     """Count the kernels of the layers' forwards and backwards, all gradients asked for."""
-    return len({key_of(one, target) for layer in layers for one in training_step(layer, target)})
-
-
-def key_of(one: Launch, target: str) -> tuple[str, ...]:
-    """Return the key of Triton's cache of kernels, if all pointers are aligned."""
-    nvidia = target.startswith("sm_")
-    source = source_of(one, nvidia)
-    parts = source.signature, source.constants, source.attrs, one.options(nvidia)
-    return one.kernel.__name__, *map(str, parts)
+    return len({cache_key(one, target) for layer in layers for one in training_step(layer, target)})
 
 
 def training_step(workload: Workload, target: str) -> Iterator[Launch]:

@@ -3,6 +3,7 @@
 from triton_gn import distributed, tiling
 from triton_gn.convert import convert, unconvert
 from triton_gn.explain import explain
+from triton_gn.first_steps import tune, warmup
 from triton_gn.functional import GroupNormStats, group_norm, group_norm_apply, group_norm_stats
 from triton_gn.module import GroupNorm
 from triton_gn.ops.settings import autocast_policy, backend, batch_invariant, plan_override
@@ -25,5 +26,7 @@ __all__ = [
     "group_norm_stats",
     "plan_override",
     "tiling",
+    "tune",
     "unconvert",
+    "warmup",
 ]

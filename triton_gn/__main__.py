@@ -1,4 +1,4 @@
-"""Inspect plans for any GPU, and tune them for this one."""
+"""Inspect plans for any GPU, tune them for this one, and compile a model's kernels."""
 
 import argparse
 import sys
@@ -12,7 +12,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0: well, 1: it found a fault, 2: it could not run, 130: after Ctrl-C.
     """
     try:
-        from triton_gn.tools import inspect, tune
+        from triton_gn.tools import inspect, tune, warmup
     except ModuleNotFoundError as error:
         print(f"{error}. Remedy: pip install 'triton-gn[cli]'", file=sys.stderr)
         return 2
@@ -23,6 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments,
         ("inspect", inspect, "compile plans for any GPU, present or not, and report"),
         ("tune", tune, "time plans on this GPU and keep the fastest in a table"),
+        ("warmup", warmup, "compile the kernels of a model into Triton's cache"),
     )
 
 

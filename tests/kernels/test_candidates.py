@@ -16,6 +16,7 @@ from triton_gn.ops import launcher
 from triton_gn.ops.device import gpu_of
 from triton_gn.plan import Config, Problem, fields_of, heuristic_plan, plan, planner, table
 from triton_gn.tools import stopwatch, tune
+from triton_gn.tools.model import made_by, problems_of
 from triton_gn.tools.stopwatch import Times
 from triton_gn.tools.verify import Verifier
 from triton_gn.tools.workloads import Workload
@@ -319,13 +320,13 @@ def test_model_without_gradients_meets_no_backward(factories: Callable[..., None
         "triton_gn.convert(model.requires_grad_(False))",
         "return model, {'input': torch.randn(2, 8, 6, 5, device=d)}",
     )
-    assert [p.direction for p in tune.met_by("model_to_tune:make")] == ["forward"] * 2
+    assert [p.direction for p in problems_of(*made_by("model_to_tune:make"))] == ["forward"] * 2
 
 
 def test_model_that_meets_no_kernel_is_refused(factories: Callable[..., None]) -> None:
     factories("return nn.Linear(2, 2), (torch.randn(2, 2),)")
     with pytest.raises(ValueError, match=r"no kernel .*triton_gn\.convert\(model\).*on the GPU"):
-        tune.met_by("model_to_tune:make")
+        problems_of(*made_by("model_to_tune:make"))
 
 
 def test_calls_never_take_times(

@@ -74,3 +74,7 @@ def test_scenarios(library: Path, scenario: str) -> None:
 @pytest.mark.parametrize("how", ["no compiler", "no image"])
 def test_refused(library: Path, how: str, tmp_path: Path) -> None:
     run(library, "refused", how, TRITON_CACHE_DIR=str(tmp_path))
+
+
+def test_warmup_compiles_all_that_a_step_needs(library: Path, tmp_path: Path) -> None:
+    run(library, "warmed", TRITON_CACHE_DIR=str(tmp_path))

@@ -17,12 +17,13 @@ from triton_gn.ops import launches, layout
 from triton_gn.ops.call import Call
 from triton_gn.ops.device import gpu_of
 from triton_gn.ops.launches import Half, Launch, Workspace
-from triton_gn.plan import Config, Problem, plan
+from triton_gn.plan import Config, Device, Problem, plan
 from triton_gn.reference import Operands
 
 Tensors = Sequence[Tensor | None]
 
 _recorded: list["Prepared"] | None = None
+_dry_gpu: Device | None = None
 
 
 @contextmanager
@@ -34,6 +35,23 @@ def recording() -> "Iterator[list[Prepared]]":
         yield _recorded
     finally:
         _recorded = before
+
+
+@contextmanager
+def dry_run(gpu: Device) -> "Iterator[list[Prepared]]":
+    """Record calls as they would run on a GPU, and launch nothing: tensors need no memory.
+
+    It is for processes and threads of tools: a call of another thread would not be launched.
+    """
+    global _dry_gpu
+    forget()
+    with recording() as recorded:
+        _dry_gpu = gpu
+        try:
+            yield recorded
+        finally:
+            _dry_gpu = None
+            forget()
 
 
 class Prepared:
@@ -70,6 +88,8 @@ class Prepared:
         """Launch on the current stream of the tensors' device, whichever device is current."""
         if _recorded is not None:
             _recorded.append(self)
+        if _dry_gpu is not None:
+            return
         for shape, stride, dtype in self._workspaces:
             # torch.empty takes the host twice as long
             workspace = torch.empty_strided(shape, stride, dtype=dtype, device=self._device)
@@ -304,7 +324,7 @@ def _config(
     override: tuple[tuple[str, Any], ...],
     config: Config | None,
 ) -> Config:
-    return config or plan(problem, gpu_of(device), batch_invariant, override)
+    return config or plan(problem, _dry_gpu or gpu_of(device), batch_invariant, override)
 
 
 def forget() -> None:

@@ -112,6 +112,42 @@ def assembly_of(launch: Launch, target: str) -> str:
     return text
 
 
+def compile_into_cache(launch: Launch, target: str) -> None:
+    """Compile under the key that a launch on a GPU of the target will look for in Triton's cache.
+
+    The steps are those of ``JITFunction.run``, which asks a GPU for its target.
+    """
+    from triton import knobs
+    from triton.compiler import ASTSource
+    from triton.compiler.compiler import compile as compile_source
+    from triton.compiler.compiler import make_backend
+    from triton.runtime.jit import create_function_from_signature
+
+    kernel, nvidia = launch.kernel, _is_nvidia(target)
+    backend = make_backend(_triton_target(target))
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    options: dict[str, Any] = {"debug": kernel.debug or knobs.runtime.debug}
+    for name in ("instrumentation_mode", "fpsan_homomorphic_casts"):
+        if hasattr(knobs.compilation, name):  # by the version of Triton
+            options[name] = getattr(knobs.compilation, name)
+    options |= launch.options(nvidia)
+    arguments = launch.arguments_on(nvidia)
+    bound, specialization, more = bind(*(arguments[name] for name in kernel.arg_names), **options)
+    known, signature, constants, attributes = kernel._pack_args(
+        backend, options, bound, specialization, more
+    )
+    source = ASTSource(kernel, signature, constants, attributes)
+    compile_source(source, target=_triton_target(target), options=known.__dict__)
+
+
+def cache_key(launch: Launch, target: str) -> tuple[str, ...]:
+    """Return the key of Triton's cache of kernels, if all pointers are aligned."""
+    nvidia = _is_nvidia(target)
+    source = source_of(launch, nvidia)
+    parts = source.signature, source.constants, source.attrs, launch.options(nvidia)
+    return launch.kernel.__name__, *map(str, parts)
+
+
 def _is_nvidia(target: str) -> bool:
     return target.startswith("sm_")
 

@@ -9,20 +9,20 @@ wider of the two ranges from the 20th to the 80th percentile.
 import argparse
 import itertools
 import os
-import pkgutil
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from filelock import FileLock
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from torch.utils._pytree import tree_leaves
 
 from triton_gn.ops import launcher
 from triton_gn.ops.device import gpu_of
@@ -39,6 +39,7 @@ from triton_gn.plan import (
 from triton_gn.plan.planner import forget_plans
 from triton_gn.plan.table import Entry
 from triton_gn.tools import stopwatch, workloads
+from triton_gn.tools.model import made_by, problems_of
 from triton_gn.tools.provenance import provenance
 from triton_gn.tools.stopwatch import Times
 from triton_gn.tools.verify import Verifier
@@ -138,19 +139,54 @@ def run(
             print(_NO_GPU, end="", file=sys.stderr)
             return 2
         device = torch.device("cuda", torch.cuda.current_device())
-    gpu, origin, jobs = gpu_of(device), provenance(), _jobs(options)
-    path = table.path_of(options.out or table.cache_folder(), gpu)
+    jobs = _jobs(options)
+    folder = options.out or table.cache_folder()
+    return _tune_all(jobs, device, stopwatch, options.candidates, folder, options.retune, None)
+
+
+def tune_model(
+    model: Any,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    most: int,
+    time_limit: float | None,
+    stopwatch: Stopwatch = stopwatch.measure,
+) -> int:
+    """Tune for the problems of a model's step; see :func:`triton_gn.tune`."""
+    if most < 2:
+        raise ValueError(f"candidates must be at least 2; got {most}.")
+    if not torch.cuda.is_available():
+        raise ValueError(_NO_GPU.rstrip())
+    device = torch.device("cuda", torch.cuda.current_device())
+    jobs = {problem: _workload_of(problem) for problem in problems_of(model, args, kwargs)}
+    folder = table.cache_folder()
+    _tune_all(dict(jobs), device, stopwatch, most, folder, False, time_limit)
+    gpu = gpu_of(device)
+    known = {entry.problem for entry in merge(table.path_of(folder, gpu), gpu, [])}
+    return len(known & jobs.keys())
+
+
+def _tune_all(
+    jobs: dict[Problem, Workload],
+    device: torch.device,
+    stopwatch: Stopwatch,
+    most: int,
+    folder: Path,
+    retune: bool,
+    time_limit: float | None,
+) -> int:
+    """Tune for the problems that the table does not have, print a report; return the status."""
+    gpu, origin = gpu_of(device), provenance()
+    path = table.path_of(folder, gpu)
     for entry in merge(path, gpu, []):
-        if not options.retune and all(entry.provenance.get(k) == origin[k] for k in _SAME_RUN):
+        if not retune and all(entry.provenance.get(k) == origin[k] for k in _SAME_RUN):
             jobs.pop(entry.problem, None)
-    tune_for = partial(
-        tune, device=device, stopwatch=stopwatch, most=options.candidates, origin=origin
-    )
+    tune_for = partial(tune, device=device, stopwatch=stopwatch, most=most, origin=origin)
     console = Console(highlight=False, markup=False, soft_wrap=True)
     console.print(f"{gpu.name}: {len(jobs)} problems to tune for, into {path}")
     results: list[Result] = []
     try:
-        for result in _results(jobs, tune_for, console):
+        for result in _results(jobs, tune_for, console, time_limit):
             merge(path, gpu, [result.entry])
             results.append(result)
             console.print(str(result))
@@ -168,11 +204,19 @@ def _results(
     jobs: Mapping[Problem, Workload],
     tune_for: Callable[[Workload, Problem], Result],
     console: Console,
+    time_limit: float | None,
 ) -> Iterator[Result]:
-    """Yield the results of all problems that can be tuned for, under a progress bar."""
+    """Yield the results of all problems that can be tuned for, under a progress bar.
+
+    After ``time_limit`` seconds no further problem is begun.
+    """
+    start = time.monotonic()
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
     with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as progress:
         for problem, workload in progress.track(jobs.items(), description="tuning"):
+            if time_limit is not None and time.monotonic() - start > time_limit:
+                console.print(f"Stopped after {time_limit:g} s. The same call goes on from here.")
+                return
             try:
                 result = tune_for(workload, problem)
             except (TuneError, torch.OutOfMemoryError) as error:
@@ -319,7 +363,7 @@ def _jobs(options: argparse.Namespace) -> dict[Problem, Workload]:
         raise ValueError(f"--candidates must be at least 2; got {options.candidates}.")
     directions = workloads.directions_of(options)
     if options.model is not None:
-        problems = met_by(options.model)
+        problems = problems_of(*made_by(options.model))
         return {p: _workload_of(p) for p in problems if p.direction in directions}
     chosen = workloads.from_arguments(options)
     return {w.problem(direction): w for w in chosen for direction in directions}
@@ -333,40 +377,3 @@ def _workload_of(problem: Problem) -> Workload:
         problem.groups, (problem.pixels,), problem.dtype, layout=layout,
         activation=problem.activation, fused=problem.fused,
     )  # fmt: skip
-
-
-def met_by(factory: str) -> list[Problem]:
-    """Run a model and return the problems of its GroupNorm kernels.
-
-    If outputs require gradients, the backward of their sum runs too.
-
-    Args:
-        factory: "module:function" in the Python path or the current folder. The function takes no
-            arguments and returns the model and its arguments, a tuple or a dict.
-
-    Raises:
-        ValueError: there is no such function, or its model runs no kernel.
-    """
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        make = pkgutil.resolve_name(factory)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(
-            f"--model must be module:factory, to be imported from {os.getcwd()}; "
-            f"got {factory!r} ({error})."
-        ) from error
-    model, arguments = make()
-    with launcher.recording() as calls:
-        y = model(**arguments) if isinstance(arguments, dict) else model(*arguments)
-        outputs = [leaf for leaf in tree_leaves(y) if isinstance(leaf, torch.Tensor)]
-        sums = [leaf.float().sum() for leaf in outputs if leaf.requires_grad]
-        if sums:
-            torch.stack(sums).sum().backward()
-    problems = list(dict.fromkeys(call.problem for call in calls))
-    if not problems:
-        raise ValueError(
-            f"--model: no kernel of triton_gn ran in the model of {factory}. Remedy: let it call "
-            "triton_gn.convert(model), and put the model and its arguments on the GPU."
-        )
-    return problems

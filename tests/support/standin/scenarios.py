@@ -2,6 +2,7 @@
 
 import gc
 import os
+import subprocess
 import sys
 import tempfile
 import warnings
@@ -155,6 +156,39 @@ def counted() -> None:
     ]
     compiled = sum(map(len, caches))
     assert compiled == kernels.count(layers, "sm_90"), compiled
+
+
+_MODEL = """
+import torch, triton_gn
+def make():
+    norm = torch.nn.GroupNorm(4, 16, dtype=torch.bfloat16)
+    model = torch.nn.Sequential(norm, torch.nn.SiLU(), torch.nn.GroupNorm(2, 16), torch.nn.Tanh())
+    triton_gn.convert(model)
+    return model, (torch.randn(2, 16, 12, 12),)
+"""
+
+
+def warmed() -> None:
+    """After warmup on a machine without a GPU, a step on one compiles nothing."""
+    cache = Path(os.environ["TRITON_CACHE_DIR"])
+    (cache / "warmed_model.py").write_text(_MODEL)
+    command = (sys.executable, "-m", "triton_gn", "warmup", "--target", "sm_90", "--processes", "1")
+    model = ("--model", "warmed_model:make")
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    for flags in ((), ("--inference",)):
+        subprocess.run((*command, *model, *flags), cwd=cache, env=environment, check=True)
+    compiled = {*cache.rglob("*.cubin")}
+    assert len(compiled) > 4
+    sys.path.insert(0, str(cache))
+    from warmed_model import make  # type: ignore[import-not-found]
+
+    network, (x,) = make()
+    y = network(x)
+    y.backward(torch.ones_like(y))
+    with torch.no_grad():
+        network(x)
+    new = {path.name for path in {*cache.rglob("*.cubin")} - compiled}
+    assert new <= {"empty_kernel.cubin"}, new
 
 
 def refused(how: str) -> None:
