@@ -13,7 +13,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0: well, 1: it found a fault, 2: it could not run, 130: after Ctrl-C.
     """
     try:
-        from perf import bench, calls, ceilings, compare, cpu, demo, gpu, host, kernels, plot, sweep
+        from perf import (
+            bench,
+            calls,
+            ceilings,
+            compare,
+            cpu,
+            demo,
+            gpu,
+            host,
+            kernels,
+            machine_code,
+            plot,
+            sweep,
+        )
     except ModuleNotFoundError as error:
         print(f"{error}. Remedy: pip install -e '.[cli,perf]'", file=sys.stderr)
         return 2
@@ -32,6 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("calls", calls, "count the Python calls of a warm call, without a GPU"),
         ("host", host, "measure the host cost of a call, with or without a GPU"),
         ("cpu", cpu, "time the CPU path over PyTorch's own operations, without a GPU"),
+        ("machine-code", machine_code, "compile kernels and peers' for sm_90, count instructions"),
         ("kernels", kernels, "count the kernels that a training step of each model compiles"),
     )
 

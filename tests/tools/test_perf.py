@@ -575,8 +575,8 @@ def test_revisions_take_turns_and_leave_nothing(
 
 def test_command_of_a_revision_that_fails(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="exit status 3"):
-        compare._run(["sh", "-c", "exit 3"], tmp_path)
-    compare._run(["sh", "-c", "exit 1"], tmp_path)
+        compare.run_command(["sh", "-c", "exit 3"], tmp_path)
+    compare.run_command(["sh", "-c", "exit 1"], tmp_path)
 
 
 def test_calls_stay_below_the_goals(capsys: pytest.CaptureFixture[str]) -> None:
