@@ -28,6 +28,8 @@ from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.graph import GraphLowering
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._triton import has_triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
@@ -57,19 +59,14 @@ def generate(function: Callable[..., Tensor], operands: Sequence[Tensor]) -> lis
 
     ``operands`` have shapes, strides and dtypes only; all of them need gradients.
     """
-    _pretend_to_have_a_gpu()
-    codes: list[tuple[str, list[Any]]] = []
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    graphs: list[tuple[Any, Sequence[Any]]] = []
 
     def compiler(graph: Any, inputs: Sequence[Any]) -> Any:
-        codes.append((_code_of(graph, inputs, mode), list(inputs)))
+        graphs.append((graph, inputs))
         return graph.forward
 
-    with mode:
-        leaves = [
-            torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda").requires_grad_()
-            for t in operands
-        ]
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:  # on the CPU: autograd would look for CUDA itself
         traced = aot_function(
             function,
             fw_compiler=compiler,
@@ -77,9 +74,16 @@ def generate(function: Callable[..., Tensor], operands: Sequence[Tensor]) -> lis
             partition_fn=min_cut_rematerialization_partition,
             decompositions=select_decomp_table(),
         )
-        y = traced(*leaves)
+        y = traced(*(_like(t, "cpu").requires_grad_() for t in operands))
         y.backward(torch.empty_like(y))
-    return [_read(code, inputs) for code, inputs in codes]
+        _pretend_to_have_a_gpu()
+        return [_read(*_code_of(graph, inputs, mode)) for graph, inputs in graphs]
+
+
+def _like(value: Any, device: str) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=device)
 
 
 def _pretend_to_have_a_gpu() -> None:
@@ -90,8 +94,7 @@ def _pretend_to_have_a_gpu() -> None:
         "_lazy_init": None, "is_initialized": True, "get_device_properties": _H100,
         "get_device_capability": (9, 0), "get_device_name": _H100.name, "current_stream": stream,
     }  # fmt: skip
-    rng_state = {"get_rng_state": torch.empty(0, dtype=torch.uint8), "set_rng_state": None}
-    for name, answer in (answers | rng_state).items():
+    for name, answer in answers.items():
         setattr(torch.cuda, name, _always(answer))
     interface = device_interface.CudaInterface
     answers |= {
@@ -105,6 +108,7 @@ def _pretend_to_have_a_gpu() -> None:
     worker.get_device_properties = staticmethod(_always(_H100))
     worker.current_device = staticmethod(_always(0))
     driver.set_active(_Driver(lambda *_: None))
+    has_triton.cache_clear()  # it may have been asked before
     config.compile_threads = 1
     config.fx_graph_cache = False
     config.triton.autotune_at_compile_time = False
@@ -130,9 +134,11 @@ class _Driver(StandIn):
         return True
 
 
-def _code_of(graph: Any, inputs: Sequence[Any], mode: FakeTensorMode) -> str:
-    """Return Inductor's Python code for a graph of ATen operators."""
-    lowering = GraphLowering(graph, example_inputs=list(inputs), shape_env=None, is_inference=True)
+def _code_of(graph: Any, inputs: Sequence[Any], mode: FakeTensorMode) -> tuple[str, Sequence[Any]]:
+    """Return Inductor's Python code for a graph of ATen operators on a GPU, and its operands."""
+    inputs = [_like(value, "cuda") for value in inputs]
+    graph = make_fx(graph, tracing_mode="real")(*inputs)
+    lowering = GraphLowering(graph, example_inputs=inputs, shape_env=None, is_inference=True)
     handlers = (
         V.set_graph_handler(lowering),
         V.set_fake_mode(mode),
@@ -144,8 +150,7 @@ def _code_of(graph: Any, inputs: Sequence[Any], mode: FakeTensorMode) -> str:
         lowering.run(*inputs)
         code = lowering.codegen()
     code = code[0] if isinstance(code, tuple) else code
-    text: str = getattr(code, "value", code)
-    return text
+    return getattr(code, "value", code), inputs
 
 
 def _read(code: str, inputs: Sequence[Any]) -> Generated:
@@ -171,19 +176,17 @@ def _read(code: str, inputs: Sequence[Any]) -> Generated:
     with (
         mock.patch.object(async_compile.AsyncCompile, "triton", kernel),
         mock.patch("torch._C._dynamo.guards._empty_strided_cuda", empty),
-        mock.patch("torch._C._cuda_getCurrentRawStream", _always(0)),
+        mock.patch("torch._C._cuda_getCurrentRawStream", _always(0), create=True),
         mock.patch("torch.cuda._DeviceGuard", _always(contextlib.nullcontext())),
         mock.patch("torch.cuda.set_device", _always(None)),
     ):
         namespace: dict[str, Any] = {"__name__": "generated", "__file__": __file__}
         exec(compile(code, "generated", "exec"), namespace)
-        namespace["call"](
-            [empty(t.shape, t.stride(), t.dtype) if isinstance(t, Tensor) else t for t in inputs]
-        )
+        namespace["call"]([_like(value, "meta") for value in inputs])
     return generated
 
 
 def _accessed(text: str, what: str, arguments: dict[str, Any]) -> int:
     """Return the bytes of the tensors of all loads or stores in a kernel's text."""
-    names = re.findall(rf"tl\.{what}\((\w+) \+", text)
+    names = re.findall(rf"tl\.{what}\((\w+)\b", text)
     return sum(arguments[name].nbytes for name in names)

@@ -18,7 +18,15 @@ from triton.runtime import interpreter
 from tests.support import interpreter as patches
 
 # PyTorch's operators that launch no kernel
-_FREE = {"empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view", "set_", "copy_storage"}
+_FREE = {
+    "empty",
+    "empty_like",
+    "empty_strided",
+    "new_empty",
+    "_unsafe_view",
+    "set_",
+    "copy_storage",
+}
 # passes over the input by the kernels that PyTorch publishes: aten/src/ATen/native/cuda/
 # group_norm_kernel.cu, GroupNormKernelImplInternal and GroupNormBackwardKernelImplInternal
 _LAUNCHES = {"native_group_norm": 3, "native_group_norm_backward": 5}
@@ -51,6 +59,7 @@ def compute_in_bfloat16() -> None:
     """
     builder, reduce_ops = interpreter.InterpreterBuilder, interpreter.ReduceOps
     plain_binary, plain_sum = builder.binary_op, reduce_ops.sum
+    plain_atomic, memory = builder.create_atomic_rmw, interpreter._interpreter
 
     def binary(self: Any, lhs: Any, rhs: Any, op: Any) -> Any:
         if lhs.dtype.scalar != tl.bfloat16:
@@ -70,7 +79,15 @@ def compute_in_bfloat16() -> None:
         result = _narrow(values[0])
         return self.to_tensor(result.item() if axis is None else result, operand.dtype)
 
-    builder.binary_op, reduce_ops.sum = binary, sum_of
+    def atomic(self: Any, operation: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        if value.dtype.scalar != tl.bfloat16:
+            return plain_atomic(self, operation, pointers, value, mask, *rest)
+        # additions, to one address: what peers do
+        bits = memory.load(pointers.data, mask.data, np.zeros_like(value.data), np.dtype("u2"))
+        memory.store(pointers.data, _narrow(_wide(bits) + _wide(value.data)), mask.data)
+        return interpreter.TensorHandle(bits, tl.bfloat16)
+
+    builder.binary_op, reduce_ops.sum, builder.create_atomic_rmw = binary, sum_of, atomic
 
 
 def _wide(bits: Any) -> Any:
@@ -111,7 +128,9 @@ class Traffic(TorchDispatchMode):
             self.stored += _bytes_at(pointers, mask)
             return plain["create_masked_store"](builder, pointers, value, mask, *rest)
 
-        def atomic(builder: Any, operation: Any, pointers: Any, value: Any, mask: Any, *r: Any) -> Any:
+        def atomic(
+            builder: Any, operation: Any, pointers: Any, value: Any, mask: Any, *r: Any
+        ) -> Any:
             self.loaded += _bytes_at(pointers, mask)
             self.stored += _bytes_at(pointers, mask)
             return plain["create_atomic_rmw"](builder, operation, pointers, value, mask, *r)
@@ -142,7 +161,9 @@ class Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
-        is_view = any(one.alias_info and not one.alias_info.is_write for one in func._schema.returns)
+        is_view = any(
+            one.alias_info and not one.alias_info.is_write for one in func._schema.returns
+        )
         if not self._in_kernel and not is_view and name not in _FREE:
             self._count(name, [t for t in args if isinstance(t, Tensor)], result)
         return result
@@ -185,4 +206,3 @@ def _torch_group_norm(name: str, operands: list[Tensor], results: list[Tensor]) 
     per_channel = 4 * x.shape[0] * x.shape[1]
     passes = 2 * (dy.nbytes + x.nbytes)
     return passes + 5 * per_channel, x.nbytes + 3 * per_channel + sum(t.nbytes for t in results[1:])
-

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 import torch
@@ -168,8 +169,8 @@ def rows_of_peer(name: str, layer: Workload) -> list[dict[str, Any]]:
     x = x.reshape(*x.shape[:2], -1).contiguous()
     tile = peer.tile(*x.shape, layer.groups)
     if tile > MAX_PEER_TILE:
-        text = f"not compiled: a program's tile has {tile:,} elements"
-        return [_row(layer, direction, name) | {"error": text} for direction in DIRECTIONS]
+        fields = {"tile": tile, "codes": []}
+        return [_row(layer, direction, name) | fields for direction in DIRECTIONS]
     codes: list[Code] = []
 
     def launched(*handed: Any) -> None:
@@ -225,38 +226,41 @@ def case(row: dict[str, Any]) -> tuple[str, str]:
 
 
 def tables(rows: list[dict[str, Any]]) -> list[Any]:
-    """Return a table for each direction."""
-    made = []
+    """Return a table for each direction, and a note."""
+    made: list[Any] = []
     for direction in DIRECTIONS:
         here = [row for row in rows if row["direction"] == direction]
         cells = [
-            ["" if i else layer, name, *(numbers(row) if "codes" in row else [row["error"]])]
+            ["" if i else layer, name, *(numbers(row) if row["codes"] else "-" * len(NUMBERS))]
             for (layer, _), by_name in evidence.grouped(here, case).items()
             for i, (name, row) in enumerate(by_name.items())
         ]
         title = f"Machine code for {TARGET}, {direction}; instructions per element of x"
         made.append(evidence.table(title, ["layer", "implementation"], NUMBERS, cells))
+    if any(not row["codes"] for row in rows):
+        made.append(f"-: not compiled, a program's tile has more than {MAX_PEER_TILE:,} elements")
     return made
 
 
 def totals(rows: list[dict[str, Any]]) -> list[str]:
-    """Return sentences on the mean of all layers, and on those that every implementation has."""
+    """Return sentences on the sum over all layers, and on peers where they compile."""
     lines = []
     for direction in DIRECTIONS:
         here = [row for row in rows if row["direction"] == direction]
-        cases = evidence.grouped(here, case).values()
-        ours = [instructions(by_name[OURS]) for by_name in cases]
-        text = f"{direction}: {sum(ours):.1f} instructions per element in all {len(ours)} layers"
-        names = sorted({row["implementation"] for row in here} - {OURS, PLAIN})
-        for name in names:
-            pairs = [
-                (instructions(by_name.get(PLAIN, by_name[OURS])), instructions(by_name[name]))
+        cases = list(evidence.grouped(here, case).values())
+        total = sum(instructions(by_name[OURS]) for by_name in cases)
+        lines.append(f"{direction}: {total:.1f} instructions per element, {len(cases)} layers")
+        for name in sorted({row["implementation"] for row in here} - {OURS, PLAIN}):
+            ratios = [
+                instructions(by_name[name]) / instructions(by_name.get(PLAIN, by_name[OURS]))
                 for by_name in cases
-                if "codes" in by_name.get(name, {})
+                if by_name[name]["codes"]
             ]
-            mine, theirs = map(sum, zip(*pairs, strict=True))
-            text += f"; of {len(pairs)} unfused {mine:.1f}, {name} {theirs:.1f}"
-        lines.append(text)
+            fewer = sum(ratio < 1 for ratio in ratios)
+            lines.append(
+                f"    {name}: {geometric_mean(ratios):.2f} times as many as {PLAIN}, at the "
+                f"geometric mean of {len(ratios)} layers; fewer on {fewer}"
+            )
     return lines
 
 
