@@ -63,8 +63,10 @@ endef
 help: ## List these targets
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 12
 
-demo: .venv/.installed ## Train with PyTorch's GroupNorm and with triton_gn's, then draw a sweep of plans
+demo: .venv/.installed ## Train with PyTorch's GroupNorm and triton_gn's, fuse a U-Net, draw a sweep of plans
 	@env -u TRITON_INTERPRET $(BIN)/python examples/digits.py
+	@echo
+	@env -u TRITON_INTERPRET $(BIN)/python -m perf coverage --model UNet2DCondition
 	@echo
 	@env -u TRITON_INTERPRET $(BIN)/python -m perf demo
 

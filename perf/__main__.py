@@ -19,6 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             calls,
             ceilings,
             compare,
+            coverage,
             cpu,
             demo,
             gpu,
@@ -50,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("machine-code", machine_code, "compile kernels and peers' for sm_90, count instructions"),
         ("accuracy", accuracy, "measure errors of kernels and peers' against float64"),
         ("traffic", traffic, "count bytes and launches of kernels and peers' in the interpreter"),
+        ("coverage", coverage, "count what is fused in public models, without a GPU"),
         ("kernels", kernels, "count the kernels that a training step of each model compiles"),
     )
 

@@ -1,11 +1,12 @@
 """GroupNorm for PyTorch in fused Triton kernels, forward and backward."""
 
 from triton_gn import distributed, tiling
-from triton_gn.convert import Report, convert, unconvert
+from triton_gn.convert import convert, unconvert
 from triton_gn.explain import explain
 from triton_gn.functional import GroupNormStats, group_norm, group_norm_apply, group_norm_stats
 from triton_gn.module import GroupNorm
 from triton_gn.ops.settings import autocast_policy, backend, batch_invariant, plan_override
+from triton_gn.report import Report
 
 __version__ = "0.1.0"
 

@@ -55,7 +55,7 @@ def test_convert_diffusers() -> None:
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
     assert lines[0] == "21 GroupNorm layers: 21 replaced, of which 17 folded, 0 left"
-    assert sum("time embedding as pre_add" in line for line in lines) == 8
+    assert sum("pre_add, silu" in line for line in lines) == 8
     assert lines[-1].startswith("Largest difference: output ")
 
 

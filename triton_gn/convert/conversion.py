@@ -6,7 +6,6 @@ Modules change only their class, so hooks, optimizers and checkpoints stay valid
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from itertools import zip_longest
 from typing import NamedTuple
 
@@ -17,7 +16,9 @@ from torch.nn.utils import parametrize
 from triton_gn import activations
 from triton_gn.distributed import ProcessGroup, ShardedGroupNorm
 from triton_gn.module import GroupNorm
+from triton_gn.report import Report
 
+Fates = dict[nn.Module, tuple[str, str]]  # of each norm: what was done with it, and why
 _UNFOLDED = "nothing that can be folded is known to follow it"
 _PUBLIC_NAMES: dict[type[nn.Module], str] = {
     GroupNorm: "triton_gn.GroupNorm",
@@ -26,39 +27,6 @@ _PUBLIC_NAMES: dict[type[nn.Module], str] = {
 _OURS = ("activation", "process_group")  # attributes that PyTorch's layer does not have
 _BACKWARD_HOOKS = ("_backward_hooks", "_backward_pre_hooks")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", *_BACKWARD_HOOKS)
-
-
-@dataclass
-class Report:
-    """Result of :func:`convert` or :func:`triton_gn.fuse.graph` for each norm, as (name, reason).
-
-    The names of convert are those of ``model.named_modules()``, "" for the model itself; the names
-    of fuse.graph are those of the graph's nodes.
-
-    Attributes:
-        replaced: all replaced layers; the reason says what was folded, or why nothing was.
-        folded: the replaced layers with folded operations; the reason names the operations.
-        left: layers left unchanged; the reason says why.
-    """
-
-    replaced: list[tuple[str, str]] = field(default_factory=list)
-    folded: list[tuple[str, str]] = field(default_factory=list)
-    left: list[tuple[str, str]] = field(default_factory=list)
-
-    def __str__(self) -> str:
-        """Return a line of totals, then a line for each layer."""
-        folded = {name for name, _ in self.folded}
-        rows = [
-            ("folded" if name in folded else fate, name or "(the model)", reason)
-            for fate, layers in (("replaced", self.replaced), ("left", self.left))
-            for name, reason in layers
-        ]
-        replaced, left = len(self.replaced), len(self.left)
-        totals = f"{replaced} replaced, of which {len(folded)} folded, {left} left"
-        layers = "layer" if len(rows) == 1 else "layers"
-        width = max((len(name) for _, name, _ in rows), default=0)
-        lines = [f"{fate:<8}  {name:<{width}}  {reason}" for fate, name, reason in rows]
-        return "\n".join([f"{len(rows)} GroupNorm {layers}: {totals}", *lines])
 
 
 @torch.fx.wrap
@@ -93,9 +61,8 @@ class Fold(NamedTuple):
     The names are those of the parent's children.
     """
 
-    norms: dict[str, str]  # name of each norm: other operations that it takes over, "" for none
+    norms: tuple[str, ...]
     activation: str  # name of the module after the norms, "" if nothing follows
-    fused: type[nn.Module] | None = None  # new class of the parent, if its forward must change
     problem: str | None = None  # why nothing can be folded
 
 
@@ -110,8 +77,11 @@ def convert(
 
     - in an nn.Sequential, an activation directly after the layer, if :func:`triton_gn.group_norm`
       has it. ``inplace`` makes no difference;
-    - in models of diffusers, the activation after the last norm of UNets, encoders and decoders
-      and, in the residual blocks, activation and time embedding.
+    - in any module whose forward torch.fx can trace, what follows each call of a norm, or of a
+      module that returns a norm's result: scale and shift, a residual, an activation; and a sum
+      with one value per sample and channel before it. Such a module gets a forward that selects
+      the fused call by the shapes of each call, and runs as before wherever none fits;
+    - in other modules, an activation that their source shows directly after a norm.
 
     With a process group, each layer, also a triton_gn.GroupNorm, becomes a
     :class:`triton_gn.distributed.ShardedGroupNorm`, for spatially sharded inputs. A layer that
@@ -139,7 +109,7 @@ def convert(
     _check_is_module("convert", model)
     names = {module: name for name, module in model.named_modules()}
     unfolded = _UNFOLDED if fold_activations else "folding is switched off"
-    fates: dict[nn.Module, tuple[str, str]] = {}
+    fates: Fates = {}
     for module in filter(_is_group_norm, names):
         kind, reason = type(module), _why_left(module, process_group is not None)
         if reason is None:
@@ -160,6 +130,7 @@ def convert(
         for parent in names:
             for fold in _folds(parent):
                 _try(fold, parent, places, fates)
+        _fuse_blocks(model, process_group is not None, places, fates)
     report = Report()
     for module, (fate, reason) in fates.items():
         entry = names[module], reason
@@ -167,6 +138,26 @@ def convert(
         if fate == "folded":
             report.replaced.append(entry)
     return report
+
+
+def _fuse_blocks(
+    model: nn.Module, sharded: bool, places: dict[nn.Module, list[str]], fates: Fates
+) -> None:
+    """Fuse the forwards of the modules that hold norms, and record it in the norms' fates."""
+    from triton_gn.convert import blocks, source  # they load torch.fx
+
+    outcome = blocks.fuse_blocks(model, sharded)
+    for norm, (fate, reason) in outcome.fates.items():
+        is_subclass = fate == "replaced" and hasattr(type(norm), "unfused")
+        is_unknown = fates.get(norm, ("replaced", _UNFOLDED)) == ("replaced", _UNFOLDED)
+        if fate == "folded" or is_subclass or is_unknown:
+            fates[norm] = fate, reason
+    for parent, reason in outcome.untraced.items():
+        for norms, activation in source.activations(parent):
+            _try(Fold(norms, activation), parent, places, fates)
+        for norm in parent.children():
+            if fates.get(norm) == ("replaced", _UNFOLDED):
+                fates[norm] = "replaced", reason
 
 
 def unconvert(model: nn.Module) -> None:
@@ -194,6 +185,7 @@ def unconvert(model: nn.Module) -> None:
                 vars(module).pop(attribute, None)
             _set_class(module, original_class)
         elif hasattr(type(module), "unfused"):
+            vars(module).pop("_fused_forwards", None)
             _set_class(module, type(module).unfused)
 
 
@@ -293,34 +285,27 @@ def _folds(parent: nn.Module) -> Iterator[Fold]:
         keys = list(parent._modules)
         for key, following in zip_longest(keys, keys[1:], fillvalue=""):
             if isinstance(parent._modules[key], GroupNorm):
-                yield Fold({key: ""}, following, problem=problem)
-    elif kind.__module__.startswith("diffusers."):
-        # imports diffusers, which is loaded already if an instance of its classes exists
-        from triton_gn.convert import diffusers_blocks
-
-        yield from diffusers_blocks.folds(parent)
+                yield Fold((key,), following, problem)
 
 
 def _try(
     fold: Fold,
     parent: nn.Module,
     places: dict[nn.Module, list[str]],
-    fates: dict[nn.Module, tuple[str, str]],
+    fates: Fates,
 ) -> None:
     """Fold the candidate if possible, and record the result in the fates of its norms."""
     activation = parent._modules.get(fold.activation)
     reason = _why_unfolded(fold, parent, activation, places)
-    for key, operands in fold.norms.items():
+    for key in fold.norms:
         norm = parent.get_submodule(key)
         if reason is None and activation is not None:
             name = _activation_name(activation)
             vars(norm)["activation"] = name
-            fates[norm] = "folded", f"{name}, {operands}" if operands else str(name)
+            fates[norm] = "folded", str(name)
         elif reason is not None and fates.get(norm) == ("replaced", _UNFOLDED):
             fates[norm] = "replaced", reason
-    if reason is None and fold.fused is not None:
-        _set_class(parent, fold.fused)
-    elif reason is None and activation is not None:
+    if reason is None and activation is not None:
         parent._modules[fold.activation] = FoldedActivation(activation)
 
 
@@ -335,8 +320,6 @@ def _why_unfolded(
         return fold.problem
     if _has_other_forward(parent):
         return f"its parent, a {type(parent).__name__}, has its forward replaced"
-    if fold.fused is not None and _has_hooks(parent, _BACKWARD_HOOKS):
-        return "its parent has backward hooks, which may go by its class"
     for key in fold.norms:
         norm, subject = parent.get_submodule(key), f"{key} " if len(fold.norms) > 1 else ""
         if "_converted" not in vars(norm) or "activation" in vars(norm):

@@ -4,10 +4,12 @@ The call computes ``activation(n * (1 + scale) + shift + residual)`` with
 ``n = norm(input + pre_add) * weight + bias``: in this order, each once.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 from torch import Tensor, fx
 
+from triton_gn.fuse.memory import may_write
 from triton_gn.fuse.norms import Norm
 from triton_gn.fuse.operations import (
     FLOATS,
@@ -56,7 +58,7 @@ class Chain:
         current = self.norm.output
         identities: list[fx.Node] = []
         while self.norm.activation is None:
-            nodes = _silu_formula(current) or list(current.users)
+            nodes = silu_formula(current) or list(current.users)
             if len(nodes) == 1 and is_identity(nodes[0], current):
                 problem = self._barrier_before(nodes[0], identities)
                 if problem is None:
@@ -77,7 +79,7 @@ class Chain:
         self, nodes: list[fx.Node], current: fx.Node, identities: list[fx.Node]
     ) -> str | None:
         """Fuse the nodes after ``current``, or return why that is not possible."""
-        is_formula = len(nodes) == 2 and nodes == _silu_formula(current)
+        is_formula = len(nodes) == 2 and nodes == silu_formula(current)
         if len(nodes) != 1 and not is_formula:
             return "its result is used in several places" if nodes else "its result is not used"
         node = nodes[-1]
@@ -172,7 +174,7 @@ class Chain:
             if _holds(value(scale), kind, self._y):
                 if node is not None:
                     self._earliest = min(self._earliest, self._order[node])
-                    problem = self._barrier_before(self.last)
+                    problem = self._barrier_before(self.last, also=[scale])
                     if problem is not None:
                         return f"reads its scale too early: {problem}"
                 self._set("scale", scale, kind)
@@ -226,7 +228,7 @@ class Chain:
             is_shift = isinstance(self._operand(other), Tensor) and kind is not None
             if is_input and is_shift and not is_written(term):
                 earliest, self._earliest = self._earliest, self._order[total]
-                if self._barrier_before(self.norm.node) is not None:
+                if self._barrier_before(self.norm.node, also=[term, other]) is not None:
                     self._earliest = earliest
                     return
                 self.norm.operands["input"] = term
@@ -240,11 +242,22 @@ class Chain:
             return None
         return f"{node.name} changes the dtype from {before.dtype} to {after.dtype}"
 
-    def _barrier_before(self, node: fx.Node, identities: list[fx.Node] | None = None) -> str | None:
-        """Return a reason if reads would move past a node that may change what they read."""
-        ours = {*self.taken, *(identities or []), self.norm.node, node}
+    def _barrier_before(
+        self, node: fx.Node, identities: Sequence[fx.Node] = (), also: Sequence[fx.Node] = ()
+    ) -> str | None:
+        """Return a reason if reads would move past a node that may change what they read.
+
+        The reads are those of the operands so far, and of ``also``.
+        """
+        ours = {*self.taken, *identities, self.norm.node, node}
+        reads = [read for read in self.norm.operands.values() if isinstance(read, fx.Node)]
         for barrier in self._barriers:
-            if barrier not in ours and self._earliest < self._order[barrier] < self._order[node]:
+            is_between = self._earliest < self._order[barrier] < self._order[node]
+            if (
+                barrier not in ours
+                and is_between
+                and may_write(barrier, [*reads, *self.factors, *also])
+            ):
                 return f"{described(barrier)}, in between, may write to memory or change a mode"
         return None
 
@@ -278,7 +291,7 @@ def _holds(values: Tensor | None, kind: Kind, x: Tensor) -> bool:
     return rows and all(equal(size, 1) for size in sizes[2:])
 
 
-def _silu_formula(node: fx.Node) -> list[fx.Node]:
+def silu_formula(node: fx.Node) -> list[fx.Node]:
     """Return the nodes of y * sigmoid(y) if they are all that uses y, else an empty list."""
     if len(node.users) != 2:
         return []

@@ -7,9 +7,9 @@ from typing import Any
 from torch import fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
-from triton_gn.convert import Report
 from triton_gn.fuse.rewrite import graph, rewrite, rewrite_all
 from triton_gn.ops import settings
+from triton_gn.report import Report
 
 Compiler = Callable[..., Any]
 _PASS = "pre_grad_custom_pass"

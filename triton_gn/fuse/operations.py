@@ -143,6 +143,8 @@ def _module_operation(node: fx.Node) -> Operation | None:
     module = module_of(node)
     if module is None or is_hooked(module) or len(node.args) != 1 or node.kwargs:
         return None
+    if module._modules or module._parameters or module._buffers:
+        return None  # such as an observer of a tool that looks for the layer
     in_place = getattr(module, "inplace", False)
     if type(module) is nn.Identity:
         return Operation("dropout", node.args, {"p": 0.0})

@@ -12,7 +12,6 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from triton_gn.convert import Report
 from triton_gn.fuse import decision
 from triton_gn.fuse.chain import Chain
 from triton_gn.fuse.norms import Norm, emit, find
@@ -26,6 +25,7 @@ from triton_gn.fuse.operations import (
     value,
 )
 from triton_gn.ops import layout, settings
+from triton_gn.report import Report
 
 log = logging.getLogger("triton_gn.fuse")
 
