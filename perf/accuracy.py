@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import product
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ def run(options: argparse.Namespace) -> int:
     seconds = time.monotonic() - start
     evidence.save(COMMAND, evidence.path_of(COMMAND), seconds, std=STD, rows=rows)
     evidence.show(*tables(rows), peers.how_to_install())
-    evidence.show(*map(str, evidence_figures.draw(COMMAND, evidence.load(COMMAND))))
+    evidence.show(str(evidence_figures.draw(COMMAND, evidence.load(COMMAND))))
     evidence.show(f"{seconds:.0f} s")
     return 0
 
@@ -129,6 +130,7 @@ def of_peer(peer: peers.Peer, operands: Sequence[Tensor]) -> list[Tensor]:
 
 def implementations() -> dict[str, Callable[[Sequence[Tensor]], list[Tensor]]]:
     """Return the implementations that can run here, by name."""
+    found: dict[str, Callable[[Sequence[Tensor]], list[Tensor]]]
     found = {OURS: ours, "torch, CPU": partial(torch_on, "cpu")}
     if torch.cuda.is_available():
         found["torch, CUDA"] = partial(torch_on, "cuda")
@@ -153,20 +155,41 @@ def tables(rows: list[dict[str, Any]]) -> list[Any]:
     made = []
     names = list(dict.fromkeys(row["implementation"] for row in rows))
     for over, field, title in (
-        ("mean", "ratio", "Largest error of y, dx, dweight, dbias over |mean| / std"),
+        ("mean", "ratio", "Largest error of y, and of dx, dweight and dbias, over |mean| / std"),
         ("size", "group", f"The same over the size of a group, |mean| / std = {RATIO_OF_SIZES:g}"),
     ):
         here = [row for row in rows if row["over"] == over]
         cells = [
             [dtype, layout, f"{value:.3g}", *(cell(by_name[name]) for name in names)]
             for (dtype, layout, value), by_name in evidence.grouped(
-                here, lambda row: (row["dtype"], row["layout"], row[field])
+                here, itemgetter("dtype", "layout", field)
             ).items()
         ]
         made.append(evidence.table(title, ["dtype", "layout"], [field, *names], cells))
     return made
 
 
+def markdown(record: dict[str, Any]) -> str:
+    """Return a table of the errors of float32: y, and the largest of the gradients."""
+    wanted = [1.0, 1e2, 1e4, 1e6]
+    rows = [
+        row
+        for row in record["rows"]
+        if (row["over"], row["dtype"]) == ("mean", "float32") and row["ratio"] in wanted
+    ]
+    names = list(dict.fromkeys(row["implementation"] for row in rows))
+    lines = [
+        f"| \\|mean\\| / std, layout | {' | '.join(names)} |",
+        "| --- " * (1 + len(names)) + "|",
+    ]
+    for (ratio, layout), by_name in evidence.grouped(rows, itemgetter("ratio", "layout")).items():
+        cells = [f"{ratio:,.0f}, {layout.replace('_', '-')}", *map(cell, by_name.values())]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def cell(row: dict[str, Any]) -> str:
-    """Return a row's errors as text."""
-    return " ".join("nan" if row[name] is None else f"{row[name]:.0e}" for name in RESULTS)
+    """Return the error of y and the largest of the gradients as text."""
+    y, *gradients = (math.nan if row[name] is None else row[name] for name in RESULTS)
+    largest = math.nan if any(map(math.isnan, gradients)) else max(gradients)
+    return f"{y:.0e} {largest:.0e}"

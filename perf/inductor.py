@@ -25,6 +25,8 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor import async_compile, config
 from torch._inductor.debug import DebugContext
 from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.fx_passes.joint_graph import joint_graph_passes
+from torch._inductor.fx_passes.post_grad import post_grad_passes, view_to_reshape
 from torch._inductor.graph import GraphLowering
 from torch._inductor.virtualized import V
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -61,9 +63,9 @@ def generate(function: Callable[..., Tensor], operands: Sequence[Tensor]) -> lis
     """
     graphs: list[tuple[Any, Sequence[Any]]] = []
 
-    def compiler(graph: Any, inputs: Sequence[Any]) -> Any:
-        graphs.append((graph, inputs))
-        return graph.forward
+    def compiler(gm: Any, example_inputs: Sequence[Any]) -> Any:
+        graphs.append((gm, example_inputs))
+        return gm.forward
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:  # on the CPU: autograd would look for CUDA itself
@@ -71,13 +73,22 @@ def generate(function: Callable[..., Tensor], operands: Sequence[Tensor]) -> lis
             function,
             fw_compiler=compiler,
             bw_compiler=compiler,
-            partition_fn=min_cut_rematerialization_partition,
+            partition_fn=_partition,
             decompositions=select_decomp_table(),
         )
         y = traced(*(_like(t, "cpu").requires_grad_() for t in operands))
         y.backward(torch.empty_like(y))
         _pretend_to_have_a_gpu()
         return [_read(*_code_of(graph, inputs, mode)) for graph, inputs in graphs]
+
+
+def _partition(joint: Any, inputs: Sequence[Any], **options: Any) -> tuple[Any, Any]:
+    """Divide a joint graph into a forward and a backward, as Inductor does."""
+    joint_graph_passes(joint)
+    forward, backward = min_cut_rematerialization_partition(
+        joint, inputs, compiler="inductor", **options
+    )
+    return forward, backward
 
 
 def _like(value: Any, device: str) -> Any:
@@ -138,7 +149,10 @@ def _code_of(graph: Any, inputs: Sequence[Any], mode: FakeTensorMode) -> tuple[s
     """Return Inductor's Python code for a graph of ATen operators on a GPU, and its operands."""
     inputs = [_like(value, "cuda") for value in inputs]
     graph = make_fx(graph, tracing_mode="real")(*inputs)
-    lowering = GraphLowering(graph, example_inputs=inputs, shape_env=None, is_inference=True)
+    view_to_reshape(graph)
+    with V.set_fake_mode(mode):
+        post_grad_passes(graph, is_inference=False)
+    lowering = GraphLowering(graph, example_inputs=inputs, shape_env=None, is_inference=False)
     handlers = (
         V.set_graph_handler(lowering),
         V.set_fake_mode(mode),
@@ -148,9 +162,8 @@ def _code_of(graph: Any, inputs: Sequence[Any], mode: FakeTensorMode) -> tuple[s
         for handler in handlers:
             stack.enter_context(handler)
         lowering.run(*inputs)
-        code = lowering.codegen()
-    code = code[0] if isinstance(code, tuple) else code
-    return getattr(code, "value", code), inputs
+        wrapper, _ = lowering.codegen()
+    return wrapper.value, inputs
 
 
 def _read(code: str, inputs: Sequence[Any]) -> Generated:

@@ -9,7 +9,6 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-import torch
 import triton.language as tl
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -108,7 +107,7 @@ class Traffic(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.loaded = self.stored = self.launches = 0
         self._in_kernel = False
 
@@ -143,7 +142,7 @@ class Traffic(TorchDispatchMode):
             finally:
                 self._in_kernel = False
 
-        self._patches = [
+        self._patches: list[Any] = [
             mock.patch.object(builder, "create_masked_load", load),
             mock.patch.object(builder, "create_masked_store", store),
             mock.patch.object(builder, "create_atomic_rmw", atomic),
@@ -151,10 +150,10 @@ class Traffic(TorchDispatchMode):
         ]
         for patch in self._patches:
             patch.start()
-        return super().__enter__()
+        return super().__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
         for patch in self._patches:
             patch.stop()
 
@@ -188,7 +187,8 @@ def _bytes_at(pointers: Any, mask: Any) -> int:
     used = pointers.data[mask.data]
     if used.size > 1 and int(used.max() - used.min()) // size + 1 < used.size:
         return len(np.unique(used)) * size
-    return used.size * size
+    count: int = used.size
+    return count * size
 
 
 def _torch_group_norm(name: str, operands: list[Tensor], results: list[Tensor]) -> tuple[int, int]:

@@ -159,7 +159,8 @@ class _Compiler(StandIn):
     """A driver that keeps the machine code of the kernels that it is given."""
 
     def load_binary(self, name: str, *rest: Any) -> tuple[None, Any, int, int, int]:
-        return None, (name, rest[0]), *super().load_binary(name, *rest)[2:]
+        _, _, registers, spills, threads = super().load_binary(name, *rest)
+        return None, (name, rest[0]), registers, spills, threads
 
 
 def rows_of_peer(name: str, layer: Workload) -> list[dict[str, Any]]:
@@ -167,7 +168,8 @@ def rows_of_peer(name: str, layer: Workload) -> list[dict[str, Any]]:
     (peer,) = (peer for peer in peers.PEERS if peer.name == name)
     x, weight, bias = (t for t in layer.operands("meta")[:3] if t is not None)
     x = x.reshape(*x.shape[:2], -1).contiguous()
-    tile = peer.tile(*x.shape, layer.groups)
+    n, channels, pixels = x.shape
+    tile = peer.tile(n, channels, pixels, layer.groups)
     if tile > MAX_PEER_TILE:
         fields = {"tile": tile, "codes": []}
         return [_row(layer, direction, name) | fields for direction in DIRECTIONS]
@@ -176,7 +178,8 @@ def rows_of_peer(name: str, layer: Workload) -> list[dict[str, Any]]:
     def launched(*handed: Any) -> None:
         kernel, cubin = handed[4]
         arguments = peer.arguments(kernel, handed[_HANDLES:])
-        iterations = peer.loop_iterations.get(kernel, lambda _: 1)(arguments)
+        loops = peer.loop_iterations.get(kernel)
+        iterations = loops(arguments) if loops else 1
         path = sass.main_path(sass.disassembled(cubin))
         repeated = sum(map(len, sass.innermost_loops(path)))
         threads = handed[0] * handed[1] * handed[2] * _THREADS * handed[5][0]

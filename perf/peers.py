@@ -42,13 +42,13 @@ class InterpretedFloat(float):
         return self
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _program_id(axis):  # type: ignore[no-untyped-def]
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def _program_id(axis):  # type: ignore[no-untyped-def,unused-ignore]
     return tl.program_id(axis).to(tl.int64)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
-def _interpreted_rsqrt(x):  # type: ignore[no-untyped-def]
+@triton.jit  # type: ignore[untyped-decorator,unused-ignore]
+def _interpreted_rsqrt(x):  # type: ignore[no-untyped-def,unused-ignore]
     return 1 / tl.sqrt(x)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from triton.language.core import TRITON_MAX_TENSOR_NUMEL
 
 from perf import common, evidence, evidence_figures, interpreted, peers
 from perf.implementations import bytes_minimum
@@ -68,7 +69,7 @@ def run(options: argparse.Namespace) -> int:
     evidence.show(*tables(rows), *notes(rows))
     if not options.match:
         evidence.save(COMMAND, evidence.path_of(COMMAND), seconds, target=TARGET, rows=rows)
-        evidence.show(*map(str, evidence_figures.draw(COMMAND, evidence.load(COMMAND))))
+        evidence.show(str(evidence_figures.draw(COMMAND, evidence.load(COMMAND))))
     evidence.show(f"{seconds:.0f} s")
     return 0
 
@@ -152,6 +153,14 @@ def count_ours(layer: Workload) -> list[dict[str, Any]]:
     return rows
 
 
+def stated_over_minimum(layer: Workload, direction: str) -> float:
+    """Return what inspect states for the whole layer, over the minimum."""
+    problem = layer.problem(direction)
+    config = plan(problem, TARGETS[TARGET])
+    moved = bytes_moved(launches_of(layer, problem, config)[1], problem, config)
+    return moved / bytes_minimum(layer, direction)
+
+
 def _prepared(layer: Workload, direction: str, config: Config) -> Callable[[], object]:
     """Return a function that launches the kernels of a plan."""
     operands = layer.operands("cpu")
@@ -173,6 +182,9 @@ def _operands(layer: Workload) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 def count_peer(name: str, layer: Workload) -> list[dict[str, Any]]:
     """Count a peer's kernels, PyTorch's SiLU around them, and copies to contiguous tensors."""
     (peer,) = (peer for peer in peers.PEERS if peer.name == name)
+    n, channels, *spatial = layer.shape
+    if peer.tile(n, channels, math.prod(spatial), layer.groups) > TRITON_MAX_TENSOR_NUMEL:
+        return []
     scaled = scale_down(layer, 1)
     x, weight, bias, dy = _operands(scaled)
     with interpreted.Traffic() as forward:
@@ -233,7 +245,7 @@ def tables(rows: list[dict[str, Any]]) -> list[Any]:
         for layer, by_name in evidence.grouped(here, lambda row: row["layer"]).items():
             ours = by_name[OURS]
             mark = " CL" if ours["layout"] == "channels_last" else ""
-            counts = [f"{by_name[n]['over_minimum']:.2f} ({by_name[n]['launches']})" for n in names]
+            counts = [cell(by_name[name]) if name in by_name else "-" for name in names]
             stated = f"{ours['stated'] / ours['minimum']:.2f}"
             scale = f"{100 * ours['scale']:.2g} %" if ours["scale"] < 1 else "whole"
             cells.append([layer, ours["shape"] + mark, ours["strategy"], scale, *counts, stated])
@@ -243,6 +255,29 @@ def tables(rows: list[dict[str, Any]]) -> list[Any]:
     return made
 
 
+def markdown(record: dict[str, Any]) -> str:
+    """Return a table of bytes over the minimum and launches: means over the layers."""
+    names = list(dict.fromkeys(row["implementation"] for row in record["rows"]))
+    lines = [f"| | {' | '.join(names)} |", "| --- " * (1 + len(names)) + "|"]
+    for direction in DIRECTIONS:
+        cells = []
+        for name in names:
+            mean = evidence_figures.mean_over_minimum(record, name, direction)
+            counts = [
+                row["launches"]
+                for row in record["rows"]
+                if (row["implementation"], row["direction"]) == (name, direction)
+            ]
+            cells.append(f"{mean:.2f} ({min(counts)} to {max(counts)})")
+        lines.append(f"| {direction} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def cell(row: dict[str, Any]) -> str:
+    """Return a row's bytes over the minimum and its launches as text."""
+    return f"{row['over_minimum']:.2f} ({row['launches']})"
+
+
 def notes(rows: list[dict[str, Any]]) -> list[str]:
     """Return sentences on how exact the count is, and how the table came about."""
     ours = [row for row in rows if row["implementation"] == OURS]
@@ -250,8 +285,10 @@ def notes(rows: list[dict[str, Any]]) -> list[str]:
     return [
         f"counted over what inspect states: at most {100 * excess(worst):+.2f} %, "
         f"{worst['layer']} {worst['direction']}",
+        f"-: it cannot run, since a program's tile has more than {TRITON_MAX_TENSOR_NUMEL:,} "
+        "elements, the most that Triton takes",
         "CL: channels-last. triton_gn reads it as it is; the others copy x and dy first.",
-        "torch: passes of its CUDA kernels, read in aten/src/ATen/native/cuda/group_norm_kernel.cu.",
+        "torch: passes of its CUDA kernels, read in ATen/native/cuda/group_norm_kernel.cu.",
         "torch.compile: generated for an H100 from fake tensors; each tl.load and tl.store in the "
         "code counts its tensor once.",
         peers.how_to_install(),
@@ -260,5 +297,5 @@ def notes(rows: list[dict[str, Any]]) -> list[str]:
 
 def excess(row: dict[str, Any]) -> float:
     """Return by how much the count exceeds what inspect states, as a share."""
-    moved: int = row["loaded"] + row["stored"]
-    return moved / row["stated"] - 1
+    excess: float = (row["loaded"] + row["stored"]) / row["stated"] - 1
+    return excess

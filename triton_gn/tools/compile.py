@@ -278,7 +278,8 @@ def _blocks(launch: Launch, tile: dict[str, Any]) -> int:
         return 1
     along, vec = ("rows", 1) if tile["channels_last"] else ("cols", tile["vec"])
     vecs: int = launch.arguments["split_vecs"]
-    return math.ceil(vecs / (tile[along] * tile["pixel_tiles"] // vec))
+    block_vecs: int = tile[along] * tile["pixel_tiles"] // vec
+    return math.ceil(vecs / block_vecs)
 
 
 def _converted_tiles(launch: Launch, ttgir: str) -> int:
