@@ -33,6 +33,7 @@ STD = 0.5
 RATIOS = tuple(10 ** (step / 2) for step in range(13))  # |mean| / std, 1 to 1e6
 SIZES = tuple(2**bits for bits in range(8, 19, 2))  # elements of a group
 RATIO_OF_SIZES = 1e2
+TEN_CHANNELS = 2, 20, 16, 32  # a group: no power of two
 DTYPE_NAMES = ("float32", "bfloat16")
 
 
@@ -56,6 +57,7 @@ def measure() -> list[dict[str, Any]]:
     """Return a row for each case and implementation."""
     cases = [
         *product(["mean"], [SHAPE], RATIOS, DTYPE_NAMES, LAYOUTS),
+        *product(["channels"], [TEN_CHANNELS], [1.0], ["float32"], LAYOUTS),
         *product(["size"], map(_shape, SIZES), [RATIO_OF_SIZES], DTYPE_NAMES, LAYOUTS),
     ]
     with interpreted.pool() as pool:
@@ -156,6 +158,7 @@ def tables(rows: list[dict[str, Any]]) -> list[Any]:
     names = list(dict.fromkeys(row["implementation"] for row in rows))
     for over, field, title in (
         ("mean", "ratio", "Largest error of y, and of dx, dweight and dbias, over |mean| / std"),
+        ("channels", "group", "The same for groups of 10 channels"),
         ("size", "group", f"The same over the size of a group, |mean| / std = {RATIO_OF_SIZES:g}"),
     ):
         here = [row for row in rows if row["over"] == over]
