@@ -191,6 +191,16 @@ def markdown(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def findings(record: dict[str, Any]) -> list[str]:
+    """Return what the documentation says of the record besides its table."""
+    errors_of_y = {
+        row["implementation"]: row["y"]
+        for row in record["rows"]
+        if (row["over"], row["layout"]) == ("channels", "contiguous")
+    }
+    return [f"y of {name} is off by {error:.0e}" for name, error in errors_of_y.items()]
+
+
 def cell(row: dict[str, Any]) -> str:
     """Return the error of y and the largest of the gradients as text."""
     y, *gradients = (math.nan if row[name] is None else row[name] for name in RESULTS)

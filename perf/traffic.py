@@ -273,6 +273,32 @@ def markdown(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def findings(record: dict[str, Any]) -> list[str]:
+    """Return what the documentation says of the record besides its table."""
+    rows = record["rows"]
+    ours = [row for row in rows if row["implementation"] == OURS]
+    split = {row["layer"] for row in ours if row["strategy"] == "split"}
+    worst = max(ours, key=lambda row: row["over_minimum"])
+    generated = [row for row in rows if row["implementation"] == "torch.compile"]
+    wide = [row for row in generated if row["stored"] > 2.5 * x_bytes(row)]
+    unable = {row["layer"] for row in rows} - {
+        row["layer"] for row in rows if row["implementation"] == "flag_gems"
+    }
+    return [
+        f"within {100 * max(abs(excess(row)) for row in ours):.1f} % of what `inspect` states",
+        f"but split ones, {len(split)} of these {len(LAYERS)} layers, read x twice",
+        f"at most {worst['over_minimum']:.2f}, of {worst['layer']} {worst['direction']}",
+        f"In {len(wide)} of the {len(LAYERS)} backwards it writes a float32 tensor of x's size",
+        f"FlagGems cannot run {len(unable)} of the layers",
+    ]
+
+
+def x_bytes(row: dict[str, Any]) -> int:
+    """Return the bytes of the whole layer's x."""
+    elements = math.prod(workloads.parse_shape(row["shape"]))
+    return elements * workloads.DTYPES[row["dtype"]].itemsize
+
+
 def cell(row: dict[str, Any]) -> str:
     """Return a row's bytes over the minimum and its launches as text."""
     return f"{row['over_minimum']:.2f} ({row['launches']})"
