@@ -3,6 +3,8 @@
 import copy
 import json
 import re
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import triton
 from perf import accuracy, evidence, evidence_figures, machine_code, traffic
 from perf.__main__ import main
 from perf.records import OURS
+from triton_gn.tools.workloads import Workload
 
 ROOT = Path(__file__).parents[2]
 PERFORMANCE = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
@@ -144,6 +147,18 @@ def test_figures_say_what_the_record_says(tmp_path: Path) -> None:
     committed = (ROOT / "perf" / "figures" / "traffic.svg").read_text()
     words = [re.findall(r">([^<>]+)</text>", svg) for svg in (text, committed)]
     assert words[0] == words[1]
+
+
+def test_inductors_code_is_generated_and_read() -> None:
+    """Forward: x is read for its moments and again for y, as the group is large."""
+    layer = Workload("", 1, 512, 32, (128, 128), activation="silu")
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # it changes PyTorch
+        forward, backward = pool.submit(traffic.count_inductor, layer).result()
+    x = 512 * 128 * 128 * 2
+    assert forward["loaded"] == pytest.approx(2 * x, rel=0.01)
+    assert forward["stored"] == pytest.approx(x, rel=0.01)
+    assert backward["loaded"] >= 4 * x
+    assert min(forward["launches"], backward["launches"]) >= 2
 
 
 def test_a_missing_record_names_its_command(tmp_path: Path) -> None:
