@@ -14,6 +14,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     try:
         from perf import (
+            accuracy,
             bench,
             calls,
             ceilings,
@@ -24,8 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             gpu,
             host,
             kernels,
+            machine_code,
             plot,
             sweep,
+            traffic,
         )
     except ModuleNotFoundError as error:
         print(f"{error}. Remedy: pip install -e '.[cli,perf]'", file=sys.stderr)
@@ -45,6 +48,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ("calls", calls, "count the Python calls of a warm call, without a GPU"),
         ("host", host, "measure the host cost of a call, with or without a GPU"),
         ("cpu", cpu, "time the CPU path over PyTorch's own operations, without a GPU"),
+        ("machine-code", machine_code, "compile kernels and peers' for sm_90, count instructions"),
+        ("accuracy", accuracy, "measure errors of kernels and peers' against float64"),
+        ("traffic", traffic, "count bytes and launches of kernels and peers' in the interpreter"),
         ("coverage", coverage, "count what is fused in public models, without a GPU"),
         ("kernels", kernels, "count the kernels that a training step of each model compiles"),
     )

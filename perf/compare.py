@@ -112,7 +112,7 @@ def time_revisions(
         for name in ("old", "new", "new", "old"):
             out = folder / f"{len(rounds['old'])}-{len(rounds['new'])}-{name}"
             command = [sys.executable, "-m", "perf", "bench", *flags, "--out", str(out)]
-            _run(command, folder / name)
+            run_command(command, folder / name)
             rounds[name] += records.read(out)
     return merged(rounds["old"]), merged(rounds["new"])
 
@@ -121,14 +121,19 @@ def time_revisions(
 def worktree(revision: str, folder: Path) -> Iterator[None]:
     """Check a revision out for the duration of the context."""
     here = Path(__file__).parent
-    _run(["git", "worktree", "add", "--quiet", "--detach", str(folder), revision], here)
+    run_command(["git", "worktree", "add", "--quiet", "--detach", str(folder), revision], here)
     try:
         yield
     finally:
-        _run(["git", "worktree", "remove", "--force", str(folder)], here)
+        run_command(["git", "worktree", "remove", "--force", str(folder)], here)
 
 
-def _run(command: Sequence[str], folder: Path) -> None:
+def run_command(command: Sequence[str], folder: Path) -> None:
+    """Run a command in a folder.
+
+    Raises:
+        ValueError: it could not run.
+    """
     status = subprocess.run(command, cwd=folder).returncode
     if status > 1:  # 1: triton_gn was wrong somewhere; its records are skipped
         raise ValueError(f"`{shlex.join(command)}` failed with exit status {status} in {folder}.")

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from perf import records
+from perf.evidence_figures import draw_all
 from perf.figures import copy_share, memory, roofline, speedup, sweep
 from perf.records import FIGURES, RESULTS, Record, case, slug, workload
 from perf.sheet import THEMES, labels
@@ -27,13 +28,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "paths", nargs="*", type=Path, default=[RESULTS], metavar="PATH", help=paths
     )
+    parser.add_argument(
+        "--evidence", action="store_true", help="draw what needs no GPU: accuracy, traffic, schemes"
+    )
     out = f"where the figures go (default: {FIGURES})"
     parser.add_argument("--out", type=Path, default=FIGURES, metavar="FOLDER", help=out)
 
 
 def run(options: argparse.Namespace) -> int:
     """Draw the records of the paths and print each file; return the exit status."""
-    for path in draw(load(options.paths), options.out):
+    evidence = options.evidence
+    paths = draw_all(options.out) if evidence else draw(load(options.paths), options.out)
+    for path in paths:
         print(path)
     return 0
 

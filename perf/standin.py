@@ -26,7 +26,7 @@ class StandIn:
         """Return a launcher for Triton to keep; it looks the driver up at each launch."""
         return lambda *arguments: driver.active.launched(*arguments)
 
-    def load_binary(self, name: str, *_: Any) -> tuple[None, str, int, int, int]:
+    def load_binary(self, name: str, *_: Any) -> tuple[None, Any, int, int, int]:
         """Return module, function, registers, spills and the most threads of a program."""
         return None, name, 32, 0, 1024
 
@@ -47,13 +47,13 @@ class StandIn:
 
 
 @contextmanager
-def active(launched: Launched = lambda *_: None) -> Iterator[None]:
-    """Make the stand-in Triton's driver for the duration of the context."""
+def active(launched: Launched = lambda *_: None, kind: type[StandIn] = StandIn) -> Iterator[None]:
+    """Make a stand-in Triton's driver for the duration of the context."""
     try:
         before = driver.active
     except RuntimeError:
         before = None  # no GPU: Triton will look again
-    driver.set_active(StandIn(launched))
+    driver.set_active(kind(launched))
     try:
         yield
     finally:

@@ -558,7 +558,7 @@ def test_revisions_take_turns_and_leave_nothing(
             found = record(ms_p20=ms - 0.5, ms_p50=ms, ms_p80=ms + 0.5)
             save(Path(command[-1]) / "day.jsonl", [found])
 
-    monkeypatch.setattr(compare, "_run", fake)
+    monkeypatch.setattr(compare, "run_command", fake)
     old, new = compare.time_revisions(["v1", "v2"], ["--core"], tmp_path)
     assert [one.split(" -")[0].split()[:2] for one in commands if "bench" not in one] == [
         ["perf", "worktree"]
@@ -575,8 +575,8 @@ def test_revisions_take_turns_and_leave_nothing(
 
 def test_command_of_a_revision_that_fails(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="exit status 3"):
-        compare._run(["sh", "-c", "exit 3"], tmp_path)
-    compare._run(["sh", "-c", "exit 1"], tmp_path)
+        compare.run_command(["sh", "-c", "exit 3"], tmp_path)
+    compare.run_command(["sh", "-c", "exit 1"], tmp_path)
 
 
 def test_calls_stay_below_the_goals(capsys: pytest.CaptureFixture[str]) -> None:

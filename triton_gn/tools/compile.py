@@ -89,7 +89,7 @@ def compile_launch(launch: Launch, target: str) -> Kernel:
     compiled = _compiled(launch, target)
     instructions = None
     if _is_nvidia(target):
-        registers, spills = _nvidia_usage(compiled.asm["cubin"])
+        registers, spills = nvidia_usage(compiled.asm["cubin"])
         instructions = _instructions(launch, compiled.asm["cubin"])
     else:
         registers, spills = _amd_usage(compiled.asm["amdgcn"])
@@ -146,6 +146,12 @@ def cache_key(launch: Launch, target: str) -> tuple[str, ...]:
     source = source_of(launch, nvidia)
     parts = source.signature, source.constants, source.attrs, launch.options(nvidia)
     return launch.kernel.__name__, *map(str, parts)
+
+
+def cubin_of(launch: Launch, target: str) -> bytes:
+    """Return the machine code of a launch compiled for an NVIDIA target."""
+    code: bytes = _compiled(launch, target).asm["cubin"]
+    return code
 
 
 def _is_nvidia(target: str) -> bool:
@@ -259,7 +265,7 @@ def _accesses(llvm: str) -> Iterator[tuple[int, str]]:
             yield int(count or 1) * bits // 8, address
 
 
-def _nvidia_usage(cubin: bytes) -> tuple[int, int]:
+def nvidia_usage(cubin: bytes) -> tuple[int, int]:
     """Return registers, and bytes of stack, which the kernels have only for spills."""
     usage = sass.resource_usage(cubin)
     return _number(r"REG:(\d+)", usage), _number(r"STACK:(\d+)", usage)
@@ -272,25 +278,44 @@ def _amd_usage(assembly: str) -> tuple[int, int]:
 
 
 def _instructions(launch: Launch, cubin: bytes) -> float | None:
-    if "TILE" not in launch.arguments or "pipeline" in launch.arguments:
-        return None  # no tensors; or pipelined, whose programs do different amounts of work
-    tile = {name: field.value for name, field in vars(launch.arguments["TILE"]).items()}
-    blocks = 1
-    if "split_vecs" in launch.arguments:
-        along, vec = ("rows", 1) if tile["channels_last"] else ("cols", tile["vec"])
-        block_vecs = tile[along] * tile["pixel_tiles"] // vec
-        blocks = math.ceil(launch.arguments["split_vecs"] / block_vecs)
-    iterations = blocks
-    if launch.kernel.__name__.endswith("moments_kernel"):
-        from triton_gn.kernels.split import BLOCKS_AT_ONCE
-
-        # the first block of each is read before the main loop
-        iterations -= math.ceil(blocks / BLOCKS_AT_ONCE.value)
+    iterations = main_loop_iterations(launch)
+    if iterations is None:
+        return None
+    tile = _tile_of(launch)
     executed = sass.executed(sass.disassembled(cubin), iterations)
-    fragments = tile["channel_tiles"] * tile["pixel_tiles"] * blocks
-    elements = tile["rows"] * tile["cols"] * fragments
-    per_element: float = executed * 32 * launch.num_warps / elements
+    fragments = tile["channel_tiles"] * tile["pixel_tiles"] * _blocks(launch, tile)
+    per_element: float = (
+        executed * 32 * launch.num_warps / (tile["rows"] * tile["cols"] * fragments)
+    )
     return round(per_element, 1)
+
+
+def main_loop_iterations(launch: Launch) -> int | None:
+    """Return how often a program executes its main loop, None if programs differ in their work."""
+    if "TILE" not in launch.arguments or "pipeline" in launch.arguments:
+        return None  # no tensors of x's size; or pipelined
+    blocks = _blocks(launch, _tile_of(launch))
+    if not launch.kernel.__name__.endswith("moments_kernel"):
+        return blocks
+    from triton_gn.kernels.split import BLOCKS_AT_ONCE
+
+    # the first block of each is read before the main loop
+    at_once: int = BLOCKS_AT_ONCE.value
+    return blocks - math.ceil(blocks / at_once)
+
+
+def _tile_of(launch: Launch) -> dict[str, Any]:
+    return {name: field.value for name, field in vars(launch.arguments["TILE"]).items()}
+
+
+def _blocks(launch: Launch, tile: dict[str, Any]) -> int:
+    """Return the number of blocks of pixels that a program walks over."""
+    if "split_vecs" not in launch.arguments:
+        return 1
+    along, vec = ("rows", 1) if tile["channels_last"] else ("cols", tile["vec"])
+    vecs: int = launch.arguments["split_vecs"]
+    block_vecs: int = tile[along] * tile["pixel_tiles"] // vec
+    return math.ceil(vecs / block_vecs)
 
 
 def _converted_tiles(launch: Launch, ttgir: str) -> int:

@@ -55,12 +55,16 @@ def executed(code: Sequence[Instruction], iterations: int) -> int:
     Other loops count once: they merge partial results and mostly run once. Branches for rare cases,
     such as the slow path of a division, count as taken.
     """
-    path = _main_path(code)
-    loop = max(_loops(path), key=_accesses, default=[])
-    return len(path) + len(loop) * (iterations - 1)
+    path = main_path(code)
+    return len(path) + len(main_loop(path)) * (iterations - 1)
 
 
-def _main_path(code: Sequence[Instruction]) -> Sequence[Instruction]:
+def main_loop(path: Sequence[Instruction]) -> Sequence[Instruction]:
+    """Return the loop with most accesses to global memory, empty if there is none."""
+    return max(innermost_loops(path), key=accesses, default=[])
+
+
+def main_path(code: Sequence[Instruction]) -> Sequence[Instruction]:
     """Return the code without subroutines, and without the path of programs with other work."""
     ends = [
         i + 1
@@ -68,7 +72,7 @@ def _main_path(code: Sequence[Instruction]) -> Sequence[Instruction]:
         if instruction.name == "EXIT" and not instruction.is_conditional
     ]
     parts = [code[i:j] for i, j in itertools.pairwise([0, *ends])]
-    main = max(parts, key=_accesses, default=code)
+    main = max(parts, key=accesses, default=code)
     if main is code or main is parts[0]:
         return main
     fork = next(
@@ -79,14 +83,17 @@ def _main_path(code: Sequence[Instruction]) -> Sequence[Instruction]:
     return [*code[: fork + 1], *main]
 
 
-def _accesses(code: Sequence[Instruction]) -> tuple[int, int]:
+def accesses(code: Sequence[Instruction]) -> tuple[int, int]:
     """Count stores to and loads from global memory: the work on tensors has the most."""
     names = [instruction.name.partition(".")[0] for instruction in code]
     return names.count("STG"), names.count("LDG")
 
 
-def _loops(code: Sequence[Instruction]) -> list[Sequence[Instruction]]:
-    """Return the innermost loops, each from the target of a backward branch to the branch."""
+def innermost_loops(code: Sequence[Instruction]) -> list[Sequence[Instruction]]:
+    """Return the innermost of the loops that load or store tensors.
+
+    Each is the code from the target of a backward branch to the branch.
+    """
     index_of = {instruction.address: i for i, instruction in enumerate(code)}
     loops: list[tuple[int, int]] = []
     for i, instruction in enumerate(code):
@@ -94,6 +101,7 @@ def _loops(code: Sequence[Instruction]) -> list[Sequence[Instruction]]:
             continue
         target = re.search(r"0x([0-9a-f]+)", instruction.operands)
         start = index_of.get(int(target[1], 16), i) if target else i
-        if start < i and not any(start <= inner for inner, _ in loops):
+        is_innermost = start < i and not any(start <= inner for inner, _ in loops)
+        if is_innermost and any(accesses(code[start : i + 1])):
             loops.append((start, i + 1))
     return [code[start:end] for start, end in loops]
