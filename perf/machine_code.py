@@ -21,12 +21,11 @@ from typing import Any
 import torch
 
 from perf import common, compare, evidence, peers
-from perf.kernels import key_of
 from perf.records import OURS
 from perf.standin import StandIn, active
 from triton_gn.plan import TARGETS, plan
 from triton_gn.tools import sass, workloads
-from triton_gn.tools.compile import cubin_of, main_loop_iterations, nvidia_usage
+from triton_gn.tools.compile import cache_key, cubin_of, main_loop_iterations, nvidia_usage
 from triton_gn.tools.inspection import launches_of, tracked
 from triton_gn.tools.workloads import DIRECTIONS, Workload
 
@@ -140,7 +139,7 @@ def executed(path: Sequence[object], repeated: int, iterations: int) -> tuple[in
 
 def digest_of(launches: Sequence[Any]) -> str:
     """Return a digest of what Triton would compile for launches, besides the kernels' source."""
-    keys = [(launch.grid, *key_of(launch, TARGET)) for launch in launches]
+    keys = [(launch.grid, *cache_key(launch, TARGET)) for launch in launches]
     return hashlib.sha256(repr(keys).encode()).hexdigest()[:16]
 
 
