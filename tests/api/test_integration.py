@@ -240,14 +240,20 @@ def test_vmap_over_one_operand(in_dims: tuple[int | None, ...], channels_last: b
 
 @pytest.mark.usefixtures("fresh_dynamo")
 @each_layout
-def test_compiled_transforms(channels_last: bool) -> None:
-    one = make_operands("silu", channels_last)
-    two = tuple(t + 1 for t in one)
-    gradient = grad(functools.partial(loss, group_norm, "silu"), argnums=tuple(range(len(one))))
-    compiled = torch.compile(vmap(gradient), backend="aot_eager", fullgraph=True)
-    results = compiled(*(torch.stack(pair) for pair in zip(one, two, strict=True)))
-    for i, operands in enumerate((one, two)):
-        torch.testing.assert_close(tuple(t[i] for t in results), gradient(*operands))
+@pytest.mark.parametrize("per_example", [False, True])
+def test_compiled_transforms(channels_last: bool, per_example: bool) -> None:
+    operands = make_operands("silu", channels_last)
+    argnums = tuple(range(len(operands)))
+    gradient = grad(functools.partial(loss, group_norm, "silu"), argnums=argnums)
+    examples = (operands, tuple(t + 1 for t in operands)) if per_example else (operands,)
+    expected = [gradient(*example) for example in examples]
+    if per_example:
+        gradient = vmap(gradient)
+        operands = tuple(torch.stack(pair) for pair in zip(*examples, strict=True))
+    compiled = torch.compile(gradient, backend="aot_eager", fullgraph=True)
+    results = compiled(*operands)
+    for i, grads in enumerate(expected):
+        torch.testing.assert_close(tuple(t[i] for t in results) if per_example else results, grads)
 
 
 @each_fusion
