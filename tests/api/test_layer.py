@@ -30,8 +30,8 @@ X = random(*SHAPE).float()
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=short)
 
 
-def make_layer(activation: str | None = "silu", **rest: Any) -> triton_gn.GroupNorm:
-    layer = triton_gn.GroupNorm(GROUPS, 6, activation=activation, **rest)
+def make_layer(activation: str | None = "silu", **options: Any) -> triton_gn.GroupNorm:
+    layer = triton_gn.GroupNorm(GROUPS, 6, activation=activation, **options)
     operands = make_operands()
     with torch.no_grad():
         for name, parameter in layer.named_parameters():
