@@ -245,7 +245,7 @@ def _is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def _cell(row: dict[str, Any], kind: str) -> str:
+def cell(row: dict[str, Any], kind: str) -> str:
     fused = dict.fromkeys(str(row[way][kind]) for way in ("converted", "compiled"))
     return f"{', '.join(fused)} of {row['foldable'][kind]}" if row["foldable"][kind] else ""
 
@@ -276,7 +276,7 @@ def run(options: argparse.Namespace) -> int:
     for name, row in (*rows.items(), ("all", total)):
         both = [row.get(f"{way}_difference", 0.0) for way in ways[:2]]
         norms = str(row["foldable"]["norms"])
-        table.add_row(name, norms, *(_cell(row, kind) for kind in KINDS), f"{max(both):.0e}")
+        table.add_row(name, norms, *(cell(row, kind) for kind in KINDS), f"{max(both):.0e}")
     Console().print(table)
     if rows and not options.model:
         versions = {p: importlib.metadata.version(p) for p in {MODELS[n][0] for n in rows}}

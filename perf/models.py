@@ -26,7 +26,7 @@ def timm(name: str, **options: Any) -> Case:
         from timm.layers import GroupNormAct
 
         options["norm_layer"] = partial(GroupNormAct, num_groups=8)
-    return Case(timm.create_model(name, **options), (torch.randn(2, 3, 32, 32),), {})
+    return Case(timm.create_model(name, **options), (torch.randn(2, 3, 64, 64),), {})
 
 
 def regnet() -> Case:
@@ -36,14 +36,14 @@ def regnet() -> Case:
     act = partial(GroupNormAct, num_groups=8)
     sizes: dict[str, Any] = {"w0": 24, "wa": 36.44, "wm": 2.49, "depth": 13, "group_size": 8}
     config = RegNetCfg(**sizes, se_ratio=0.25, norm_layer=act)
-    return Case(RegNet(config, num_classes=10), (torch.randn(2, 3, 32, 32),), {})
+    return Case(RegNet(config, num_classes=10), (torch.randn(2, 3, 64, 64),), {})
 
 
 def torchvision_resnet(name: str) -> Case:
     import torchvision
 
     model = getattr(torchvision.models, name)(norm_layer=GROUPS)
-    return Case(model, (torch.randn(2, 3, 32, 32),), {})
+    return Case(model, (torch.randn(2, 3, 64, 64),), {})
 
 
 def raft() -> Case:

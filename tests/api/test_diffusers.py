@@ -497,7 +497,7 @@ OBSTACLES: dict[str, tuple[Callable[[nn.Module], object], list[str], str]] = {
     "norm shared": (
         lambda block: setattr(block, "norm2", block.norm1),
         ["norm1"],
-        "its parent, a ResnetBlock2D, calls norm2, which it holds in several places",
+        "its parent, a ResnetBlock2D, uses norm2, which it holds in several places",
     ),
 }
 

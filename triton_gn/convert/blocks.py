@@ -17,13 +17,15 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils import parametrize
 
+from triton_gn.convert.conditions import Condition, UntraceableError, is_hooked
 from triton_gn.convert.regions import compile_graph, follow, fuse_region
-from triton_gn.convert.trace import Condition, Key, Tracer, UntraceableError, is_hooked, structure
+from triton_gn.convert.trace import Key, Tracer, structure
 from triton_gn.distributed import ShardedGroupNorm
 from triton_gn.fuse.norms import emit, find
 from triton_gn.fuse.operations import activation_of, module_of
 from triton_gn.module import GroupNorm
 from triton_gn.ops import context
+from triton_gn.ops.dispatch import warn_once
 
 _MOST_TRACES = 8  # of one module; a forward that needs more runs as it is
 FORWARDS = "_fused_forwards"  # attribute of a module: its Forwards
@@ -97,8 +99,9 @@ def trace(module: nn.Module, key: Key, ranks: Sequence[int], inlined: Sequence[s
         is_call = node.op == "call_module"
         if is_call and "_converted" not in vars(module.get_submodule(path)):
             continue  # PyTorch's, or one that the model has had from the start
-        if isinstance(norm, str):
-            fates[path] = "replaced", norm
+        if isinstance(norm, str) or type(norm.num_groups) is not int:
+            reason = norm if isinstance(norm, str) else "its number of groups is computed"
+            fates[path] = "replaced", reason
             continue
         if norm.module is None and not norm.is_ours:
             norm, is_fused = _replace(norm), True
@@ -108,12 +111,12 @@ def trace(module: nn.Module, key: Key, ranks: Sequence[int], inlined: Sequence[s
         if region is not None:
             fates[path], is_fused = ("folded", region.fused), True
             for layer in filter(None, map(module_of, found.nodes)):
-                tracer.require_layer(layer)
+                tracer.conditions.require_layer(layer)
         else:
             fates[path] = "replaced", found.stop
     return Trace(
         key,
-        tracer.condition(),
+        tracer.conditions.function(),
         compile_graph(code, type(module).__name__),
         fates,
         is_open,
@@ -143,12 +146,21 @@ def select(module: nn.Module, key: Key, tensors: Sequence[Tensor]) -> Trace | No
     """Return the fused forward for a call, None if the module's own must run."""
     if _has_any_global_hook() or context.is_tracing():
         return None
-    forwards = vars(module)[FORWARDS]
+    forwards = vars(module).get(FORWARDS)
+    if forwards is None:  # a new instance of the class, such as a slice of a Sequential
+        return None
     for known in forwards.traces:
         if known.key == key and known.holds(module, tensors):
             return known  # type: ignore[no-any-return]
     watched = torch._C._len_torch_function_stack() > 0 or context.has_mode()
-    if context.is_compiling() or watched or len(forwards.traces) >= _MOST_TRACES:
+    if context.is_compiling() or watched:
+        return None
+    if len(forwards.traces) >= _MOST_TRACES:
+        warn_once(
+            f"triton_gn.convert fuses a module in at most {_MOST_TRACES} states and kinds of "
+            f"arguments; a {type(module).__name__} has come in more, which run unfused. Pass what "
+            "changes from call to call as a tensor."
+        )
         return None
     try:
         new = trace(module, key, [tensor.ndim for tensor in tensors], forwards.inlined)

@@ -23,7 +23,6 @@ from triton_gn.fuse.operations import (
     activation_of,
     called_name,
     is_identity,
-    module_of,
     operation,
     sum_with_one,
 )
@@ -63,6 +62,8 @@ class Variant:
 
 class Region:
     """A function in place of a norm and the operations around it; it selects a variant."""
+
+    allocates = True  # its result shares memory with none of its arguments
 
     def __init__(self, name: str, variants: Sequence[Variant], otherwise: Function) -> None:
         self.__name__ = name
@@ -148,6 +149,8 @@ def _why_not(nodes: Sequence[fx.Node], current: fx.Node) -> str | None:
         return f"is followed by {called_name(node)}, which cannot be fused"
     if not all(isinstance(argument, fx.Node) for argument in node.args) or node.kwargs:
         return f"is followed by {called_name(node)} with a number"
+    if call.in_place and node.args[0] is not current:
+        return "is added to a tensor in place"
     return None
 
 
@@ -261,7 +264,7 @@ def _variant(
 ) -> Variant | None:
     """Return the region as the graph pass fuses it for tensors of these kinds, if it does."""
     code, copies = _copy(found, tensors, root)
-    channels = _channels(found.norm, root)
+    channels = 2 * found.norm.num_groups
     full = torch.empty(2, channels, 3, 5, device="meta")
     rows = torch.empty(2, channels, 1, 1, device="meta")
     for node, copy in copies.items():
@@ -279,16 +282,6 @@ def _variant(
     others = tuple((positions[node], kind) for node, kind in kinds.items() if kind != "x")
     ((_, reason),) = report.folded
     return Variant(x, others, compile_graph(code, found.norm.node.name), reason.partition(";")[0])
-
-
-def _channels(norm: Norm, root: nn.Module) -> int:
-    """Return a number of channels that the norm accepts."""
-    module, weight = module_of(norm.node), norm.operands.get("weight")
-    if isinstance(module, nn.GroupNorm):
-        return module.num_channels
-    if isinstance(weight, fx.Node) and weight.op == "get_attr":
-        return len(root.get_parameter(str(weight.target)))
-    return 2 * int(norm.num_groups)
 
 
 def _call_the_layer(norm: Norm, code: fx.Graph) -> None:

@@ -1,16 +1,8 @@
-"""Trace the forward of one module into a graph, with the conditions under which the graph is right.
-
-torch.fx bakes into a graph what Python decides while it traces: which branch an attribute selects,
-which layers a list holds. Here every attribute that the forward reads becomes a condition, or, if
-it could change unseen, a reason not to trace.
-"""
+"""Trace the forward of one module into a graph, and the conditions under which it is right."""
 
 import contextlib
-import enum
-import functools
-import math
 import operator
-import types
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -19,27 +11,20 @@ from unittest import mock
 import torch
 from torch import Tensor, fx, nn
 
-from triton_gn.activations import function_of
+from triton_gn.convert.conditions import Conditions, UntraceableError
 
 # What PyTorch keeps in every module, and torch.fx reads; reading it decides nothing in a forward.
 _INTERNALS = frozenset(
     vars(nn.Module()).keys() - {"training", "_modules", "_parameters", "_buffers"} | {"forward"}
 )
-_SCALARS = (bool, int, float, complex, str, bytes, type(None), enum.Enum)
-_TORCH_VALUES = (torch.dtype, torch.device, torch.layout, torch.memory_format)
-_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, type, functools.partial)
 # Questions whose answer torch.fx would bake in; torch.is_grad_enabled becomes a condition instead.
 _QUESTIONS = (
     *("is_autocast_enabled", "is_autocast_cpu_enabled", "get_autocast_dtype"),
     *("get_autocast_gpu_dtype", "is_inference_mode_enabled", "get_default_dtype"),
 )
 
+_TRACING = threading.Lock()  # torch.fx replaces methods of nn.Module while it traces
 Key = tuple[Any, ...]
-Condition = Callable[[nn.Module, Sequence[Tensor]], bool]
-
-
-class UntraceableError(Exception):
-    """The forward cannot be traced; the text continues "cannot be traced: it ..."."""
 
 
 def structure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Key, list[Tensor]] | None:
@@ -63,10 +48,20 @@ def structure(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Key, list[
 
 
 class _TensorProxy(fx.Proxy):
-    """Proxy that isinstance takes for a tensor, and that tells the rank of an argument."""
+    """Proxy that behaves more like the tensor, or the size of one, that it stands for.
+
+    isinstance takes it for a tensor. It tells the rank of an argument, and records operations in
+    place as such: torch.fx would make ``y += x`` a new tensor, though others may refer to y.
+    """
 
     tracer: "Tracer"
-    __class__ = property(lambda self: Tensor)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        """Return the class for isinstance, which torch.fx does not know of a size."""
+        if _is_size(self.node):
+            raise UntraceableError("asks for the class of a size")
+        return Tensor
 
     def __getattr__(self, name: str) -> Any:
         """Return the rank or a proxy of the shape, for code that asks for the length of either."""
@@ -75,7 +70,13 @@ class _TensorProxy(fx.Proxy):
             return rank if name == "ndim" else lambda: rank
         if name == "shape":
             return self.tracer.create_proxy("call_function", getattr, (self, name), {})
-        return super().__getattr__(name)
+        return _Attribute(self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set what torch.fx needs; refuse attributes of tensors, such as requires_grad."""
+        if name not in ("tracer", "node"):
+            raise UntraceableError(f"sets an attribute of a tensor, {name}")
+        object.__setattr__(self, name, value)
 
     def __len__(self) -> int:
         """Return the length of a shape, or of a slice of one."""
@@ -90,6 +91,51 @@ class _TensorProxy(fx.Proxy):
             raise UntraceableError("decides by the values or shapes of tensors")
         return len(range(rank)[part])
 
+    def __str__(self) -> str:
+        """Refuse: a text may decide what happens next."""
+        raise UntraceableError("reads a tensor or its attributes as text")
+
+    def __format__(self, spec: str) -> str:
+        """Refuse: a text may decide what happens next."""
+        return str(self)
+
+
+class _Attribute(fx.proxy.Attribute):
+    """Attribute of a tensor, or a method until it is called."""
+
+    __str__, __format__ = _TensorProxy.__str__, _TensorProxy.__format__
+
+
+def _record_in_place(function: Callable[..., Any]) -> Callable[..., Any]:
+    def operate(self: _TensorProxy, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return operate
+
+
+for _name in (
+    "add",
+    "sub",
+    "mul",
+    "truediv",
+    "floordiv",
+    "mod",
+    "pow",
+    "matmul",
+    "and",
+    "or",
+    "xor",
+):
+    setattr(_TensorProxy, f"__i{_name}__", _record_in_place(getattr(operator, f"i{_name}")))
+
+
+def _is_size(node: fx.Node) -> bool:
+    """Return whether a node's value is a shape, a size, or computed from sizes."""
+    if node.target in ("size", "dim", "numel") or (node.target is getattr and "shape" in node.args):
+        return True
+    is_arithmetic = getattr(node.target, "__module__", "") == "_operator"
+    return is_arithmetic and any(map(_is_size, node.all_input_nodes))
+
 
 class Tracer(fx.Tracer):
     """Tracer of one module's forward for arguments of one structure.
@@ -101,25 +147,20 @@ class Tracer(fx.Tracer):
         inlined: the modules inside it that are traced too. All others stay calls.
 
     Attributes:
-        conditions: Python expressions over ``self``, the module, ``tensors``, those among the
-            arguments, and ``torch``. They must be true for the graph to be right.
-        constants: the values that the expressions name.
+        conditions: what must hold for the graph to be right.
     """
 
     def __init__(
         self, root: nn.Module, key: Key, ranks: Sequence[int], inlined: set[nn.Module]
     ) -> None:
         super().__init__()
-        self.conditions: dict[str, None] = {}  # a set that keeps its order
-        self.constants: dict[str, Any] = {"torch": torch}
+        self.conditions = Conditions(root)
         self._key = key
         self._ranks = ranks
         self._inputs: list[fx.Node] = []
         self._inlined = inlined
-        self._reading = False
-        names = list(root.named_modules(remove_duplicate=False))
-        self._paths: dict[nn.Module, str] = {module: name for name, module in names}
-        self._shared = {module for name, module in names if self._paths[module] != name}
+        self._reading = False  # whether the forward itself runs now
+        self._thread = threading.get_ident()
         tensors = (*root.named_parameters(), *root.named_buffers())
         self._tensors = {id(tensor): name for name, tensor in tensors}
 
@@ -131,7 +172,7 @@ class Tracer(fx.Tracer):
         """
         self._modes = _modes()
         try:
-            with self._watching(), warnings.catch_warnings(record=True) as told:
+            with _TRACING, self._watching(), warnings.catch_warnings(record=True) as told:
                 warnings.simplefilter("always")
                 code = self.trace(root)
         except UntraceableError:
@@ -143,28 +184,6 @@ class Tracer(fx.Tracer):
         if told:
             raise UntraceableError("warns, which a graph would not")
         return code
-
-    def require_layer(self, layer: nn.Module) -> None:
-        """Require that a layer which is fused keeps its class, its settings, and no hooks."""
-        self._require_plain(layer)
-        function = function_of(layer)
-        settings = {
-            name: getattr(layer, name) for name in ("activation", "p") if hasattr(layer, name)
-        }
-        for name, value in (settings | (function[1] if function else {})).items():
-            self._require_equal(expression(self._paths[layer], name), value)
-
-    def condition(self) -> Condition:
-        """Return the function that tells whether the graph is right for a module and tensors."""
-        conditions = " and ".join(self.conditions) or "True"
-        source = (
-            f"def holds(self, tensors):\n    try:\n        return {conditions}\n"
-            "    except AttributeError:\n        return False\n"
-        )
-        names = dict(self.constants)
-        exec(compile(source, "<triton_gn.convert: holds>", "exec"), names)
-        holds: Condition = names["holds"]
-        return holds
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
@@ -202,7 +221,7 @@ class Tracer(fx.Tracer):
         if node not in self._inputs:
             return None
         index = self._inputs.index(node)
-        self.conditions[f"tensors[{index}].ndim == {self._ranks[index]}"] = None
+        self.conditions.add(f"tensors[{index}].ndim == {self._ranks[index]}")
         return self._ranks[index]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -213,18 +232,17 @@ class Tracer(fx.Tracer):
         self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Record the call of a module, or trace into it."""
-        if m not in self._paths:
-            raise UntraceableError(f"calls a {type(m).__name__} that it does not hold")
-        if m in self._shared:
-            raise UntraceableError(f"calls {self._paths[m]}, which it holds in several places")
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)  # torch.fx replaces nn.Module.__call__ for all
+        self.conditions.path_of(m)
         if m in self._inlined:
-            self._require_plain(m)
+            self.conditions.require_plain(m)
             return unfused_class(m).forward(m, *args, **kwargs)
         return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Return a proxy of a parameter or buffer, and anything else as it is."""
-        if not isinstance(attr_val, Tensor):
+        if not isinstance(attr_val, Tensor) or threading.get_ident() != self._thread:
             return attr_val
         path = self._tensors.get(id(attr_val))
         if path is None:
@@ -247,6 +265,10 @@ class Tracer(fx.Tracer):
             raise UntraceableError("switches gradients or autocast")
         return super().create_node(*args, **kwargs)
 
+    def _is_ours(self) -> bool:
+        """Return whether the traced forward runs now, and not another thread's code."""
+        return self._reading and threading.get_ident() == self._thread
+
     @contextlib.contextmanager
     def _watching(self) -> Iterator[None]:
         """Record what the forward reads, and refuse what it writes."""
@@ -254,26 +276,26 @@ class Tracer(fx.Tracer):
         assign = nn.Module.__setattr__
 
         def read(module: nn.Module, name: str) -> Any:
-            if not self._reading or name in _INTERNALS or name.startswith("__"):
+            if name.startswith("__") or name in _INTERNALS or not self._is_ours():
                 return lookup(module, name)
             try:
                 value = lookup(module, name)
             except AttributeError:  # nn.Module.__getattr__ looks for it next
                 self._reading = False
                 try:
-                    self._read_registered(module, name)
+                    self.conditions.read_registered(module, name)
                 finally:
                     self._reading = True
                 raise
             self._reading = False
             try:
-                self._read(module, name, value)
+                self.conditions.read(module, name, value)
             finally:
                 self._reading = True
             return value
 
         def write(module: nn.Module, name: str, value: Any) -> None:
-            if self._reading:
+            if self._is_ours():
                 raise UntraceableError(f"sets an attribute, {name}")
             assign(module, name, value)
 
@@ -281,7 +303,7 @@ class Tracer(fx.Tracer):
             original = getattr(torch, question)
 
             def ask(*args: Any, **kwargs: Any) -> Any:
-                if self._reading:
+                if self._is_ours():
                     raise UntraceableError(f"asks torch.{question}")
                 return original(*args, **kwargs)
 
@@ -291,8 +313,8 @@ class Tracer(fx.Tracer):
 
         def ask_for_gradients() -> bool:
             answer = is_grad_enabled()
-            if self._reading:
-                self.conditions[f"torch.is_grad_enabled() is {answer}"] = None
+            if self._is_ours():
+                self.conditions.add(f"torch.is_grad_enabled() is {answer}")
             return answer
 
         with contextlib.ExitStack() as stack:
@@ -304,55 +326,6 @@ class Tracer(fx.Tracer):
             stack.callback(delattr, nn.Module, "__getattribute__")
             yield
 
-    def _path(self, module: nn.Module, name: str) -> str | None:
-        """Return the expression of a module's attribute, None if the module is elsewhere."""
-        return None if module not in self._paths else expression(self._paths[module], name)
-
-    def _read(self, module: nn.Module, name: str, value: Any) -> None:
-        """Make a condition of an attribute that the forward has read."""
-        path = self._path(module, name)
-        if isinstance(getattr(type(module), name, None), property):
-            return  # what its function reads is a condition by itself
-        if path is None:
-            raise UntraceableError(f"reads {name} of a {type(module).__name__} elsewhere")
-        if name == "_modules":
-            self.conditions[f"[*{path}] == {[*value]!r}"] = None
-        elif type(value) is float and math.isnan(value):
-            raise UntraceableError(f"reads {name}, which is nan")
-        elif _is_constant(value):
-            self._require_equal(path, value)
-        elif isinstance(value, types.MethodType) or name not in vars(module):
-            pass  # a method: what it reads is a condition by itself
-        else:
-            raise UntraceableError(f"reads {name}, a {type(value).__name__}, which may change")
-
-    def _read_registered(self, module: nn.Module, name: str) -> None:
-        """Make a condition of a parameter, buffer or module, or of their absence."""
-        path = self._path(module, name)
-        if path is None:
-            raise UntraceableError(f"reads {name} of a {type(module).__name__} elsewhere")
-        for registered in (module._parameters, module._buffers, module._modules):
-            if name in registered:
-                kind = "is" if registered[name] is None else "is not"
-                self.conditions[f"{path} {kind} None"] = None
-                return
-        self.conditions[f"not hasattr({expression(self._paths[module])}, {name!r})"] = None
-
-    def _require_equal(self, path: str, value: Any) -> None:
-        if value is None or type(value) is bool:
-            self.conditions[f"{path} is {value}"] = None
-            return
-        constant = f"constant_{len(self.constants)}"
-        self.constants[constant] = value
-        self.conditions[f"{path} == {constant}"] = None
-
-    def _require_plain(self, module: nn.Module) -> None:
-        """Require that a module which is traced too has the class and the forward of now."""
-        path, kind = expression(self._paths[module]), f"class_{len(self.constants)}"
-        self.constants |= {kind: type(module), "is_hooked": is_hooked}
-        self.conditions[f"type({path}) is {kind}"] = None
-        self.conditions[f"not is_hooked({path})"] = None
-
 
 def _modes(
     # bound here, before the tracer replaces them in torch
@@ -363,31 +336,6 @@ def _modes(
     return gradients(), inference(), autocast("cpu"), autocast("cuda")
 
 
-def is_hooked(module: nn.Module) -> bool:
-    """Return whether a module's call does more than its class's forward."""
-    return bool(
-        "forward" in module.__dict__
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
-
-
 def unfused_class(module: nn.Module) -> Any:
     """Return a module's class, or the one that it had before ``convert``."""
     return getattr(type(module), "unfused", type(module))
-
-
-def expression(path: str, *names: str) -> str:
-    """Return the Python expression of an attribute, such as ``self.blocks`` for "blocks"."""
-    text = "self"
-    for name in (*filter(None, path.split(".")), *names):
-        text = f"{text}.{name}" if name.isidentifier() else f'getattr({text}, "{name}")'
-    return text
-
-
-def _is_constant(value: Any) -> bool:
-    if isinstance(value, tuple):
-        return all(map(_is_constant, value))
-    return isinstance(value, (*_SCALARS, *_TORCH_VALUES, *_FUNCTIONS))

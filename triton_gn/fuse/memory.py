@@ -52,6 +52,8 @@ def _memory(nodes: Iterable[fx.Node]) -> set[fx.Node | str]:
 
 def _allocates(node: fx.Node) -> bool:
     """Return whether a node's result is memory of its own."""
+    if getattr(node.target, "allocates", False):  # a region of convert
+        return True
     module, call = module_of(node), operation(node)
     if module is not None:
         return isinstance(module, _ALLOCATING_MODULES)
