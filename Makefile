@@ -10,8 +10,8 @@ MATRIX := $(TRITON_VERSIONS:%=matrix-%)
 # pytest runs one process per core: more threads in each would only compete.
 TEST_ENV := env -u TRITON_INTERPRET OMP_NUM_THREADS=1
 
-FAST_TESTS := tests/support $(addprefix tests/api/test_, architecture.py conversion.py fused.py \
-  group_norm.py layout.py settings.py statistics.py)
+FAST_TESTS := tests/support $(addprefix tests/api/test_, architecture.py conversion.py errors.py \
+  fused.py group_norm.py layer.py layout.py settings.py statistics.py)
 # every strategy, layout and direction, each kernel's answers against float64
 FAST_KERNEL_TESTS := tests/kernels/test_activations.py tests/kernels/test_forward_backward.py \
   -k "float32 and (matches_float64 or activations)"

@@ -61,15 +61,15 @@ def imported_names(module: str, source: str) -> Iterator[str]:
 
 def violations(module: str, source: str) -> list[str]:
     """Return the imports in a module's source that break a rule of its layers."""
-    found = []
+    violating = []
     for name in imported_names(module, source):
         never = [part for layer in NEVER if is_within(module, layer) for part in NEVER[layer]]
-        found += [f"{module} imports {name}" for part in never if is_within(name, part)]
+        violating += [f"{module} imports {name}" for part in never if is_within(name, part)]
         for layer in ONLY:
             allowed = sys.stdlib_module_names | ONLY[layer]
             if is_within(module, layer) and not any(is_within(name, part) for part in allowed):
-                found.append(f"{module} imports {name}")
-    return sorted(set(found))
+                violating.append(f"{module} imports {name}")
+    return sorted(set(violating))
 
 
 def run_python(code: str, folder: Path = ROOT, **environment: str) -> str:
@@ -86,11 +86,11 @@ def run_python(code: str, folder: Path = ROOT, **environment: str) -> str:
 def test_package_keeps_its_layers() -> None:
     paths = sorted(PACKAGE.rglob("*.py"))
     assert paths
-    found = []
+    violating = []
     for path in paths:
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        found += violations(module, path.read_text(encoding="utf-8"))
-    assert found == []
+        violating += violations(module, path.read_text(encoding="utf-8"))
+    assert violating == []
 
 
 @pytest.mark.parametrize(

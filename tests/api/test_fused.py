@@ -1,120 +1,38 @@
 """Tests of the operands that group_norm fuses with the normalisation, on the CPU."""
 
-import copy
-import inspect
 import itertools
 import math
-import pickle
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
-import triton_gn
 from tests.support.activations import ACTIVATIONS
+from tests.support.calls import (
+    DTYPES,
+    FUSED,
+    LAYOUTS,
+    OPERANDS,
+    PER_SAMPLE,
+    SHAPE,
+    SUBSETS,
+    composed,
+    each_layout,
+    fused,
+    in_float64,
+    lay,
+    make_operands,
+    short,
+    step,
+)
 from tests.support.pairs import each_pair, pairwise
-from tests.support.tensors import channels_innermost, random
+from tests.support.tensors import random
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-PER_SAMPLE = ("scale", "shift", "pre_add")
-FUSED = (*PER_SAMPLE, "residual")
-SUBSETS = [names for size in range(5) for names in itertools.combinations(FUSED, size)]
-SHAPE, GROUPS = (2, 6, 5, 4), 3
-
-
-def short(value: object) -> str:
-    return "+".join(value) or "alone" if isinstance(value, tuple) else str(value).split(".")[-1]
-
-
-LAYOUTS = (False, True)
-each_layout = pytest.mark.parametrize("channels_last", [False, True], ids=["contig", "cl"])
 each_per_sample = pytest.mark.parametrize("name", PER_SAMPLE)
-OPERANDS = ["input", "weight", "bias", *FUSED]
-
-
-def lay(x: Tensor, channels_last: bool) -> Tensor:
-    """Copy x with its channels innermost or outside the pixels."""
-    if channels_last:
-        return channels_innermost(x)
-    return x.clone(memory_format=torch.contiguous_format)
-
-
-def make_operands(
-    names: tuple[str, ...] = FUSED,
-    channels_last: bool = False,
-    dtype: torch.dtype = torch.float32,
-    shape: tuple[int, ...] = SHAPE,
-) -> dict[str, Tensor]:
-    """The arguments of group_norm by name: weight is not 1, bias not 0, scale per sample, shift per
-    channel, pre_add a row."""
-    n, channels = shape[:2]
-    values = {
-        "input": lay(random(*shape), channels_last),
-        "weight": random(channels, seed=1),
-        "bias": random(channels, seed=2),
-        "scale": random(n, channels, seed=3) / 2,
-        "shift": random(channels, seed=4),
-        "pre_add": random(1, channels, seed=5),
-        "residual": lay(random(*shape, seed=6), channels_last),
-    }
-    return {
-        name: value.to(dtype)
-        for name, value in values.items()
-        if name in ("input", "weight", "bias", *names)
-    }
-
-
-def composed(
-    activation: str | None, operands: dict[str, Tensor], num_groups: int = GROUPS
-) -> Tensor:
-    """The formula, an operation after the other, each rounding to the dtype."""
-    x = operands["input"]
-    rows = {
-        name: values.reshape(-1, x.shape[1], *[1] * (x.ndim - 2))
-        for name, values in operands.items()
-        if name in PER_SAMPLE
-    }
-    if "pre_add" in rows:
-        x = x + rows["pre_add"]
-    n = F.group_norm(x, num_groups, operands.get("weight"), operands.get("bias"))
-    if "scale" in rows:
-        n = n * (1 + rows["scale"])
-    if "shift" in rows:
-        n = n + rows["shift"]
-    if "residual" in operands:
-        n = n + operands["residual"]
-    return ACTIVATIONS[activation or "none"](n)
-
-
-def fused(activation: str | None, operands: dict[str, Any], num_groups: int = GROUPS) -> Tensor:
-    return triton_gn.group_norm(num_groups=num_groups, activation=activation, **operands)
-
-
-def step(
-    group_norm: Callable[..., Tensor],
-    activation: str | None,
-    operands: dict[str, Tensor],
-    dy: Tensor,
-    num_groups: int = GROUPS,
-) -> dict[str, Tensor]:
-    """y, and the gradient of each operand by its name."""
-    leaves = {name: value.detach().requires_grad_() for name, value in operands.items()}
-    y = group_norm(activation, leaves, num_groups)
-    grads = torch.autograd.grad(y, list(leaves.values()), dy.to(y.dtype))
-    return {"y": y.detach()} | dict(zip(leaves, grads, strict=True))
-
-
-def in_float64(
-    activation: str | None, operands: dict[str, Tensor], dy: Tensor, num_groups: int = GROUPS
-) -> dict[str, Tensor]:
-    doubled = {name: value.double() for name, value in operands.items()}
-    return step(composed, activation, doubled, dy.double(), num_groups)
 
 
 def roundings(result: Tensor, expected: Tensor) -> float:
@@ -315,24 +233,6 @@ def test_input_has_any_strides(view: Callable[[Tensor], Tensor]) -> None:
     torch.testing.assert_close(step(fused, "mish", operands, dy), in_float64("mish", operands, dy))
 
 
-@each_pair(
-    "shape activation dtype channels_last",
-    [(0, 6, 5), (2, 6, 0), (2, 6, 0, 4), (2, 0, 5), (0, 6)],
-    ["none", "silu"],
-    [torch.bfloat16, torch.float32],
-    LAYOUTS,
-)
-def test_empty_input_has_no_values_and_gradients_of_0(
-    shape: tuple[int, ...], activation: str, dtype: torch.dtype, channels_last: bool
-) -> None:
-    operands = make_operands(channels_last=channels_last, dtype=dtype, shape=shape)
-    results = step(fused, activation, operands, torch.ones(shape))
-    assert results["y"].dtype is dtype
-    assert results["y"].shape == shape
-    for name, operand in operands.items():
-        torch.testing.assert_close(results[name], torch.zeros_like(operand))
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=short)
 def test_infinities_and_nans_are_those_of_the_operations_one_by_one(dtype: torch.dtype) -> None:
     """Compare in float32: PyTorch's gelu of infinity is NaN there, but not in 16 bits."""
@@ -418,194 +318,6 @@ def test_derivatives_of_first_and_second_order(
 
     assert torch.autograd.gradcheck(y_of, leaves, fast_mode=True)
     assert torch.autograd.gradgradcheck(y_of, leaves, fast_mode=True)
-
-
-# Errors: the rule, the value received and, where there is one, the remedy
-
-X = random(*SHAPE).float()
-
-
-@pytest.mark.parametrize(
-    ("activation", "error", "message"),
-    [
-        ("swish", ValueError, "one of none, relu, .*; got 'swish'. Apply any other to the"),
-        ("SiLU", ValueError, "one of none, relu, .*; got 'SiLU'"),
-        ("", ValueError, "one of none, relu, .*; got ''"),
-        (nn.SiLU(), TypeError, r"None or a name, such as 'silu'; got SiLU\(\)"),
-        (F.silu, TypeError, "None or a name, such as 'silu'; got <function silu"),
-        (True, TypeError, "None or a name, such as 'silu'; got True"),
-        (["silu"], TypeError, r"None or a name, such as 'silu'; got \['silu'\]"),
-    ],
-    ids=["swish", "SiLU", "nothing", "module", "function", "bool", "list"],
-)
-@pytest.mark.parametrize(
-    "call",
-    [
-        lambda activation: triton_gn.group_norm(X, GROUPS, activation=activation),
-        lambda activation: triton_gn.group_norm(X[:0], GROUPS, activation=activation),
-        lambda activation: triton_gn.GroupNorm(GROUPS, 6, activation=activation),
-    ],
-    ids=["function", "of nothing", "layer"],
-)
-def test_activation_is_checked(
-    call: Callable[[Any], Any], activation: Any, error: type[Exception], message: str
-) -> None:
-    with pytest.raises(error, match=f"group_norm: activation must be {message}"):
-        call(activation)
-
-
-@each_per_sample
-@pytest.mark.parametrize(
-    "shape",
-    [
-        (), (7,), (1,), (2, 7), (3, 6), (0, 6), (6, 2), (6, 1), (6, 1, 1), (2, 6, 5, 4),
-        (2, 6, 1, 4), (1, 6, 5), (1, 2, 6), (2, 6, 1, 1, 1), (1, 1, 1, 1),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_shape_of_one_value_per_channel_is_checked(name: str, shape: tuple[int, ...]) -> None:
-    rule = r"\(6,\), \(1, 6\) or \(2, 6\), also with trailing sizes of 1 up to input's rank"
-    received = str(shape).replace("(", r"\(").replace(")", r"\)")
-    message = f"group_norm: {name} must have shape {rule}; got {received}"
-    with pytest.raises(ValueError, match=message):
-        fused(None, {"input": X, name: torch.ones(shape)})
-
-
-@pytest.mark.parametrize(
-    "shape",
-    [
-        (), (6,), (2, 6), (6, 5, 4), (1, 6, 5, 4), (2, 1, 5, 4), (2, 6, 1, 1), (2, 6, 5, 1),
-        (2, 6, 4, 5), (2, 6, 20), (1, 2, 6, 5, 4), (2, 6, 5, 4, 1), (3, 6, 5, 4),
-    ],
-    ids=str,
-)  # fmt: skip
-def test_shape_of_the_residual_is_checked(shape: tuple[int, ...]) -> None:
-    """PyTorch's broadcasting would take half of them."""
-    received = str(shape).replace("(", r"\(").replace(")", r"\)")
-    rule = r"input's shape \(2, 6, 5, 4\)"
-    with pytest.raises(ValueError, match=f"group_norm: residual must have {rule}; got {received}"):
-        triton_gn.group_norm(X, GROUPS, residual=torch.ones(shape))
-
-
-REFUSED: list[tuple[Callable[[Tensor], Any], type[Exception], str]] = [
-    (torch.Tensor.int, TypeError, r"float16, .* got torch.int32\. .*\.float\(\)"),
-    (torch.Tensor.bool, TypeError, r"float16, .* got torch.bool\. .*\.float\(\)"),
-    (lambda t: t.to(torch.complex64), TypeError, "float16, .* got torch.complex64"),
-    (lambda t: t.to(torch.float8_e4m3fn), TypeError, "float16, .* got torch.float8_e4m3fn"),
-    (torch.Tensor.to_sparse, TypeError, r"dense; got layout .*sparse_coo\. .*\.to_dense\("),
-    (lambda t: t.to("meta"), ValueError, r"on .* device cpu; got meta\. .*\.to\('cpu'\)"),
-    (torch.Tensor.tolist, TypeError, "a Tensor; got list"),
-    (torch.Tensor.numpy, TypeError, "a Tensor; got ndarray"),
-    (lambda _: 1.0, TypeError, "a Tensor; got float"),
-]
-
-
-@pytest.mark.parametrize(("name", "n", "refused"), pairwise(FUSED, (0, 2), REFUSED))
-def test_operands_are_checked(
-    name: str, n: int, refused: tuple[Callable[[Tensor], Any], type[Exception], str]
-) -> None:
-    convert, error, message = refused
-    operand = make_operands((name,), shape=(n, *SHAPE[1:]))[name]
-    with pytest.raises(error, match=f"group_norm: {name} must be {message}"):
-        fused(None, {"input": X[:n], name: convert(operand)})
-
-
-def test_input_is_checked_in_a_fused_call() -> None:
-    with pytest.raises(ValueError, match=r"6 channels .* into 4 groups; .*\(nearest: 3, 6\)"):
-        triton_gn.group_norm(X, 4, activation="silu")
-    with pytest.raises(ValueError, match=r"more than 1 value.*got shape \(1, 6\) with 6 groups"):
-        triton_gn.group_norm(torch.ones(1, 6), 6, shift=torch.ones(6))
-
-
-def test_fused_operands_are_named() -> None:
-    with pytest.raises(TypeError, match="positional argument"):
-        triton_gn.group_norm(X, GROUPS, None, None, 1e-5, "silu")  # type: ignore[call-arg]
-
-
-# The layer
-
-
-def make_layer(activation: str | None = "silu", **rest: Any) -> triton_gn.GroupNorm:
-    layer = triton_gn.GroupNorm(GROUPS, 6, activation=activation, **rest)
-    operands = make_operands()
-    with torch.no_grad():
-        for name, parameter in layer.named_parameters():
-            parameter.copy_(operands[name])
-    return layer
-
-
-@pytest.mark.parametrize("activation", [None, "none", "gelu_tanh"])
-def test_repr_shows_the_activation(activation: str | None) -> None:
-    theirs = nn.GroupNorm(GROUPS, 6, eps=1e-3).extra_repr()
-    added = "" if activation is None else f", activation={activation!r}"
-    layer = triton_gn.GroupNorm(GROUPS, 6, eps=1e-3, activation=activation)
-    assert repr(layer) == f"GroupNorm({theirs}{added})"
-
-
-def test_state_dict_does_not_know_of_the_activation() -> None:
-    ours, theirs = make_layer(), nn.GroupNorm(GROUPS, 6)
-    assert list(ours.state_dict()) == list(theirs.state_dict())
-    theirs.load_state_dict(ours.state_dict())
-    torch.testing.assert_close(ours(X), F.silu(theirs(X)))
-    other = triton_gn.GroupNorm(GROUPS, 6, activation="silu")
-    other.load_state_dict(theirs.state_dict())
-    assert torch.equal(other(X), ours(X))
-
-
-@pytest.mark.parametrize(
-    "copied",
-    [copy.deepcopy, copy.copy, lambda layer: pickle.loads(pickle.dumps(layer))],
-    ids=["deepcopy", "copy", "pickle"],
-)
-def test_copies_keep_the_activation(copied: Callable[[nn.Module], nn.Module]) -> None:
-    layer = make_layer("mish")
-    other = copied(layer)
-    assert isinstance(other, triton_gn.GroupNorm)
-    assert other.activation == "mish"
-    assert torch.equal(other(X), layer(X))
-
-
-def test_layer_pickled_before_there_were_activations_has_none() -> None:
-    layer = make_layer(None)
-    old = copy.deepcopy(layer)
-    del old.__dict__["activation"]
-    assert torch.equal(old(X), layer(X))
-    assert repr(old) == repr(layer)
-
-
-@pytest.mark.skipif(
-    "bias" not in inspect.signature(nn.GroupNorm).parameters,
-    reason="this version of PyTorch's layer has no bias keyword",
-)
-@pytest.mark.parametrize("activation", [None, "silu"])
-def test_layer_without_a_bias(activation: str | None) -> None:
-    layer = make_layer(activation, bias=False)
-    assert [name for name, _ in layer.named_parameters()] == ["weight"]
-    expected = composed(activation, {"input": X, "weight": layer.weight})
-    torch.testing.assert_close(layer(X), expected)
-
-
-def test_layer_refuses_keywords_that_pytorchs_does_not_have() -> None:
-    with pytest.raises(TypeError, match="num_chanels"):
-        triton_gn.GroupNorm(GROUPS, 6, num_chanels=6)
-
-
-@pytest.mark.parametrize("names", SUBSETS, ids=short)
-@each_layout
-def test_layer_passes_its_operands_on(names: tuple[str, ...], channels_last: bool) -> None:
-    operands = make_operands(names, channels_last)
-    layer = make_layer("tanh")
-    arguments = {name: operands[name] for name in ("input", *names)}
-    assert torch.equal(layer(**arguments), fused("tanh", operands))
-    positional = [operands.get(name) for name in ("input", "scale", "shift", "residual", "pre_add")]
-    assert torch.equal(layer(*positional), fused("tanh", operands))
-
-
-def test_layer_in_a_sequence() -> None:
-    torch.manual_seed(0)
-    ours = nn.Sequential(nn.Conv2d(6, 6, 3), triton_gn.GroupNorm(GROUPS, 6, activation="relu"))
-    theirs = nn.Sequential(ours[0], nn.GroupNorm(GROUPS, 6), nn.ReLU())
-    torch.testing.assert_close(ours(X), theirs(X))
 
 
 # Properties

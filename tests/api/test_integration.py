@@ -2,36 +2,25 @@
 
 import functools
 import shutil
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any, Literal
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    set_model_state_dict,
-)
-from torch.distributed.fsdp import fully_shard
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.multiprocessing.spawn import spawn
-from torch.nn.parallel import DistributedDataParallel
-from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
 
 import triton_gn
+from tests.support import calls
+from tests.support.calls import LAYOUTS, each_layout
 from tests.support.pairs import each_pair
-from tests.support.tensors import channels_innermost, random
+from tests.support.tensors import random
 
 # PyTorch's own compiler and forward-mode formulas use what PyTorch warns of
 pytestmark = pytest.mark.filterwarnings(
@@ -39,14 +28,8 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 GROUPS = 2
-NAMES = ("input", "weight", "bias", "scale", "shift", "pre_add", "residual")
-each_layout = pytest.mark.parametrize("channels_last", [False, True], ids=["contig", "cl"])
-ACTIVATIONS, LAYOUTS = (None, "silu"), (False, True)
+ACTIVATIONS = (None, "silu")
 each_fusion = pytest.mark.parametrize("activation", ACTIVATIONS, ids=["plain", "fused"])
-
-
-def lay(x: Tensor, channels_last: bool) -> Tensor:
-    return channels_innermost(x) if channels_last else x
 
 
 def make_operands(
@@ -55,35 +38,17 @@ def make_operands(
     shape: tuple[int, ...] = (2, 4, 5, 3),
     dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, ...]:
-    """input, weight and bias; with an activation all the others too, in the order of NAMES."""
-    n, channels = shape[:2]
-    sizes = [shape, (channels,), (channels,), (n, channels), (channels,), (1, channels), shape]
-    values = [random(*size, seed=seed).to(dtype) for seed, size in enumerate(sizes)]
-    laid = [lay(value, channels_last) if value.ndim > 2 else value for value in values]
-    return tuple(laid if activation else laid[:3])
+    """Draw input, weight and bias; with an activation all the others too, in their order."""
+    names = calls.FUSED if activation else ()
+    return tuple(calls.make_operands(names, channels_last, dtype, shape).values())
 
 
 def group_norm(activation: str | None, *operands: Tensor) -> Tensor:
-    named: dict[str, Any] = dict(zip(NAMES, operands, strict=False))
-    return triton_gn.group_norm(num_groups=GROUPS, activation=activation, **named)
+    return calls.fused(activation, dict(zip(calls.OPERANDS, operands, strict=False)), GROUPS)
 
 
-def composed(
-    activation: str | None,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    scale: Tensor | None = None,
-    shift: Tensor | None = None,
-    pre_add: Tensor | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """The same in PyTorch's own functions."""
-    if scale is None or shift is None or pre_add is None or residual is None:
-        return F.group_norm(x, GROUPS, weight, bias)
-    scale, shift, pre_add = (t.reshape(-1, t.shape[-1], 1, 1) for t in (scale, shift, pre_add))
-    n = F.group_norm(x + pre_add, GROUPS, weight, bias)
-    return F.silu(n * (1 + scale) + shift + residual)
+def composed(activation: str | None, *operands: Tensor) -> Tensor:
+    return calls.composed(activation, dict(zip(calls.OPERANDS, operands, strict=False)), GROUPS)
 
 
 def step(
@@ -275,14 +240,20 @@ def test_vmap_over_one_operand(in_dims: tuple[int | None, ...], channels_last: b
 
 @pytest.mark.usefixtures("fresh_dynamo")
 @each_layout
-def test_compiled_transforms(channels_last: bool) -> None:
-    one = make_operands("silu", channels_last)
-    two = tuple(t + 1 for t in one)
-    gradient = grad(functools.partial(loss, group_norm, "silu"), argnums=tuple(range(len(one))))
-    compiled = torch.compile(vmap(gradient), backend="aot_eager", fullgraph=True)
-    results = compiled(*(torch.stack(pair) for pair in zip(one, two, strict=True)))
-    for i, operands in enumerate((one, two)):
-        torch.testing.assert_close(tuple(t[i] for t in results), gradient(*operands))
+@pytest.mark.parametrize("per_example", [False, True])
+def test_compiled_transforms(channels_last: bool, per_example: bool) -> None:
+    operands = make_operands("silu", channels_last)
+    argnums = tuple(range(len(operands)))
+    gradient = grad(functools.partial(loss, group_norm, "silu"), argnums=argnums)
+    examples = (operands, tuple(t + 1 for t in operands)) if per_example else (operands,)
+    expected = [gradient(*example) for example in examples]
+    if per_example:
+        gradient = vmap(gradient)
+        operands = tuple(torch.stack(pair) for pair in zip(*examples, strict=True))
+    compiled = torch.compile(gradient, backend="aot_eager", fullgraph=True)
+    results = compiled(*operands)
+    for i, grads in enumerate(expected):
+        torch.testing.assert_close(tuple(t[i] for t in results) if per_example else results, grads)
 
 
 @each_fusion
@@ -492,32 +463,6 @@ def test_autocast_gives_the_dtype_of_the_operations_one_by_one(
     torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.05)
 
 
-class Seen(TorchFunctionMode):
-    """Which functions are called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.functions: list[Any] = []
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        self.functions.append(func)
-        return func(*args, **(kwargs or {}))
-
-
-def test_function_modes_see_one_function_with_all_operands() -> None:
-    input, *rest = make_operands()
-    operands = dict(zip(NAMES[1:], rest, strict=True))
-    layer = triton_gn.GroupNorm(GROUPS, input.shape[1], dtype=input.dtype)
-    expected = triton_gn.group_norm(input, GROUPS, activation="gelu", eps=1e-3, **operands)
-    with Seen() as seen:
-        y = triton_gn.group_norm(input, GROUPS, activation="gelu", eps=1e-3, **operands)
-        layer(input)
-    assert seen.functions == [triton_gn.group_norm] * 2
-    assert torch.equal(y, expected)
-
-
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 def test_subclasses_are_kept(compiled: bool) -> None:
     class Image(Tensor):
@@ -538,113 +483,3 @@ def test_compiled_in_the_context_of_a_device() -> None:
     compiled = torch.compile(triton_gn.group_norm, fullgraph=True, backend="eager")
     with torch.device("cpu"):
         torch.testing.assert_close(compiled(x, GROUPS), triton_gn.group_norm(x, GROUPS))
-
-
-# Parallelism: two processes on half a batch each are one process on the whole
-
-TIMEOUT = 90  # seconds; processes that wait for each other would do so forever
-
-
-def make_network(layer: Callable[[], nn.Module]) -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        nn.Conv2d(3, 4, 3, padding=1), layer(), nn.Conv2d(4, 4, 3), layer(), nn.Flatten()
-    ).double()
-
-
-def fused_layer() -> nn.Module:
-    return triton_gn.GroupNorm(GROUPS, 4, activation="silu")
-
-
-def separate_layer() -> nn.Module:
-    return Separate(GROUPS, 4)
-
-
-class Separate(nn.GroupNorm):
-    """A layer whose state_dict has the names of the fused layer's."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return F.silu(super().forward(input))
-
-
-def train(network: nn.Module, batch: Tensor) -> None:
-    """One step; the gradients stay."""
-    optimiser = torch.optim.SGD(network.parameters(), lr=0.1)
-    network(batch).pow(2).mean().backward()
-    optimiser.step()
-
-
-def parameters_and_gradients(network: nn.Module) -> dict[str, tuple[Tensor, Tensor]]:
-    def whole(t: Any) -> Tensor:
-        full: Tensor = t.full_tensor() if hasattr(t, "full_tensor") else t
-        return full.detach().clone()
-
-    return {
-        name.removeprefix("module."): (whole(parameter), whole(parameter.grad))
-        for name, parameter in network.named_parameters()
-    }
-
-
-def make_batch() -> Tensor:
-    return random(4, 3, 6, 6, seed=11)
-
-
-def parallel_ddp(network: nn.Module) -> nn.Module:
-    return DistributedDataParallel(network)
-
-
-def parallel_fsdp(network: nn.Module) -> nn.Module:
-    for layer in network.children():
-        if list(layer.parameters()):
-            fully_shard(layer)
-    sharded: nn.Module = fully_shard(network)  # type: ignore[assignment]
-    return sharded
-
-
-PARALLEL = {"DDP": parallel_ddp, "FSDP": parallel_fsdp}
-
-
-def shifted(network: nn.Module) -> nn.Module:
-    """Fill the parameters as if they were trained."""
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.1)
-    return network
-
-
-def work(rank: int, folder: Path) -> None:
-    """A process of ``test_parallel_training_is_that_of_one_process``."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2
-    )
-    whole = StateDictOptions(full_state_dict=True)
-    trained = shifted(make_network(separate_layer)).state_dict()
-    for name, parallelise in PARALLEL.items():
-        network = parallelise(make_network(fused_layer))
-        set_model_state_dict(network, dict(trained), options=whole)
-        train(network, make_batch().chunk(2)[rank])
-        state_dict = get_model_state_dict(network, options=whole)
-        torch.save((parameters_and_gradients(network), state_dict), folder / f"{name}{rank}.pt")
-    dist.destroy_process_group()
-
-
-def test_parallel_training_is_that_of_one_process(tmp_path: Path) -> None:
-    """Load and save state_dicts of PyTorch's layers."""
-    alone = shifted(make_network(separate_layer))
-    train(alone, make_batch())
-    context = spawn(work, (tmp_path,), nprocs=2, join=False)
-    deadline = time.monotonic() + TIMEOUT
-    try:
-        while not context.join(timeout=1):
-            assert time.monotonic() < deadline, "the processes wait for each other"
-    finally:
-        for process in context.processes:
-            process.kill()
-    for name in PARALLEL:
-        for rank in range(2):
-            results, state_dict = torch.load(tmp_path / f"{name}{rank}.pt", weights_only=True)
-            torch.testing.assert_close(results, parameters_and_gradients(alone))
-            loaded = make_network(separate_layer)
-            loaded.load_state_dict(state_dict)
-            torch.testing.assert_close(loaded(make_batch()), alone(make_batch()))

@@ -42,19 +42,19 @@ def run(
     x = operands.x
     stats = launches.statistics(x, workload.n, workload.groups, 3)
     call = Call(workload.groups, 1e-5, workload.activation, x.dtype, settings)
-    given = [t for t in operands if t is not None]
+    present = [t for t in operands if t is not None]
     if direction == "forward":
         y = torch.empty_like(x)
         launcher.forward(operands, call, y, stats)
-        return [*given, y, stats]
+        return [*present, y, stats]
     grads = {name: torch.empty_like(t) for name, t in operands._asdict().items() if t is not None}
     dy = layout.empty_like(x)
     launcher.backward(operands, call, dy, stats, grads)
-    return [*given, dy, stats, *grads.values()]
+    return [*present, dy, stats, *grads.values()]
 
 
 def flat(value: Any) -> list[Any]:
-    return [leaf for one in value for leaf in flat(one)] if isinstance(value, tuple) else [value]
+    return [leaf for item in value for leaf in flat(item)] if isinstance(value, tuple) else [value]
 
 
 # the full product of strategies and directions: each has launches of its own
@@ -106,16 +106,16 @@ def test_an_unknown_gpu_is_planned_for_as_the_nearest_of_its_maker(
     name: str, nearest: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     digits = name.removeprefix("sm_")
-    there = SimpleNamespace(
+    properties = SimpleNamespace(
         name="a GPU", major=digits[:-1], minor=digits[-1], gcnArchName=f"{name}:xnack-",
         multi_processor_count=12, L2_cache_size=2**22, warp_size=32,
     )  # fmt: skip
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: there)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
     monkeypatch.setattr(torch.version, "hip", None if name.startswith("sm") else "7.0")
-    found, known = gpu_of.__wrapped__(torch.device("cuda", 0)), TARGETS[nearest]
-    assert found.registers == known.registers
+    device, known = gpu_of.__wrapped__(torch.device("cuda", 0)), TARGETS[nearest]
+    assert device.registers == known.registers
     scaled = known.dram_gb_per_s * 12 // known.multiprocessors
-    assert found.dram_gb_per_s == (known.dram_gb_per_s if name == nearest else scaled)
+    assert device.dram_gb_per_s == (known.dram_gb_per_s if name == nearest else scaled)
 
 
 def test_the_second_call_is_past_triton(
@@ -200,10 +200,10 @@ def test_another_signature_is_compiled_anew(launched: Launches, change: Any) -> 
             launcher.forward(operands._replace(x=x), constants, layout.empty_like(x), None)
         return calls[0]
 
-    one = call(operands.x)
-    assert call(operands.x.clone()) is one
-    assert call(change(operands.x)) is not one
-    assert call(operands.x) is one
+    entry = call(operands.x)
+    assert call(operands.x.clone()) is entry
+    assert call(change(operands.x)) is not entry
+    assert call(operands.x) is entry
 
 
 def test_values_of_a_parameter_do_not_share_a_compiled_kernel() -> None:

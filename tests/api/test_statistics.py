@@ -41,23 +41,19 @@ def make_operands(
 
 
 def tiled(*tensors: Tensor | None, sizes: tuple[int, ...], activation: str = "silu") -> Tensor:
-    """group_norm of tiles of a dimension beyond the channels, put together again."""
-    operands = Operands._make(tensors)
-    given = operands._asdict()
-    x, weight, bias, residual = (given.pop(name) for name in ("x", "weight", "bias", "residual"))
+    """Normalise tiles of a dimension beyond the channels, and put them together again."""
+    x, weight, bias, scale, shift, pre_add, residual = tensors
+    assert x is not None
     tiles = x.split(sizes, 2)
     residuals = [None] * len(tiles) if residual is None else residual.split(sizes, 2)
-    parts = [group_norm_stats(tile, GROUPS, operands.pre_add) for tile in tiles]
+    parts = [group_norm_stats(tile, GROUPS, pre_add) for tile in tiles]
     stats = parts[0].merge(*parts[1:])
-    return torch.cat(
-        [
-            group_norm_apply(
-                tile, stats, weight, bias, activation=activation, residual=one, **given
-            )
-            for tile, one in zip(tiles, residuals, strict=True)
-        ],
-        2,
-    )
+    fused: Any = {"scale": scale, "shift": shift, "pre_add": pre_add, "activation": activation}
+    normalised = [
+        group_norm_apply(tile, stats, weight, bias, residual=added, **fused)
+        for tile, added in zip(tiles, residuals, strict=True)
+    ]
+    return torch.cat(normalised, 2)
 
 
 def of_float64(x: Tensor, num_groups: int = GROUPS) -> tuple[Tensor, Tensor]:
@@ -72,8 +68,8 @@ def assert_exact(stats: GroupNormStats, x: Tensor, bound: float = 1e-6) -> None:
     mean, m2 = of_float64(x, stats.mean.shape[1])
     assert (stats.count == x[0].numel() // stats.mean.shape[1]).all()
     std = (m2 / stats.count).sqrt()
-    found = stats.mean.double() + stats.mean_lo.double()
-    assert ((found - mean).abs() <= bound * std).all()
+    merged_mean = stats.mean.double() + stats.mean_lo.double()
+    assert ((merged_mean - mean).abs() <= bound * std).all()
     assert ((stats.m2.double() - m2).abs() <= bound * m2).all()
 
 
@@ -88,9 +84,9 @@ def test_together_they_are_group_norm(
     if channels_last:
         operands = operands._replace(x=channels_innermost(operands.x))
     x, weight, bias, *_ = operands
-    rest = {name: getattr(operands, name) for name in fused}
+    fused_operands = {name: getattr(operands, name) for name in fused}
     stats = group_norm_stats(x, GROUPS, operands.pre_add)
-    y = group_norm_apply(x, stats, weight, bias, activation="gelu", **rest)
+    y = group_norm_apply(x, stats, weight, bias, activation="gelu", **fused_operands)
     assert [tuple(t.shape) for t in stats] == [(shape[0], GROUPS)] * 4
     assert stats.count.dtype is torch.int64
     assert {t.dtype for t in stats[1:]} == {reference.compute_dtype(x)}
@@ -124,9 +120,9 @@ def test_pre_add_of_any_shape(shape: tuple[int, ...]) -> None:
 
 def test_a_tile_may_have_one_value_per_group() -> None:
     x = random(1, 3, 2)
-    one, other = (group_norm_stats(tile, 3) for tile in x.split(1, 2))
-    assert (one.m2 == 0).all()
-    y = group_norm_apply(x, one.merge(other))
+    left, right = (group_norm_stats(tile, 3) for tile in x.split(1, 2))
+    assert (left.m2 == 0).all()
+    y = group_norm_apply(x, left.merge(right))
     torch.testing.assert_close(y, triton_gn.group_norm(x, 3))
 
 
@@ -141,8 +137,8 @@ def test_unequal_tiles_merge_to_the_whole(mean: float, std: float) -> None:
     assert_exact(tiles[0].merge(*tiles[1:]), x)
     assert_exact(tiles[-1].merge(*reversed(tiles[:-1])), x)
     total = None  # in a stream
-    for one in tiles:
-        total = one if total is None else total.merge(one)
+    for tile in tiles:
+        total = tile if total is None else total.merge(tile)
     assert total is not None
     assert_exact(total, x)
 
@@ -212,8 +208,8 @@ def test_gradients_of_tiles_are_those_of_the_whole(fused: tuple[str, ...], activ
     dy = random(2, 6, 6, 3, seed=9)
     y = tiled(*operands, sizes=(1, 0, 3, 2), activation=activation)
     expected = reference.group_norm(operands, GROUPS, 1e-5, activation)
-    found, wanted = (torch.autograd.grad(one, leaves, dy) for one in (y, expected))
-    torch.testing.assert_close(found, wanted)
+    grads, expected_grads = (torch.autograd.grad(output, leaves, dy) for output in (y, expected))
+    torch.testing.assert_close(grads, expected_grads)
 
 
 def test_gradients_of_a_large_mean() -> None:
@@ -226,8 +222,8 @@ def test_gradients_of_a_large_mean() -> None:
         return dx
 
     expected = dx_of(lambda x: reference.group_norm(Operands(x), GROUPS, 1e-5, "silu"), x.double())
-    found = dx_of(lambda x: tiled(x, *[None] * 6, sizes=(7, 200, 93)), x)
-    assert (found - expected).abs().max() < 1e-6 * expected.abs().max()
+    dx = dx_of(lambda x: tiled(x, *[None] * 6, sizes=(7, 200, 93)), x)
+    assert (dx - expected).abs().max() < 1e-6 * expected.abs().max()
 
 
 def test_numerical_gradients() -> None:
@@ -258,8 +254,8 @@ def test_numerical_gradients_of_statistics() -> None:
 def test_mean_lo_and_count_have_no_gradient() -> None:
     x = random(2, 6, 5).requires_grad_()
     stats = group_norm_stats(x, 3)
-    for one in (stats, stats.merge(stats)):
-        assert [field.requires_grad for field in one] == [False, True, False, True]
+    for part in (stats, stats.merge(stats)):
+        assert [field.requires_grad for field in part] == [False, True, False, True]
 
 
 # Empty inputs
@@ -395,6 +391,6 @@ def test_vmap_and_jvp() -> None:
     def whole(x: Tensor) -> Tensor:
         return reference.group_norm(Operands(x), GROUPS, 1e-5, "silu")
 
-    torch.testing.assert_close(torch.func.vmap(step)(x), torch.stack([whole(one) for one in x]))
-    found, expected = (torch.func.jvp(norm, (x[0],), (tangent,)) for norm in (step, whole))
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(torch.func.vmap(step)(x), torch.stack([*map(whole, x)]))
+    results, expected = (torch.func.jvp(norm, (x[0],), (tangent,)) for norm in (step, whole))
+    torch.testing.assert_close(results, expected)

@@ -271,13 +271,16 @@ class Mode(torch.overrides.TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_modes_see_each_public_function() -> None:
+def test_modes_see_each_public_function_with_all_operands() -> None:
+    x, p, layer = image(), torch.randn(8), triton_gn.GroupNorm(4, 8)
+    expected = everything(x, p)
     with Mode() as mode:
-        stats = group_norm_stats(image(), 4)
-        group_norm_apply(image(), stats)
-        group_norm(image(), 4)
-    public = [group_norm_stats, group_norm_apply, group_norm]
-    assert [func for func in mode.seen if func in public] == public
+        stats = group_norm_stats(x, 4)
+        group_norm_apply(x, stats)
+        y = everything(x, p)
+        layer(x)
+    assert mode.seen == [group_norm_stats, group_norm_apply, group_norm, group_norm]
+    assert torch.equal(y, expected)
 
 
 class Tagged(Tensor):

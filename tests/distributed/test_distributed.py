@@ -87,7 +87,7 @@ def some_gradients(rank: int, group: dist.ProcessGroup) -> None:
 
     def gradients(*asked: Tensor) -> tuple[Tensor, ...]:
         for t in (x, weight):
-            t.requires_grad_(any(t is one for one in asked))
+            t.requires_grad_(any(t is tensor for tensor in asked))
         y = sharded_group_norm(x, 2, weight, process_group=group)
         return torch.autograd.grad(y.pow(3).sum(), asked)
 
@@ -237,11 +237,11 @@ def mesh_of_two_dimensions(rank: int, group: dist.ProcessGroup) -> None:
 
     part, whole = own(x).requires_grad_(), x.clone().requires_grad_()
     ys = []
-    for one, layer in (
+    for tensor, layer in (
         (part, ShardedGroupNorm(3, 6, dtype=DOUBLE, process_group=mesh)),
         (whole, nn.GroupNorm(3, 6, dtype=DOUBLE)),
     ):
-        ys.append(layer(one))
+        ys.append(layer(tensor))
         ys[-1].pow(3).sum().backward()
     torch.testing.assert_close(ys[0], own(ys[1]))
     torch.testing.assert_close(part.grad, own(whole.grad))
@@ -350,9 +350,9 @@ def of_dtensors(
     torch.testing.assert_close(y.full_tensor(), expected["y"])
     y.backward(distribute_tensor(case.dy, mesh, placements))
     for name, leaf in leaves.items():
-        found: Any = leaf.grad
-        found = found.full_tensor() if isinstance(leaf, DTensor) else found
-        torch.testing.assert_close(found, expected[f"d{name}"])
+        grad: Any = leaf.grad
+        grad = grad.full_tensor() if isinstance(leaf, DTensor) else grad
+        torch.testing.assert_close(grad, expected[f"d{name}"])
     if not any(isinstance(p, Shard) and p.dim > 1 for p in placements):
         assert forward.get_total_counts() == 0
 

@@ -24,8 +24,8 @@ model,layer,n,channels,groups,spatial,dtype,layout,activation,core
 Net,first,2,8,2,6x5,float32,contiguous,silu,yes
 Net,second,2,6,3,7,float32,channels_last,none,
 """
-MINE = [one for one in IMPLEMENTATIONS if one.name.startswith(OURS)]
-RUNNABLE = [*(one.name for one in MINE), "torch_eager"]
+MINE = [entry for entry in IMPLEMENTATIONS if entry.name.startswith(OURS)]
+RUNNABLE = [*(entry.name for entry in MINE), "torch_eager"]
 ONE_CASE = "--directions", "forward", "--cache", "cold"
 
 
@@ -82,7 +82,7 @@ def test_speed_of_light_moves_as_many_bytes(device: str, part: str, count: int) 
 
 
 @pytest.mark.parametrize("direction", PARTS)
-@pytest.mark.parametrize("implementation", MINE, ids=lambda one: one.name)
+@pytest.mark.parametrize("implementation", MINE, ids=lambda entry: entry.name)
 def test_ours_is_right(device: str, implementation: Implementation, direction: str) -> None:
     assert implementation.absent(torch.device(device)) is None
     workload = Workload("", 2, 8, 2, (6, 5), "float32", "float16", "channels_last", "silu", FUSED)
@@ -101,38 +101,38 @@ def test_ours_is_right(device: str, implementation: Implementation, direction: s
 def test_records_are_complete(
     timer: Stopwatch, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    status, found = run("--all")
+    status, entries = run("--all")
     assert status == 0
-    assert len(found) == 2 * 2 * (3 * len(RUNNABLE) + 1 + 1 + 2)  # workloads, caches, directions
-    for one in found:
-        assert (one.measured, one.command, one.skipped) == (True, "bench", None)
-        assert one.ms_p20 < one.ms_p50 < one.ms_p80
-        assert stopwatch.protocol(one.cache == "cold") in one.protocol
-        assert ("without a graph" in one.protocol) == (one.implementation == OURS)  # as made up
-        assert one.versions.keys() >= {"python", "torch", "triton", "triton_gn"}
-        assert one.date.endswith("+00:00")
-        is_reference = one.implementation in ("copy", "add")
-        place = RUNNABLE.index(one.implementation) + 1 if not is_reference else None
+    assert len(entries) == 2 * 2 * (3 * len(RUNNABLE) + 1 + 1 + 2)  # workloads, caches, directions
+    for entry in entries:
+        assert (entry.measured, entry.command, entry.skipped) == (True, "bench", None)
+        assert entry.ms_p20 < entry.ms_p50 < entry.ms_p80
+        assert stopwatch.protocol(entry.cache == "cold") in entry.protocol
+        assert ("without a graph" in entry.protocol) == (entry.implementation == OURS)  # as made up
+        assert entry.versions.keys() >= {"python", "torch", "triton", "triton_gn"}
+        assert entry.date.endswith("+00:00")
+        is_reference = entry.implementation in ("copy", "add")
+        place = RUNNABLE.index(entry.implementation) + 1 if not is_reference else None
         first = len(RUNNABLE) + 1
-        light = {"forward": first, "backward": first, "both": first + first + 1}[one.direction]
+        light = {"forward": first, "backward": first, "both": first + first + 1}[entry.direction]
         if is_reference:
-            assert one.share_of_copy is one.error is one.peak_bytes is None
+            assert entry.share_of_copy is entry.error is entry.peak_bytes is None
             continue
-        assert (one.ms_p50, one.share_of_copy) == (place, light / place)
-        assert one.peak_bytes == 1024
-        assert one.host_us == (None if "[" in one.implementation else 12.5)
-        assert 0 < one.error < 1e-5
-        assert (one.strategy is None) == (one.implementation == "torch_eager")
-    cases = {(one.workload, one.direction, one.cache) for one in found}
+        assert (entry.ms_p50, entry.share_of_copy) == (place, light / place)
+        assert entry.peak_bytes == 1024
+        assert entry.host_us == (None if "[" in entry.implementation else 12.5)
+        assert 0 < entry.error < 1e-5
+        assert (entry.strategy is None) == (entry.implementation == "torch_eager")
+    cases = {(entry.workload, entry.direction, entry.cache) for entry in entries}
     assert len(cases) == 2 * 3 * 2
     copy, add = (
-        next(one for one in found if one.implementation == name) for name in ("copy", "add")
+        next(entry for entry in entries if entry.implementation == name) for name in ("copy", "add")
     )
     x, params = 2 * 8 * 30 * 4, 2 * 8 * 4
     assert (copy.bytes_minimum, add.bytes_minimum) == (2 * x + params, 3 * x + 2 * params)
     captured = capsys.readouterr()
     assert "without liger: " in captured.err
-    assert f"{len(found)} records in " in captured.out
+    assert f"{len(entries)} records in " in captured.out
 
 
 def test_wrong_answers_are_never_timed(
@@ -147,9 +147,9 @@ def test_wrong_answers_are_never_timed(
 
     wrong = implementations.Implementation(OURS, spoilt, ours.absent, roundings=1)
     monkeypatch.setattr(bench, "IMPLEMENTATIONS", (wrong, *others))
-    status, found = run(*ONE_CASE)
+    status, entries = run(*ONE_CASE)
     assert status == 1
-    by_name = {one.implementation: one for one in found}
+    by_name = {entry.implementation: entry for entry in entries}
     assert by_name[OURS].skipped.startswith("wrong: y is off by 1.0e-03")
     assert by_name[OURS].ms_p50 is by_name[OURS].share_of_copy is by_name[OURS].error is None
     assert (
@@ -168,7 +168,7 @@ def test_resume_times_what_is_missing(
     assert len(timer.timed) == 1
     _, more = run(*ONE_CASE, "--all")
     assert more[: len(first)] == first
-    assert {one.workload for one in more[len(first) :]} == {"Net second"}
+    assert {entry.workload for entry in more[len(first) :]} == {"Net second"}
     _, again = run(*ONE_CASE, "--no-resume")
     assert len(again) == len(more) + len(first)
 
@@ -190,14 +190,14 @@ def test_interrupt_keeps_what_is_done(
             raise KeyboardInterrupt
 
     timer.before = interrupt
-    status, found = run(*ONE_CASE, "--all")
+    status, entries = run(*ONE_CASE, "--all")
     assert status == 130
-    assert {one.workload for one in found} == {"Net first"}
+    assert {entry.workload for entry in entries} == {"Net first"}
     assert "rerun the same command to resume" in capsys.readouterr().err
     timer.before = lambda: None
-    status, found = run(*ONE_CASE, "--all")
+    status, entries = run(*ONE_CASE, "--all")
     assert (status, len(timer.timed)) == (0, 2)
-    assert {one.workload for one in found} == {"Net first", "Net second"}
+    assert {entry.workload for entry in entries} == {"Net first", "Net second"}
 
 
 def test_what_does_not_fit_is_recorded(timer: Stopwatch, run: Run) -> None:
@@ -205,17 +205,17 @@ def test_what_does_not_fit_is_recorded(timer: Stopwatch, run: Run) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     timer.before = overflow
-    status, found = run(*ONE_CASE)
+    status, entries = run(*ONE_CASE)
     assert status == 1
-    assert [one.implementation for one in found] == RUNNABLE
-    assert all("no room" in one.skipped for one in found)
+    assert [entry.implementation for entry in entries] == RUNNABLE
+    assert all("no room" in entry.skipped for entry in entries)
 
 
 def test_predictions_are_refused_in_a_folder_of_measurements(timer: Stopwatch, run: Run) -> None:
-    _, found = run(*ONE_CASE)
+    _, entries = run(*ONE_CASE)
     with pytest.raises(ValueError, match="below a folder 'predicted'"):
         run("--predict", "sm_90")
-    assert run(*ONE_CASE) == (0, found)
+    assert run(*ONE_CASE) == (0, entries)
 
 
 def swept(device: str, out: Path, *flags: str) -> tuple[int, list[Record]]:
@@ -240,19 +240,19 @@ def test_sweep_times_plans(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     for _ in range(2):  # the second replaces the first
-        status, found = swept(device, tmp_path)
+        status, entries = swept(device, tmp_path)
         assert status == 0
-    assert len(found) == 4
-    assert [one.config for one in found if "default" in one.config] == [
+    assert len(entries) == 4
+    assert [entry.config for entry in entries if "default" in entry.config] == [
         fields_of(default) | {"default": True}
     ]
     strategies = ("resident", "pipelined", "split")
-    assert {one.implementation for one in found} == {f"{OURS}[{name}]" for name in strategies}
-    for ms, one in enumerate(found, 1):
-        assert (one.measured, one.command, one.cache) == (True, "sweep", "cold")
-        assert (one.ms_p50, one.spill_bytes, one.bound) == (ms, 0, None)
-        assert 0 < one.error < 1e-5
-        assert one.strategy == one.config["strategy"]
+    assert {entry.implementation for entry in entries} == {f"{OURS}[{name}]" for name in strategies}
+    for ms, entry in enumerate(entries, 1):
+        assert (entry.measured, entry.command, entry.cache) == (True, "sweep", "cold")
+        assert (entry.ms_p50, entry.spill_bytes, entry.bound) == (ms, 0, None)
+        assert 0 < entry.error < 1e-5
+        assert entry.strategy == entry.config["strategy"]
     assert "predicted" not in capsys.readouterr().out
 
 
@@ -264,9 +264,9 @@ def test_sweep_goes_on_after_what_does_not_fit(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     timer.before = overflow
-    status, found = swept(device, tmp_path, "--direction", "both")
+    status, entries = swept(device, tmp_path, "--direction", "both")
     assert status == 1
-    assert {one.direction for one in found} == {"backward"}
+    assert {entry.direction for entry in entries} == {"backward"}
     assert "forward: the GPU has no room" in capsys.readouterr().out
 
 
@@ -286,9 +286,9 @@ def test_sweep_never_times_a_wrong_plan(
             self.outputs(direction)["y"].mul_(1.001)
 
     monkeypatch.setattr(Verifier, "run", spoilt)
-    status, found = swept(device, tmp_path)
+    status, entries = swept(device, tmp_path)
     assert status == 1
-    (wrong,) = (one for one in found if one.skipped)
+    (wrong,) = (entry for entry in entries if entry.skipped)
     assert wrong.config == fields_of(default) | {"default": True}
     assert wrong.skipped.startswith("wrong: y is off by")
     assert wrong.ms_p50 is wrong.error is None
@@ -306,17 +306,17 @@ def test_ceilings(
     ceilings.add_arguments(parser)
     options = parser.parse_args(["--out", str(tmp_path), "--largest", str(2**22)])
     assert ceilings.run(options, torch.device(device)) == 0
-    found = list(records.read(tmp_path))
+    entries = list(records.read(tmp_path))
     sizes = [2**20, 3 * 2**19, 2**21, 3 * 2**20, 2**22]
     kinds = [("copy", "cold"), ("copy", "warm"), ("add", "cold"), ("add", "warm")]
-    assert [(one.implementation, one.cache, one.bytes_minimum) for one in found] == [
+    assert [(entry.implementation, entry.cache, entry.bytes_minimum) for entry in entries] == [
         (*kind, size) for kind in kinds for size in sizes
     ]
-    assert [one.ms_p50 for one in found] == [1, 2, 3, 4, 5] * 4
+    assert [entry.ms_p50 for entry in entries] == [1, 2, 3, 4, 5] * 4
     moved = [sum(t.nbytes for t in call.args[:-1]) for call in timer.timed[0]]
     assert moved == sizes
     assert "Effective L2: " in capsys.readouterr().out
-    warm = [replace(one, ms_p50=one.ms_p50 / 10) for one in found if one.cache == "warm"]
-    assert ceilings.effective_l2([*found, *warm]) == 2**22
-    cold = [replace(one, cache="cold") for one in found]
+    warm = [replace(entry, ms_p50=entry.ms_p50 / 10) for entry in entries if entry.cache == "warm"]
+    assert ceilings.effective_l2([*entries, *warm]) == 2**22
+    cold = [replace(entry, cache="cold") for entry in entries]
     assert ceilings.effective_l2(cold) == 0

@@ -165,7 +165,7 @@ def test_wrong_broken_and_spilling_plans_are_never_timed(
     [
         lambda outputs: next(iter(outputs.values())).view(-1)[-1:].fill_(torch.nan),
         lambda outputs: next(iter(outputs.values())).mul_(1.0001),
-        lambda outputs: [one.zero_() for one in outputs.values()],
+        lambda outputs: [output.zero_() for output in outputs.values()],
     ],
     ids=["nan", "scaled", "zero"],
 )
@@ -227,11 +227,13 @@ def test_problem_that_the_default_gets_wrong_is_not_tuned(
     default = heuristic_plan(FORWARD, gpu_of(gpu))
     fault = tune._fault
 
-    def found(verifier: Verifier, direction: str, config: Config, **rest: bool) -> str | None:
+    def fault_of_default(
+        verifier: Verifier, direction: str, config: Config, **flags: bool
+    ) -> str | None:
         is_wrong = (direction, config) == ("forward", default)
-        return "wrong: all of it" if is_wrong else fault(verifier, direction, config, **rest)
+        return "wrong: all of it" if is_wrong else fault(verifier, direction, config, **flags)
 
-    monkeypatch.setattr(tune, "_fault", found)
+    monkeypatch.setattr(tune, "_fault", fault_of_default)
     stopwatch = preferring()
     assert tune.run(options(*SHAPE), gpu, stopwatch) == 1
     assert "forward: not tuned: the default config" in capsys.readouterr().out
@@ -286,7 +288,7 @@ def factories(
             f"import torch, triton_gn\nfrom torch import nn\n\ndef make():\n    d = {device!r}\n"
         )
         (tmp_path / "model_to_tune.py").write_text(
-            source + "".join(f"    {one}\n" for one in lines)
+            source + "".join(f"    {line}\n" for line in lines)
         )
 
     yield write

@@ -18,6 +18,15 @@ from torch.utils.checkpoint import (
 )
 
 import triton_gn
+
+# these run on the kernels here
+from tests.api.test_integration import (  # noqa: F401
+    fresh_dynamo,
+    test_checkpoint_gives_the_same_bits,
+    test_compiled_transforms,
+    test_grad_is_autograds,
+    test_subclasses_are_kept,
+)
 from triton_gn import reference
 from triton_gn.ops import custom_op, dispatch, launcher, settings
 from triton_gn.reference import Operands
@@ -58,9 +67,9 @@ def operands(
 
 
 def fused(*tensors: Tensor, activation: str = "silu") -> Tensor:
-    given = Operands(*tensors)._asdict()
-    x, weight, bias = (given.pop(name) for name in ("x", "weight", "bias"))
-    return triton_gn.group_norm(x, GROUPS, weight, bias, activation=activation, **given)
+    x, weight, bias, *fused_tensors = Operands(*tensors)
+    named = dict(zip(Operands._fields[3:], fused_tensors, strict=True))
+    return triton_gn.group_norm(x, GROUPS, weight, bias, activation=activation, **named)
 
 
 def formulas(*tensors: Tensor, activation: str = "silu") -> Tensor:
@@ -71,18 +80,9 @@ def loss(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
     return function(*tensors).square().sum()
 
 
-def assert_close(found: object, expected: object) -> None:
+def assert_close(results: object, expected: object) -> None:
     # float32 against float32: sums of some hundred terms of size 10
-    torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
-
-
-@FORMATS
-def test_grad(device: str, channels_last: bool) -> None:
-    tensors = operands(device, channels_last)
-    found, expected = (
-        grad(functools.partial(loss, f), argnums=ALL)(*tensors) for f in (fused, formulas)
-    )
-    assert_close(found, expected)
+    torch.testing.assert_close(results, expected, rtol=2e-5, atol=2e-5)
 
 
 # which operands have a dimension of examples: all but some, the input alone, the weight alone
@@ -100,27 +100,27 @@ def test_gradients_per_example(
         examples[0][i] if dim is None else torch.stack([example[i] for example in examples], dim)
         for i, dim in enumerate(dims)
     ]
-    found = vmap(grad(functools.partial(loss, fused), argnums=ALL), dims)(*batch)
+    grads = vmap(grad(functools.partial(loss, fused), argnums=ALL), dims)(*batch)
     for index, example in enumerate(examples):
-        given = [b if dim is None else t for b, t, dim in zip(batch, example, dims, strict=True)]
-        expected = grad(functools.partial(loss, formulas), argnums=ALL)(*given)
-        assert_close([t[index] for t in found], list(expected))
+        tensors = [b if dim is None else t for b, t, dim in zip(batch, example, dims, strict=True)]
+        expected = grad(functools.partial(loss, formulas), argnums=ALL)(*tensors)
+        assert_close([t[index] for t in grads], list(expected))
 
 
 def test_vmap_within_vmap(device: str) -> None:
     x = torch.randn(2, 3, *SHAPE, device=device)
-    rest = operands(device)[1:]
+    parameters = operands(device)[1:]
 
     def with_input(function: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
-        return vmap(vmap(lambda x: function(x, *rest)))
+        return vmap(vmap(lambda x: function(x, *parameters)))
 
     assert_close(with_input(fused)(x), with_input(formulas)(x))
 
 
 def test_gradients_per_example_are_computed_by_the_kernels(device: str) -> None:
-    x, *rest = operands(device)
+    x, *others = operands(device)
     with launcher.recording() as calls:
-        vmap(grad(functools.partial(loss, fused)), (0,) + (None,) * 6)(torch.stack([x, x]), *rest)
+        vmap(grad(functools.partial(loss, fused)), (0,) + (None,) * 6)(torch.stack([x, x]), *others)
     assert {call.problem.direction for call in calls} == {"forward", "backward"}
 
 
@@ -134,9 +134,9 @@ def test_double_backward(device: str, channels_last: bool, activation: str) -> N
         second = torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
         return [t.detach() for t in (*first, *second)]
 
-    for found, expected in zip(penalty(fused), penalty(formulas), strict=True):
+    for result, expected in zip(penalty(fused), penalty(formulas), strict=True):
         scale = float(expected.abs().max())
-        torch.testing.assert_close(found, expected, rtol=0, atol=2e-5 * scale)
+        torch.testing.assert_close(result, expected, rtol=0, atol=2e-5 * scale)
 
 
 def test_create_graph_changes_no_bit_of_the_gradient(device: str) -> None:
@@ -155,12 +155,12 @@ def test_forward_mode_is_right_and_says_that_it_is_slow(device: str) -> None:
     tangents = tuple(torch.ones_like(t) for t in tensors)
     dispatch.warn_once.cache_clear()
     with pytest.warns(RuntimeWarning, match="forward-mode"):
-        found = jvp(fused, tuple(tensors), tangents)
-    assert_close(found, jvp(formulas, tuple(tensors), tangents))
+        y, dy = jvp(fused, tuple(tensors), tangents)
+    assert_close((y, dy), jvp(formulas, tuple(tensors), tangents))
     with forward_ad.dual_level(), warnings.catch_warnings():
         warnings.simplefilter("error")  # once is enough
         dual = fused(*map(forward_ad.make_dual, tensors, tangents))
-        assert_close(forward_ad.unpack_dual(dual).tangent, found[1])
+        assert_close(forward_ad.unpack_dual(dual).tangent, dy)
         assert dual.stride() == tensors[0].stride()
 
 
@@ -189,8 +189,8 @@ def test_compile_without_graph_breaks(device: str, dynamic: bool) -> None:
             y.square().sum().backward()
             results.append([y.detach(), *(leaf.grad for leaf in leaves)])
             assert y.stride() == leaves[0].stride()
-        for found, expected in zip(*results, strict=True):
-            assert torch.equal(found, expected)  # the same kernels
+        for tensor, expected in zip(*results, strict=True):
+            assert torch.equal(tensor, expected)  # the same kernels
 
 
 def test_compile_runs_the_operator_and_no_activation(device: str) -> None:
@@ -223,16 +223,6 @@ def test_settings_are_those_of_the_compilation(device: str) -> None:
     assert seen == [("forward", "split"), ("backward", "split")]
     assert_close(y, expected)
     assert settings.from_text(override).plan_override == (("splits", 2), ("strategy", "split"))
-
-
-@pytest.mark.parametrize("per_example", [False, True])
-def test_compiled_transforms(device: str, per_example: bool) -> None:
-    x, *rest = operands(device)
-    gradient = grad(lambda x: loss(fused, x, *rest))
-    if per_example:
-        gradient, x = vmap(gradient), torch.stack([x, 2 * x])
-    compiled = torch.compile(gradient, fullgraph=True, backend="aot_eager")
-    assert_close(compiled(x), gradient(x))
 
 
 @FORMATS
@@ -288,8 +278,8 @@ def test_tracing_sees_the_operator(device: str) -> None:
 
 @pytest.mark.parametrize("per_example", [False, True])
 def test_tracing_sees_through_transforms(device: str, per_example: bool) -> None:
-    x, *rest = operands(device)
-    gradient = grad(lambda x: loss(fused, x, *rest))
+    x, *others = operands(device)
+    gradient = grad(lambda x: loss(fused, x, *others))
     if per_example:
         gradient, x = vmap(gradient), torch.stack([x, 2 * x])
     assert_close(make_fx(gradient)(x)(x), gradient(x))
@@ -303,45 +293,18 @@ def test_fake_tensors_have_the_right_strides(device: str) -> None:
     assert y.stride() == tensors[0].grad.stride() == tensors[0].stride()
 
 
-@pytest.mark.parametrize("kind", ["plain", "reentrant", "selective"])
-def test_checkpointing_changes_no_bit(device: str, kind: str) -> None:
+def test_selective_checkpoints_see_the_operator(device: str) -> None:
     seen = []
 
-    def policy(_: object, operator: object, *rest: object, **options: object) -> CheckpointPolicy:
+    def policy(_: object, operator: object, *args: object, **options: object) -> CheckpointPolicy:
         seen.append(str(operator))
         return CheckpointPolicy.PREFER_RECOMPUTE
 
     contexts = functools.partial(create_selective_checkpoint_contexts, policy)
-    options = {"context_fn": contexts} if kind == "selective" else {}
-    results = []
-    for recompute in (True, False):
-        leaves = [t.detach().requires_grad_() for t in operands(device, channels_last=True)]
-        if recompute:
-            y = checkpoint(fused, *leaves, use_reentrant=kind == "reentrant", **options)
-        else:
-            y = fused(*leaves)
-        y.square().sum().backward()
-        results.append([y.detach(), *(leaf.grad for leaf in leaves)])
-    assert all(map(torch.equal, *results))
-    assert ("triton_gn.group_norm.default" in seen) == (kind == "selective")
-
-
-def test_a_subclass_sees_the_function(device: str) -> None:
-    """A subclass sees calls through __torch_function__, whose default keeps the class."""
-
-    class Marked(Tensor):
-        seen: tuple[object, ...] = ()
-
-        @classmethod
-        def __torch_function__(cls, function, types, args=(), kwargs=None):
-            Marked.seen += (function,)
-            return super().__torch_function__(function, types, args, kwargs or {})
-
-    x = torch.randn(SHAPE, device=device)
-    y = triton_gn.group_norm(x.as_subclass(Marked), GROUPS, activation="relu")
-    assert Marked.seen.count(triton_gn.group_norm) == 1
-    assert type(y) is Marked
-    assert torch.equal(y.as_subclass(Tensor), triton_gn.group_norm(x, GROUPS, activation="relu"))
+    leaves = [t.requires_grad_() for t in operands(device)]
+    y = checkpoint(fused, *leaves, use_reentrant=False, context_fn=contexts)
+    y.sum().backward()
+    assert "triton_gn.group_norm.default" in seen
 
 
 def test_a_wrapper_goes_through_the_operator(device: str) -> None:

@@ -176,9 +176,9 @@ def test_batch_invariant_plan_ignores_the_batch(problem: Problem, n: int) -> Non
 
 
 def test_batch_size_matters_otherwise() -> None:
-    one, many = replace(LARGE, n=1), replace(LARGE, n=1024)
-    assert plan(one, H100) != plan(many, H100)
-    assert plan(one, H100) == plan(many, H100, batch_invariant=True)
+    single, many = replace(LARGE, n=1), replace(LARGE, n=1024)
+    assert plan(single, H100) != plan(many, H100)
+    assert plan(single, H100) == plan(many, H100, batch_invariant=True)
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
@@ -192,8 +192,8 @@ def test_sizes_of_an_image_share_the_tile_of_split(direction: str, channels: int
         for height, width in sizes
     ]
     plans = [overridden(problem, strategy="split") for problem in problems]
-    assert len({replace(one.tile, mask_rows=True) for one in plans}) == 1
-    assert len({one.splits for one in plans}) > 1
+    assert len({replace(config.tile, mask_rows=True) for config in plans}) == 1
+    assert len({config.splits for config in plans}) > 1
 
 
 def test_rows_beyond_the_last_channel_count() -> None:

@@ -98,9 +98,9 @@ def test_override_goes_before_tables(folder: Path) -> None:
 
 
 def test_batch_invariant_plan_is_that_of_one_sample(folder: Path) -> None:
-    one = replace(PROBLEM, n=1)
-    write(folder, ENTRY, tuned_to(one))
-    assert plan(PROBLEM, H100, batch_invariant=True) == another_plan(one)
+    sample = replace(PROBLEM, n=1)
+    write(folder, ENTRY, tuned_to(sample))
+    assert plan(PROBLEM, H100, batch_invariant=True) == another_plan(sample)
 
 
 def test_table_is_read_once_until_plans_are_forgotten(folder: Path) -> None:

@@ -94,10 +94,10 @@ def remember_types() -> None:
     def equal(self: Any, other: Any) -> Any:
         return self is other or plain_equal(self, other)
 
-    def promoted(self: Any, a: Any, a_is_scalar: bool, b: Any, *rest: bool) -> Any:
-        key = a.name, a_is_scalar, b.name, *rest
+    def promoted(self: Any, a: Any, a_is_scalar: bool, b: Any, *others: bool) -> Any:
+        key = a.name, a_is_scalar, b.name, *others
         if key not in promoted_types:
-            promoted_types[key] = plain_promoted(self, a, a_is_scalar, b, *rest)
+            promoted_types[key] = plain_promoted(self, a, a_is_scalar, b, *others)
         return promoted_types[key]
 
     def broadcast(self: Any, *operands: Any) -> Any:
@@ -172,13 +172,13 @@ class Traffic:
         self._plain = builder.create_masked_load, builder.create_masked_store
         load, store = self._plain
 
-        def counted_load(builder: Any, pointers: Any, mask: Any, *rest: Any) -> Any:
+        def counted_load(builder: Any, pointers: Any, mask: Any, *others: Any) -> Any:
             self._count(self.loaded, pointers, mask)
-            return load(builder, pointers, mask, *rest)
+            return load(builder, pointers, mask, *others)
 
-        def counted_store(builder: Any, pointers: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        def counted_store(builder: Any, pointers: Any, value: Any, mask: Any, *others: Any) -> Any:
             self._count(self.stored, pointers, mask)
-            return store(builder, pointers, value, mask, *rest)
+            return store(builder, pointers, value, mask, *others)
 
         builder.create_masked_load, builder.create_masked_store = counted_load, counted_store
         return self

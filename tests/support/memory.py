@@ -22,11 +22,11 @@ class GuardedMemory:
         self._buffers: list[tuple[Tensor, int]] = []  # with the bits of their guard zones
 
     def empty_strided(
-        self, shape: Any, stride: Any, *, dtype: torch.dtype, device: Any = "cpu", **rest: Any
+        self, shape: Any, stride: Any, *, dtype: torch.dtype, device: Any = "cpu", **options: Any
     ) -> Tensor:
         is_real = torch.device(device).type != "meta" and not torch._C._len_torch_dispatch_stack()
-        if rest or dtype not in _BITS or not is_real:
-            return _empty_strided(shape, stride, dtype=dtype, device=device, **rest)
+        if options or dtype not in _BITS or not is_real:
+            return _empty_strided(shape, stride, dtype=dtype, device=device, **options)
         extent = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True))
         extent = 0 if 0 in shape else extent
         bits_dtype, bits = _BITS[dtype]
@@ -37,10 +37,10 @@ class GuardedMemory:
             buffer.untyped_storage(), _GUARD, torch.Size(shape), tuple(stride)
         )
 
-    def empty(self, *shape: Any, dtype: Any = None, device: Any = "cpu", **rest: Any) -> Tensor:
+    def empty(self, *shape: Any, dtype: Any = None, device: Any = "cpu", **options: Any) -> Tensor:
         sizes = shape[0] if shape and not isinstance(shape[0], int) else shape
-        if rest or dtype not in _BITS:
-            return _empty(sizes, dtype=dtype, device=device, **rest)
+        if options or dtype not in _BITS:
+            return _empty(sizes, dtype=dtype, device=device, **options)
         strides = [1]
         for size in reversed(sizes[1:]):
             strides.insert(0, strides[0] * max(size, 1))

@@ -35,9 +35,9 @@ class Case:
     def expected(self) -> dict[str, Tensor]:
         """Compute y and the gradients of all operands in float64."""
 
-        def formulas(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, **rest):
-            activation = rest.pop("activation")
-            operands = Operands(x, weight, bias, **rest)
+        def formulas(x: Tensor, num_groups: int, weight: Tensor, bias: Tensor, eps: float, **fused):
+            activation = fused.pop("activation")
+            operands = Operands(x, weight, bias, **fused)
             return reference.group_norm(operands, num_groups, eps, activation)
 
         return self.through(formulas, torch.float64)

@@ -56,8 +56,8 @@ class Step:
         if self.channels_last:
             shapes = {"scale": (1, channels), "shift": (n, channels), "pre_add": (1, channels)}
         params = {name: draw(*shapes[name]) for name in self.fused if name != "residual"}
-        for name, there in zip(("weight", "bias"), self.affine, strict=True):
-            if there:
+        for name, is_present in zip(("weight", "bias"), self.affine, strict=True):
+            if is_present:
                 params[name] = draw(channels) + 1.5
         dtype = self.param_dtype or self.dtype
         operands: dict[str, Any] = {name: values.to(dtype) for name, values in params.items()}
@@ -110,11 +110,11 @@ def run_step(rank: int, group: dist.ProcessGroup, step: Step) -> dict[str, Any]:
 
 def check_step(ranks: Ranks, step: Step) -> None:
     """Sharded is unsharded: within the rounding of what float64 says of the whole."""
-    found = ranks.run(run_step, len(step.cut), step)
+    shards = ranks.run(run_step, len(step.cut), step)
     expected = step.case().expected()
     results = {}
     for name in expected:
-        parts = [torch.from_numpy(one[name][0]).to(one[name][1]) for one in found]
+        parts = [torch.from_numpy(shard[name][0]).to(shard[name][1]) for shard in shards]
         if name in ("y", "dx", "dresidual"):
             results[name] = torch.cat(parts, step.dim)
         else:

@@ -39,12 +39,12 @@ def problems(draw: st.DrawFn) -> Problem:
     if group_channels * torch.Size(spatial).numel() < 8:
         spatial = [*spatial, 8]
     names = ["weight", "bias", "scale", "shift", "pre_add", "residual"]
-    given = ["x", "dy", *draw(st.lists(st.sampled_from(names), unique=True))]
+    present = ["x", "dy", *draw(st.lists(st.sampled_from(names), unique=True))]
     main = draw(st.sampled_from(DTYPES))
     others = st.sampled_from((main, main, torch.float32))
     views = {
         name: (draw(st.sampled_from(VIEWS)), main if name in ("x", "dy") else draw(others))
-        for name in given
+        for name in present
     }
     return Problem(
         (n, num_groups * group_channels, *spatial),
@@ -98,15 +98,15 @@ def check(problem: Problem) -> None:
         operands = operands_of(problem, seed)
         dy = operands.pop("dy")
 
-        def ours(**given: Any) -> Tensor:
-            x = given.pop("x")
+        def ours(**named: Any) -> Tensor:
+            x = named.pop("x")
             return triton_gn.group_norm(
-                x, problem.num_groups, activation=problem.activation, **given
+                x, problem.num_groups, activation=problem.activation, **named
             )
 
-        def formulas(**given: Any) -> Tensor:
+        def formulas(**named: Any) -> Tensor:
             constants = problem.num_groups, 1e-5, problem.activation
-            return reference.group_norm(Operands(**given), *constants)
+            return reference.group_norm(Operands(**named), *constants)
 
         results = _step(ours, operands, dy)
         dense = {name: t.double().contiguous() for name, t in operands.items()}

@@ -1,14 +1,12 @@
 """The benchmarks without a GPU: workloads, implementations, predictions, comparisons, costs."""
 
 import argparse
-import csv
-import itertools
 import json
 import math
 import pickle
 import re
 import subprocess
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor
 from dataclasses import replace
 from functools import partial
@@ -24,7 +22,6 @@ from torch.nn import functional as F
 from perf import (
     calls,
     common,
-    compare,
     cpu,
     demo,
     host,
@@ -36,97 +33,31 @@ from perf import (
 )
 from perf.__main__ import main
 from perf.implementations import IMPLEMENTATIONS, PARTS, Implementation, checked
-from perf.records import OURS, Record, case, save
+from perf.records import OURS, Record, case
 from triton_gn.plan import TARGETS, candidates, fields_of, heuristic_plan
 from triton_gn.tools import inspection, workloads
 from triton_gn.tools.verify import Verifier, fault_of
-from triton_gn.tools.workloads import DTYPES, FUSED, LAYOUTS, Workload
+from triton_gn.tools.workloads import FUSED, LAYOUTS, Workload
 
 CPU = torch.device("cpu")
 H100 = TARGETS["sm_90"]
 SMALL = Workload("small", 2, 8, 2, (6, 5), "float32", activation="silu")
 SHAPE = ["sweep", "--shape", "2x8x6x5", "--groups", "2", "--direction", "forward"]
-CORE = [one for one in workloads.read(common.WORKLOADS) if one.core]
+CORE = [workload for workload in workloads.read(common.WORKLOADS) if workload.core]
 no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
-def strategy(workload: Workload, direction: str) -> str:
-    return heuristic_plan(workload.problem(direction), H100).strategy
-
-
-def megabytes(workload: Workload) -> float:
-    return math.prod(workload.shape) * DTYPES[workload.dtype].itemsize / 1e6
-
-
-def test_file_of_workloads() -> None:
-    with common.WORKLOADS.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    assert len(rows) == len(list(workloads.read(common.WORKLOADS))) == 341
-    assert {row["core"] for row in rows} == {"", "yes"}
-    assert all(None not in row and row["source"] for row in rows)
-    assert 20 <= len(CORE) <= 28
-
-
-REGIMES: dict[str, Callable[[Workload], bool]] = {
-    "launch-bound": lambda w: megabytes(w) < 0.5,
-    "8x8": lambda w: w.spatial == (8, 8),
-    "fits L2": lambda w: 5 < megabytes(w) < 40,
-    "video of more than 1 GB": lambda w: megabytes(w) > 1000 and len(w.spatial) == 3,
-    "few groups": lambda w: w.n * w.groups <= 8,
-    "a million groups": lambda w: w.n * w.groups >= 2**20,
-    "channels per group no power of two": lambda w: (w.channels // w.groups).bit_count() > 1,
-    "one channel per group": lambda w: w.channels == w.groups,
-    "one group": lambda w: w.groups == 1,
-    "1-D": lambda w: len(w.spatial) == 1 and w.spatial[0] > 1,
-    "1-D channels-last": lambda w: len(w.spatial) == 1 and w.layout == "channels_last",
-    "2-D": lambda w: len(w.spatial) == 2,
-    "3-D": lambda w: len(w.spatial) == 3,
-    "3-D channels-last": lambda w: len(w.spatial) == 3 and w.layout == "channels_last",
-    "one pixel": lambda w: w.spatial == (1,),
-    "7x7 contiguous": lambda w: w.spatial == (7, 7) and w.layout == "contiguous",
-    "7x7 channels-last": lambda w: w.spatial == (7, 7) and w.layout == "channels_last",
-    "odd number of pixels": lambda w: math.prod(w.spatial) % 2 == 1 and w.spatial != (1,),
-    "parameters of another dtype": lambda w: w.param_dtype != w.dtype,
-    "scale and shift": lambda w: w.fused == ("scale", "shift"),
-    "residual": lambda w: w.fused == ("residual",),
-    "pre_add": lambda w: w.fused == ("pre_add",),
-    "detection": lambda w: "fpn" in w.name,
-    "medical": lambda w: "MONAI" in w.name,
-    "audio": lambda w: "Demucs" in w.name,
-    "diffusion": lambda w: "UNet" in w.name,
-    "VAE at 1024x1024 contiguous": lambda w: "VAE" in w.name and w.spatial == (1024, 1024)
-    and w.layout == "contiguous",
-    "VAE at 1024x1024 channels-last": lambda w: "VAE" in w.name and w.spatial == (1024, 1024)
-    and w.layout == "channels_last",
-    **{f"published {s}": partial(lambda s, w: w.shape_text == s, s)
-       for s in ("1x512x16x180x320", "1x512x16x90x160", "1x512x8x45x80")},
-    **{dtype: partial(lambda d, w: w.dtype == d, dtype)
-       for dtype in ("float16", "bfloat16", "float32")},
-    **{f"activation {name}": partial(lambda n, w: w.activation == n, name)
-       for name in ("silu", "relu", "gelu", "none")},
-    **{f"{layout} {s} {d}": partial(
-        lambda layout, s, d, w: w.layout == layout and strategy(w, d) == s, layout, s, d)
-       for layout, s, d in itertools.product(
-           LAYOUTS, ("resident", "split"), ("forward", "backward"))},
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("regime", REGIMES)
-def test_core_covers_every_regime(regime: str) -> None:
-    assert any(REGIMES[regime](one) for one in CORE)
-
-
 def implementation(name: str) -> Implementation:
-    (found,) = (one for one in IMPLEMENTATIONS if one.name == name)
-    return found
+    (entry,) = (entry for entry in IMPLEMENTATIONS if entry.name == name)
+    return entry
 
 
 def test_implementations_say_why_they_are_absent() -> None:
-    assert [one.name for one in IMPLEMENTATIONS] == [
+    assert [entry.name for entry in IMPLEMENTATIONS] == [
         OURS, f"{OURS}[resident]", f"{OURS}[split]", f"{OURS}[pipelined]", "torch_eager",
         "torch_compile", "liger", "flag_gems",
     ]  # fmt: skip
-    reasons = {one.name: one.absent(CPU) for one in IMPLEMENTATIONS}
+    reasons = {entry.name: entry.absent(CPU) for entry in IMPLEMENTATIONS}
     assert reasons.pop("torch_eager") is None
     assert re.search(
         "on the CPU, where kernels run only under TRITON_INTERPRET", str(reasons[OURS])
@@ -149,12 +80,12 @@ def peers(monkeypatch: pytest.MonkeyPatch) -> None:
             assert x.ndim == 3
             return F.group_norm(x, groups, weight.to(x.dtype), bias.to(x.dtype), eps)
 
-    def group_norm(x: Tensor, weight: Tensor, bias: Tensor, *rest: Any) -> Any:
-        return torch.native_group_norm(x.contiguous(), weight, bias, *rest)
+    def group_norm(x: Tensor, weight: Tensor, bias: Tensor, *sizes: Any) -> Any:
+        return torch.native_group_norm(x.contiguous(), weight, bias, *sizes)
 
-    def group_norm_backward(dy: Tensor, x: Tensor, *rest: Any) -> Any:
+    def group_norm_backward(dy: Tensor, x: Tensor, *arguments: Any) -> Any:
         function = torch.ops.aten.native_group_norm_backward
-        return function(dy.contiguous(), x.contiguous(), *rest)
+        return function(dy.contiguous(), x.contiguous(), *arguments)
 
     modules: dict[str, dict[str, Any]] = {
         "liger_kernel.ops.group_norm": {"LigerGroupNormFunction": LigerGroupNormFunction},
@@ -211,7 +142,7 @@ def test_peers_may_round_more_often_than_ours() -> None:
     errors, results = {"y": 0.02}, {"y": x}
     assert fault_of(errors, results, x)
     assert fault_of(errors, results, x, implementation("torch_eager").roundings) is None
-    assert all(one.roundings == 1 for one in IMPLEMENTATIONS if one.name.startswith(OURS))
+    assert all(entry.roundings == 1 for entry in IMPLEMENTATIONS if entry.name.startswith(OURS))
     assert fault_of({"y": math.nan}, results, x)
 
 
@@ -226,40 +157,6 @@ def test_bytes_that_must_be_touched() -> None:
     assert implementations.bytes_minimum(everything, "backward") == 5 * x + 2 * params
     linear = replace(everything, activation="none")
     assert implementations.bytes_minimum(linear, "backward") == 3 * x + 2 * params
-
-
-def record(**changes: Any) -> Record:
-    values = {
-        "measured": True, "command": "bench", "device": "Test GPU", "direction": "forward",
-        "implementation": OURS, "ms_p20": 0.9, "ms_p50": 1.0, "ms_p80": 1.1, "date": "2026-01-02",
-    }  # fmt: skip
-    return Record(**common.fields_of_workload(SMALL) | values | changes)
-
-
-@pytest.mark.parametrize("anew", [True, False])
-@pytest.mark.parametrize("measured", [True, False])
-def test_predictions_and_measurements_never_share_a_folder(
-    tmp_path: Path, measured: bool, anew: bool
-) -> None:
-    folders = {True: tmp_path / "gpu", False: tmp_path / "predicted" / "gpu"}
-    path = folders[measured] / "a.jsonl"
-    save(path, [record(measured=measured)], anew)
-    (kept,) = records.read(path)
-    assert kept.measured is measured
-    for found in [record(measured=not measured)], [kept, record(measured=not measured)]:
-        with pytest.raises(ValueError, match=r"below a folder 'predicted'.*Remedy: another --out"):
-            save(path, found, anew)
-    assert list(records.read(path)) == [kept]
-
-
-def test_saving_adds_or_replaces(tmp_path: Path) -> None:
-    path = tmp_path / "a.jsonl"
-    for groups in 1, 2:
-        save(path, [record(groups=groups)])
-    assert [one.groups for one in records.read(path)] == [1, 2]
-    save(path, [record(groups=3)], anew=True)
-    assert [one.groups for one in records.read(path)] == [3]
-    assert list(tmp_path.iterdir()) == [path]
 
 
 @no_gpu
@@ -282,9 +179,9 @@ def test_without_a_gpu_it_says_what_can_be_done(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
-    said = capsys.readouterr().err
-    assert "torch.cuda.is_available() is False" in said
-    assert f"`{remedy}`" in said
+    message = capsys.readouterr().err
+    assert "torch.cuda.is_available() is False" in message
+    assert f"`{remedy}`" in message
     assert list(tmp_path.iterdir()) == []
 
 
@@ -333,40 +230,46 @@ def test_predictions(
     arguments = ["bench", "--predict", "sm_90"]
     assert main(arguments) == 0
     path = records.PREDICTED / "nvidia-h100-80gb-hbm3" / "bench.jsonl"
-    found = list(records.read(path))
-    assert f"{len(found)} records in {path}" in capsys.readouterr().out
+    predictions = list(records.read(path))
+    assert f"{len(predictions)} records in {path}" in capsys.readouterr().out
     cases: dict[Any, dict[str, Record]] = {}
-    for one in found:
-        assert (one.measured, one.command, one.cache) == (False, "bench", "cold")
-        assert one.device == H100.name
-        assert "predicted" in one.protocol
-        assert one.ms_p20 is one.ms_p80 is one.error is one.peak_bytes is one.host_us is None
-        assert one.versions["torch"] == torch.__version__
-        cases.setdefault(case(one), {})[one.implementation] = one
+    for entry in predictions:
+        assert (entry.measured, entry.command, entry.cache) == (False, "bench", "cold")
+        assert entry.device == H100.name
+        assert "predicted" in entry.protocol
+        assert (
+            entry.ms_p20 is entry.ms_p80 is entry.error is entry.peak_bytes is entry.host_us is None
+        )
+        assert entry.versions["torch"] == torch.__version__
+        cases.setdefault(case(entry), {})[entry.implementation] = entry
     assert len(cases) == len(CORE) * len(PARTS)
     for row in cases.values():
         ours = row[OURS]
         references = [row[name] for name in ("copy", "add") if name in row]
-        assert [one.implementation for one in references] == {
+        assert [entry.implementation for entry in references] == {
             "forward": ["copy"], "backward": ["add"], "both": ["copy", "add"],
         }[ours.direction]  # fmt: skip
-        assert sum(one.bytes_minimum for one in references) == ours.bytes_minimum
+        assert sum(entry.bytes_minimum for entry in references) == ours.bytes_minimum
         assert f"{OURS}[pipelined]" in row
-        strategies = [one for name, one in row.items() if name.startswith(f"{OURS}[")]
-        for one in (ours, *strategies):
-            assert one.ms_p50 is not None
-            share = sum(copy.ms_p50 or 0 for copy in references) / one.ms_p50
-            assert one.share_of_copy == pytest.approx(share)
+        strategies = [entry for name, entry in row.items() if name.startswith(f"{OURS}[")]
+        for entry in (ours, *strategies):
+            assert entry.ms_p50 is not None
+            share = sum(copy.ms_p50 or 0 for copy in references) / entry.ms_p50
+            assert entry.share_of_copy == pytest.approx(share)
             assert 0 < share <= 1.01
-            assert one.bound in ("dram", "l2", "occupancy", "launch")
-            assert (one.config is None) == (one.direction == "both")
+            assert entry.bound in ("dram", "l2", "occupancy", "launch")
+            assert (entry.config is None) == (entry.direction == "both")
         assert ours.strategy is not None
         if "+" not in ours.strategy:
             assert ours.ms_p50 == row[f"{OURS}[{ours.strategy}]"].ms_p50
-    tiny = [one for one in found if one.shape == "32x2048x1" and one.implementation == "copy"]
-    assert {one.bound for one in tiny} == {"launch"}
+    tiny = [
+        entry
+        for entry in predictions
+        if entry.shape == "32x2048x1" and entry.implementation == "copy"
+    ]
+    assert {entry.bound for entry in tiny} == {"launch"}
     assert main([*arguments, "--match", "32x2048x1"]) == 0
-    assert {one.shape for one in records.read(path)} == {"32x2048x1"}
+    assert {entry.shape for entry in records.read(path)} == {"32x2048x1"}
 
 
 class Inline(Executor):
@@ -395,23 +298,23 @@ def test_sweep_compiles_for_a_gpu_that_is_not_here(
     (path,) = out.iterdir()
     name = "sweep-sm-90-2x8x6x5-g2-bfloat16-bfloat16-contiguous-silu-forward.jsonl"
     assert path.name == name
-    found = list(records.read(path))
-    assert len(found) == 3
-    assert len({json.dumps(one.config) for one in found}) == 3
+    plans = list(records.read(path))
+    assert len(plans) == 3
+    assert len({json.dumps(plan.config) for plan in plans}) == 3
     problem = Workload("", 2, 8, 2, (6, 5), activation="silu").problem("forward")
-    (default,) = (one for one in found if (one.config or {}).get("default"))
+    (default,) = (plan for plan in plans if (plan.config or {}).get("default"))
     assert default.config == fields_of(heuristic_plan(problem, H100)) | {"default": True}
-    for one in found:
-        assert (one.measured, one.command, one.device) == (False, "sweep", H100.name)
-        assert one.implementation == f"{OURS}[{one.strategy}]"
-        assert one.ms_p50
-        assert one.registers
-        assert one.spill_bytes is not None
-        assert one.bound in ("dram", "l2", "occupancy", "launch")
-        assert (one.ms_p20, one.error, one.skipped) == (None, None, None)
-    said = capsys.readouterr().out
-    assert "predicted, not measured" in said
-    assert "1*" in said or "2*" in said or "3*" in said
+    for plan in plans:
+        assert (plan.measured, plan.command, plan.device) == (False, "sweep", H100.name)
+        assert plan.implementation == f"{OURS}[{plan.strategy}]"
+        assert plan.ms_p50
+        assert plan.registers
+        assert plan.spill_bytes is not None
+        assert plan.bound in ("dram", "l2", "occupancy", "launch")
+        assert (plan.ms_p20, plan.error, plan.skipped) == (None, None, None)
+    printed = capsys.readouterr().out
+    assert "predicted, not measured" in printed
+    assert "1*" in printed or "2*" in printed or "3*" in printed
 
 
 @no_gpu
@@ -423,15 +326,17 @@ def test_demo(
     monkeypatch.setattr(demo, "SWEEP", " ".join([*SHAPE[1:], "--candidates"]))
     monkeypatch.setattr(plot, "save", lambda _, stem, folder: [folder / f"{stem}-light.png"])
     assert main(["demo", "--candidates", "1"]) == 0
-    said = capsys.readouterr().out
-    assert said.count("predicted, not measured") == 3
-    assert "no data" not in said
-    pictures = said.partition("Pictures:\n")[2].split()
+    printed = capsys.readouterr().out
+    assert printed.count("predicted, not measured") == 3
+    assert "no data" not in printed
+    pictures = printed.partition("Pictures:\n")[2].split()
     targets = [TARGETS[name] for name in demo.TARGETS.split(",")]
-    assert {one.device for one in records.read(demo.FOLDER)} == {one.name for one in targets}
+    assert {record.device for record in records.read(demo.FOLDER)} == {
+        record.name for record in targets
+    }
     assert sorted(pictures) == sorted(
-        f"demo/predicted-sweep-2x8x6x5-forward-{records.slug(one.name)}-light.png"
-        for one in targets
+        f"demo/predicted-sweep-2x8x6x5-forward-{records.slug(target.name)}-light.png"
+        for target in targets
     )
     assert [path.name for path in tmp_path.iterdir()] == ["demo"]
 
@@ -479,104 +384,11 @@ def test_plans_are_compiled_in_other_processes() -> None:
     problem = SMALL.problem("forward")
     plans = candidates(problem, H100)
     assert sweep._plans(problem, H100, None) == plans
-    one = sweep.Sweep(SMALL, problem, H100, "sm_90", tuple(plans[:2]))
-    assert pickle.loads(pickle.dumps(one.cases)) == one.cases
-    results = list(inspection.inspect_all(one.cases))
+    sweep_of_small = sweep.Sweep(SMALL, problem, H100, "sm_90", tuple(plans[:2]))
+    assert pickle.loads(pickle.dumps(sweep_of_small.cases)) == sweep_of_small.cases
+    results = list(inspection.inspect_all(sweep_of_small.cases))
     assert [result.config for result in results] == plans[:2]
     assert all(isinstance(result, inspection.Inspection) for result in results)
-
-
-@pytest.mark.parametrize(
-    ("new", "verdict"),
-    [
-        ((1.2, 1.3, 1.4), "slower"),
-        ((1.05, 1.3, 1.4), ""),  # the ranges overlap
-        ((0.6, 0.7, 0.8), "faster"),
-        ((0.6, 0.7, 0.95), ""),
-        ((None, 1.2, None), "slower"),  # a prediction
-    ],
-)
-def test_only_what_exceeds_the_noise_has_a_verdict(
-    new: tuple[float | None, float, float | None], verdict: str
-) -> None:
-    fields = dict(zip(("ms_p20", "ms_p50", "ms_p80"), new, strict=True))
-    pair = compare.Pair(record(), record(**fields))
-    assert pair.verdict == verdict
-    assert pair.ratio == new[1]
-
-
-def test_newest_times_of_the_same_call_are_compared() -> None:
-    old = [record(date="2026-01-03", ms_p50=2.0), record(date="2026-01-01"), record(groups=4)]
-    new = [record(ms_p50=3.0), record(groups=8), record(groups=4, ms_p50=None, skipped="wrong: y")]
-    new += [record(command="sweep", ms_p50=9.0), record(measured=False, ms_p50=9.0)]
-    (pair,) = compare.paired(old, new)
-    assert (pair.old.ms_p50, pair.new.ms_p50) == (2.0, 3.0)
-
-
-@pytest.mark.parametrize(
-    ("ms", "limit", "status"), [(1.3, "1.2", 1), (1.3, "1.4", 0), (0.5, "1.0", 0), (1.05, "1.0", 0)]
-)
-def test_regressions_fail(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], ms: float, limit: str, status: int
-) -> None:
-    old, new = tmp_path / "old.jsonl", tmp_path / "new"
-    save(old, [record(), record(groups=4)])
-    changed = record(ms_p20=0.9 * ms, ms_p50=ms, ms_p80=1.1 * ms)
-    save(new / "day.jsonl", [changed, record(groups=4)])
-    assert main(["compare", str(old), str(new), "--fail-over", limit]) == status
-    said = capsys.readouterr().out
-    assert f"{ms:.3f}" in said
-    assert f"{math.sqrt(ms):.3f}" in said  # the geometric mean of both
-
-
-def test_compared_predictions_say_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "predicted" / "a.jsonl"
-    save(file, [record(measured=False, ms_p20=None, ms_p80=None)])
-    assert main(["compare", str(file), str(file)]) == 0
-    assert capsys.readouterr().out.count(" predicted") == 2  # the call, the mean
-
-
-def test_results_without_a_common_call(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    paths = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
-    for groups, path in enumerate(paths, 1):
-        save(path, [record(groups=groups)])
-    assert main(["compare", *map(str, paths)]) == 2
-    assert "no call in common" in capsys.readouterr().err
-
-
-def test_revisions_take_turns_and_leave_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    commands: list[str] = []
-    times = iter([1.0, 5.0, 7.0, 3.0])
-
-    def fake(command: Sequence[str], folder: Path) -> None:
-        words = [word.replace(str(tmp_path), "") for word in command[1:]]
-        commands.append(" ".join([folder.name, *words]))
-        if "bench" in command:
-            ms = next(times)
-            found = record(ms_p20=ms - 0.5, ms_p50=ms, ms_p80=ms + 0.5)
-            save(Path(command[-1]) / "day.jsonl", [found])
-
-    monkeypatch.setattr(compare, "run_command", fake)
-    old, new = compare.time_revisions(["v1", "v2"], ["--core"], tmp_path)
-    assert [one.split(" -")[0].split()[:2] for one in commands if "bench" not in one] == [
-        ["perf", "worktree"]
-    ] * 4
-    assert [one.split()[0] for one in commands if "bench --core --out" in one] == [
-        "old", "new", "new", "old",
-    ]  # fmt: skip
-    assert [one.split()[2] for one in commands if "worktree" in one] == [
-        "add", "add", "remove", "remove",
-    ]  # fmt: skip
-    assert [(one.ms_p20, one.ms_p50, one.ms_p80) for one in old] == [(0.5, 2.0, 3.5)]
-    assert [(one.ms_p20, one.ms_p50, one.ms_p80) for one in new] == [(4.5, 6.0, 7.5)]
-
-
-def test_command_of_a_revision_that_fails(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="exit status 3"):
-        compare.run_command(["sh", "-c", "exit 3"], tmp_path)
-    compare.run_command(["sh", "-c", "exit 1"], tmp_path)
 
 
 def test_calls_stay_below_the_goals(capsys: pytest.CaptureFixture[str]) -> None:
@@ -614,19 +426,22 @@ def test_cpu_path_beside_pytorch(
 
 def test_host_costs(capsys: pytest.CaptureFixture[str]) -> None:
     assert host.run(argparse.Namespace(calls=2, rounds=3)) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     for row in (host.LOOK_UP, host.READY, host.OWN, host.COPY):
-        assert len(re.findall(rf"^ ?{re.escape(row)} +[\d.]+ +[\d.]+ +[\d.]+ *$", said, re.M)) == 2
-    assert said.count("The look-up takes") == 2
+        assert (
+            len(re.findall(rf"^ ?{re.escape(row)} +[\d.]+ +[\d.]+ +[\d.]+ *$", printed, re.M)) == 2
+        )
+    assert printed.count("The look-up takes") == 2
     for row in ("group_norm", "GroupNorm", "GroupNorm and SiLU"):
         for kind in ("no gradient", "recording", "and backward"):
-            assert re.search(rf"^ ?{row}, {kind} +[\d.]+ +[\d.]+ +[\d.]+ *$", said, re.M)
+            assert re.search(rf"^ ?{row}, {kind} +[\d.]+ +[\d.]+ +[\d.]+ *$", printed, re.M)
 
 
 def test_costs_are_ratios_of_rounds() -> None:
     costs = {"a": [1.0, 2.0, 3.0], "b": [2.0, 2.0, 1.0]}
     assert host._ratio(costs["a"], costs["b"]) == 1.0
     calls: list[str] = []
-    found = host.cost({name: partial(calls.append, name) for name in "ab"}, number=2, rounds=2)
+    appends = {name: partial(calls.append, name) for name in "ab"}
+    rounds = host.cost(appends, number=2, rounds=2)
     assert "".join(calls) == "ab" + "aabb" * 2
-    assert [len(of_rounds) for of_rounds in found.values()] == [2, 2]
+    assert [len(of_rounds) for of_rounds in rounds.values()] == [2, 2]

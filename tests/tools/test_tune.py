@@ -135,13 +135,13 @@ def test_workload_of_a_problem_poses_it(channels_last: bool, pixels: int, direct
 
 @pytest.mark.parametrize("most", [1, 2, 7, 1000])
 def test_shortlist_has_the_default_first_and_all_strategies(most: int) -> None:
-    found = tune.shortlist(PROBLEM, H100, most)
-    assert found[0] == heuristic_plan(PROBLEM, H100)
-    assert len(found) == len(set(found)) <= most
+    shortlist = tune.shortlist(PROBLEM, H100, most)
+    assert shortlist[0] == heuristic_plan(PROBLEM, H100)
+    assert len(shortlist) == len(set(shortlist)) <= most
     if most > 3:
-        assert {config.strategy for config in found[:4]} == {"resident", "split", "pipelined"}
+        assert {config.strategy for config in shortlist[:4]} == {"resident", "split", "pipelined"}
     best = min(estimate(PROBLEM, config, H100).us for config in candidates(PROBLEM, H100))
-    assert all(estimate(PROBLEM, config, H100).us <= 3 * best for config in found)
+    assert all(estimate(PROBLEM, config, H100).us <= 3 * best for config in shortlist)
     assert len(tune.shortlist(PROBLEM, H100, 1000)) < len(candidates(PROBLEM, H100))
 
 
@@ -236,15 +236,15 @@ def test_two_processes_lose_nothing_and_readers_see_whole_files(tmp_path: Path) 
             )
             for pixels in ("1", "2")
         ]
-        for one in writers:
-            assert one.stdout is not None
-            assert one.stdout.readline() == b"ready\n"
-        for one in writers:
-            assert one.stdin is not None
-            one.stdin.close()  # both start
-        while any(one.poll() is None for one in writers):
+        for writer in writers:
+            assert writer.stdout is not None
+            assert writer.stdout.readline() == b"ready\n"
+        for writer in writers:
+            assert writer.stdin is not None
+            writer.stdin.close()  # both start
+        while any(writer.poll() is None for writer in writers):
             table.read(path, H100)
-    assert [one.returncode for one in writers] == [0, 0]
+    assert [writer.returncode for writer in writers] == [0, 0]
     assert len(table.read(path, H100)) == 2 * each
 
 
