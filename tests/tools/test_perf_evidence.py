@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+from collections import Counter
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -11,12 +12,14 @@ from typing import Any
 import pytest
 import triton
 
-from perf import accuracy, evidence, evidence_figures, machine_code, traffic
+from perf import accuracy, coverage, evidence, evidence_figures, machine_code, traffic
 from perf.__main__ import main
+from perf.evidence_figures import mean_over_minimum
 from perf.records import OURS
-from triton_gn.tools.workloads import Workload
+from triton_gn.tools.workloads import DIRECTIONS, Workload
 
 ROOT = Path(__file__).parents[2]
+WAYS = ("converted", "compiled", "foldable")
 PERFORMANCE = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
 
 
@@ -164,3 +167,39 @@ def test_inductors_code_is_generated_and_read() -> None:
 def test_a_missing_record_names_its_command(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Remedy: `python -m perf traffic`"):
         evidence.load("traffic", tmp_path / "traffic.json")
+
+
+def test_readme_has_the_numbers_of_the_records() -> None:
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    counted = record_of("traffic")
+    sentences = {
+        OURS: "moves {} times the minimum of bytes forward and {} times backward",
+        "liger": "Liger's kernels {} and {} times",
+    }
+    for name, sentence in sentences.items():
+        means = [mean_over_minimum(counted, name, direction) for direction in DIRECTIONS]
+        assert sentence.format(*(f"{mean:.2f}" for mean in means)) in text
+    ours = [row for row in counted["rows"] if row["implementation"] == OURS]
+    split = {row["layer"] for row in ours if row["strategy"] == "split"}
+    assert f"{len(split)} of these {len({row['layer'] for row in ours})} layers" in text
+    errors = {
+        row["implementation"]: row["y"]
+        for row in record_of("accuracy")["rows"]
+        if (row["over"], row["dtype"], row["layout"]) == ("mean", "float32", "contiguous")
+        and row["ratio"] == 1e4
+    }
+    is_off = (
+        f"y is off by {errors[OURS]:.0e} and PyTorch's on the CPU by {errors['torch, CPU']:.0e}"
+    )
+    assert is_off in text
+    models = json.loads((ROOT / coverage.RECORD).read_text(encoding="utf-8"))["models"].values()
+    totals = {way: sum((Counter(row[way]) for row in models), Counter()) for way in WAYS}
+    assert f"Of {len(models)} public models with {totals['foldable']['norms']} GroupNorm" in text
+    for kind, words in (
+        ("activation", "activations"),
+        ("residual", "residuals"),
+        ("scale", "scales"),
+    ):
+        converted, compiled, foldable = (totals[way][kind] for way in WAYS)
+        assert converted == compiled
+        assert f"{converted} of {foldable} {kind}s" in text
