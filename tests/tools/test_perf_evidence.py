@@ -195,11 +195,7 @@ def test_readme_has_the_numbers_of_the_records() -> None:
     models = json.loads((ROOT / coverage.RECORD).read_text(encoding="utf-8"))["models"].values()
     totals = {way: sum((Counter(row[way]) for row in models), Counter()) for way in WAYS}
     assert f"Of {len(models)} public models with {totals['foldable']['norms']} GroupNorm" in text
-    for kind, words in (
-        ("activation", "activations"),
-        ("residual", "residuals"),
-        ("scale", "scales"),
-    ):
+    for kind in ("activation", "residual", "scale"):
         converted, compiled, foldable = (totals[way][kind] for way in WAYS)
         assert converted == compiled
         assert f"{converted} of {foldable} {kind}s" in text
