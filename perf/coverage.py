@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass
 class Operation:
-    """A call of PyTorch's: its name, shapes, the operations whose results it takes, its users."""
+    """A recorded call: its name, shapes, the operations that it takes results of, its users."""
 
     name: str
     shapes: list[tuple[int, ...]]
@@ -202,7 +202,7 @@ def compiled(case: Case, inner: Callable[..., Any]) -> tuple[Counter[str], nn.Mo
 
 
 def step(case: Case, model: nn.Module) -> list[Tensor]:
-    """Return the results and the gradients of the parameters in float64."""
+    """Return the results, then the gradients of the parameters."""
     torch.manual_seed(1)
     results = model(*case.args, **case.kwargs)
     found = [y for y in _tensors(results) if _is_float(y)]
@@ -232,12 +232,11 @@ def measure(make: Callable[[], Case]) -> dict[str, Any]:
     row["compiled"], model = compiled(case, torch._dynamo.lookup_backend("aot_eager"))
     row["compiled_difference"] = difference(step(case, model), expected)
     torch._dynamo.reset()
-    report = triton_gn.convert(case.model)
+    triton_gn.convert(case.model)
     row["converted_difference"] = difference(step(case, case.model), expected)
     with torch.no_grad():
         case.model(*case.args, **case.kwargs)  # traces what needs it, which a mode would prevent
     row["converted"] = fused(record(case).fused)
-    row["reasons"] = sorted({reason for _, reason in report.replaced if "cannot" in reason})
     return row
 
 

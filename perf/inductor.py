@@ -49,7 +49,7 @@ _H100 = SimpleNamespace(
 
 @dataclass
 class Generated:
-    """What the generated code of one direction accesses, in bytes, and its kernels' text."""
+    """Bytes that the generated code of one direction accesses, and the text of its kernels."""
 
     loaded: int = 0
     stored: int = 0

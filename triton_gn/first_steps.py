@@ -1,5 +1,7 @@
 """Let a job's first step wait for nothing: compile its kernels, measure its plans."""
 
+import importlib
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,9 +33,9 @@ def warmup(
         ValueError: no kernel of triton_gn runs in the model, there is no GPU, or the target is
             unknown.
     """
-    from triton_gn.tools import warmup as tool
-
-    return tool.warmup(model, inputs, kwargs, target=target, processes=processes)
+    tool: Any = _tool("warmup")
+    outcome: Warmup = tool.warmup(model, inputs, kwargs, target=target, processes=processes)
+    return outcome
 
 
 def tune(
@@ -57,6 +59,17 @@ def tune(
     Raises:
         ValueError: there is no GPU, or no kernel of triton_gn runs in the model.
     """
-    from triton_gn.tools import tune as tool
+    tool: Any = _tool("tune")
+    known: int = tool.tune_model(model, inputs, kwargs, candidates, time_limit)
+    return known
 
-    return tool.tune_model(model, inputs, kwargs, candidates, time_limit)
+
+def _tool(name: str) -> ModuleType:
+    """Return a module of triton_gn.tools, which print tables and bars with rich."""
+    try:
+        importlib.import_module("rich")
+        return importlib.import_module(f"triton_gn.tools.{name}")
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"triton_gn.{name}: {error}. Remedy: pip install 'triton-gn[cli]'"
+        ) from error

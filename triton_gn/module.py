@@ -13,7 +13,7 @@ from triton_gn.reference import activation_function
 
 
 class _FusedLayer(nn.Module):
-    """What the layers add to those of PyTorch: an activation, and an error for TorchScript."""
+    """Give a layer of PyTorch an activation, and torch.jit.script an error that names a remedy."""
 
     activation: str | None = None  # class attribute, for layers that were pickled without one
 

@@ -960,7 +960,7 @@ def test_report_reads_as_a_table() -> None:
     assert str(convert(net)).splitlines() == [
         "4 GroupNorm layers: 3 replaced, of which 1 folded, 1 left",
         "folded    0.1  silu",
-        "replaced  1    is followed by add with a number",
+        "replaced  1    add has a number among its operands",
         "replaced  2    is followed by Hooked(2, 8, eps=1e-05, affine=True, bias=True), which "
         "cannot be folded",
         f"left      3    is a {__name__}.Hooked, a subclass",

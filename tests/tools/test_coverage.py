@@ -85,3 +85,5 @@ def test_docs_have_the_numbers_of_the_record() -> None:
         cells = [str(row["foldable"]["norms"])]
         cells += [coverage.cell(row, kind) for kind in coverage.KINDS]
         assert table[name] == " | ".join(cells), name
+        differences = row["converted_difference"], row["compiled_difference"]
+        assert max(differences) <= coverage.LIMITS[row["dtype"]], name

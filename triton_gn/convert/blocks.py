@@ -17,12 +17,12 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.module import _has_any_global_hook
 from torch.nn.utils import parametrize
 
-from triton_gn.convert.conditions import Condition, UntraceableError, is_hooked
-from triton_gn.convert.regions import compile_graph, follow, fuse_region
+from triton_gn.convert.conditions import Condition, UntraceableError
+from triton_gn.convert.regions import Candidates, compile_graph, fuse_region
 from triton_gn.convert.trace import Key, Tracer, structure
 from triton_gn.distributed import ShardedGroupNorm
 from triton_gn.fuse.norms import emit, find
-from triton_gn.fuse.operations import activation_of, module_of
+from triton_gn.fuse.operations import activation_of, is_hooked, module_of
 from triton_gn.module import GroupNorm
 from triton_gn.ops import context
 from triton_gn.ops.dispatch import warn_once
@@ -105,7 +105,7 @@ def trace(module: nn.Module, key: Key, ranks: Sequence[int], inlined: Sequence[s
             continue
         if norm.module is None and not norm.is_ours:
             norm, is_fused = _replace(norm), True
-        found = follow(norm)
+        found = Candidates(norm)
         is_open = is_open or found.is_returned
         region = fuse_region(found, module) if len(found.nodes) > 1 else None
         if region is not None:
@@ -230,7 +230,7 @@ def _key_of(module: nn.Module) -> Key:
 
 @dataclass
 class Outcome:
-    """What :func:`fuse_blocks` did: the fate of each norm, and the modules it could not trace."""
+    """The fate of each norm of a model, and why each other module could not be traced."""
 
     fates: dict[nn.Module, tuple[str, str]]
     untraced: dict[nn.Module, str]

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from triton_gn.activations import function_of
+from triton_gn.fuse.operations import HOOKS
 
 Condition = Callable[[nn.Module, Sequence[Tensor]], bool]
 
 _SCALARS = (bool, int, float, complex, str, bytes, type(None), enum.Enum)
 _TORCH_VALUES = (torch.dtype, torch.device, torch.layout, torch.memory_format)
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, type, functools.partial)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class UntraceableError(Exception):
@@ -110,7 +110,7 @@ class Conditions:
         name, kind = self._name(module), f"class_{len(self._constants)}"
         self._constants[kind] = type(module)
         self.add(f"type({name}) is {kind}")
-        hooks = (f"{name}.{hooks}" for hooks in _HOOKS)
+        hooks = (f"{name}.{hooks}" for hooks in HOOKS)
         self.add(f"not ('forward' in {name}.__dict__ or {' or '.join(hooks)})")
 
     def require_layer(self, layer: nn.Module) -> None:
@@ -137,12 +137,6 @@ class Conditions:
         exec(compile(source, "<triton_gn.convert: holds>", "exec"), names)
         holds: Condition = names["holds"]
         return holds
-
-
-def is_hooked(module: nn.Module) -> bool:
-    """Return whether a module's call does more than its class's forward."""
-    own = vars(module)
-    return "forward" in own or any(own[hooks] for hooks in _HOOKS)
 
 
 def _is_constant(value: Any) -> bool:

@@ -87,12 +87,14 @@ def convert(
     :class:`triton_gn.distributed.ShardedGroupNorm`, for spatially sharded inputs. A layer that
     cannot be replaced uses the statistics of its shard alone; a warning names it.
 
-    Layers with forward hooks or used in several places are replaced, but nothing is folded into
-    them. Subclasses of torch.nn.GroupNorm stay unchanged, and so do layers to which another tool
-    has given backward hooks, submodules or another forward: the tool may look for their class. A
-    slice of a converted model, such as ``net[:1]``, still applies the folded operations. Convert
-    before torch.compile: a compiled model would be traced again. TorchScript, ONNX, saved exports
-    and quantisation: "When not to use it" in the README.
+    Layers with forward hooks are replaced, but nothing is folded into them. Subclasses of
+    torch.nn.GroupNorm keep their class; those whose forward calls group_norm run the kernels.
+    Layers to which another tool has given backward hooks, submodules or another forward stay
+    unchanged: the tool may look for their class. A slice of a converted nn.Sequential, such as
+    ``net[:1]``, still applies what was folded into its layers. docs/fusion.md says when a forward
+    is traced and which state of a module it depends on. Convert before torch.compile: a compiled
+    model would be traced again. TorchScript, ONNX, saved exports and quantisation: "When not to
+    use it" in the README.
 
     Args:
         model: any module, which may be a GroupNorm itself.
@@ -185,7 +187,9 @@ def unconvert(model: nn.Module) -> None:
                 vars(module).pop(attribute, None)
             _set_class(module, original_class)
         elif hasattr(type(module), "unfused"):
-            vars(module).pop("_fused_forwards", None)
+            from triton_gn.convert.blocks import FORWARDS  # loaded already, with the class
+
+            vars(module).pop(FORWARDS, None)
             _set_class(module, type(module).unfused)
 
 

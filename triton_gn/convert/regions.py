@@ -16,21 +16,14 @@ import torch
 from torch import Tensor, fx, nn
 
 from triton_gn.functional import group_norm
-from triton_gn.fuse.chain import silu_formula
+from triton_gn.fuse.chain import NOTHING_FOLLOWS, Chain
 from triton_gn.fuse.memory import may_write
 from triton_gn.fuse.norms import Norm
-from triton_gn.fuse.operations import (
-    activation_of,
-    called_name,
-    is_identity,
-    operation,
-    sum_with_one,
-)
+from triton_gn.fuse.operations import called_name, is_barrier, operation, sum_with_one
 from triton_gn.fuse.rewrite import rewrite
 from triton_gn.report import Report
 
 Function = Callable[..., Any]
-RETURNED = "nothing follows it"
 _FULL, _ROWS = "full", "rows"  # of x's shape; one value per sample and channel
 
 
@@ -38,8 +31,8 @@ _FULL, _ROWS = "full", "rows"  # of x's shape; one value per sample and channel
 class Variant:
     """The fused form of a region for tensors of certain kinds.
 
-    ``kinds`` holds "full" or "rows" for each tensor of the region but ``x``, which is the index of
-    the norm's input.
+    ``x`` is the place of the norm's input among the arguments of the region. ``kinds`` holds the
+    places of the other tensors that matter, and "full" or "rows" for each.
     """
 
     x: int
@@ -74,7 +67,7 @@ class Region:
         self.fused = f"{fused}, where the shapes fit" if depends else fused
 
     def __call__(self, *arguments: Any) -> Any:
-        """Return the last operation's result; the arguments are tensors and layers."""
+        """Return the last operation's result. The arguments are the module and tensors."""
         for variant in self.variants:
             if variant.holds(arguments):
                 return variant.function(*arguments)
@@ -87,95 +80,67 @@ def call_layer(layer: Any, x: Tensor, **fused: Any) -> Tensor:
     return y
 
 
-@dataclass
-class Found:
-    """A norm of a graph, the nodes of its region in order, and why the next is not among them."""
+class Candidates(Chain):
+    """The operations around a norm that one call may compute, whatever the shapes.
 
-    norm: Norm
-    nodes: list[fx.Node]
-    stop: str = ""
-    is_returned: bool = False  # the last node, or through layers that change nothing
+    Attributes:
+        nodes: the nodes of the region in order, the norm's own among them.
+        is_returned: whether the forward returns what the region computes.
+    """
 
-    @property
-    def last(self) -> fx.Node:
-        """The node whose value the region returns."""
-        return self.nodes[-1]
+    def __init__(self, norm: Norm) -> None:
+        code = norm.node.graph
+        order = {node: index for index, node in enumerate(code.nodes)}
+        super().__init__(norm, order, [node for node in code.nodes if is_barrier(node)])
+        self._sums_of_one: list[fx.Node] = []
+        self.follow()
+        self.nodes = sorted([norm.node, *self._sums_of_one, *self.taken], key=order.__getitem__)
+        self.is_returned = self.stop == NOTHING_FOLLOWS
 
-
-def follow(norm: Norm) -> Found:
-    """Find the operations around a norm that one call may compute, whatever the shapes."""
-    order = {node: index for index, node in enumerate(norm.node.graph.nodes)}
-    found = Found(norm, [norm.node])
-    if norm.activation is not None:
-        found.stop = "an activation comes last"
-        return found
-    _take_sum_before(found)
-    current = norm.output
-    identities: list[fx.Node] = []
-    is_last = False
-    while not is_last:
-        nodes = silu_formula(current) or list(current.users)
-        problem = _why_not(nodes, current) or _written(found, nodes, identities, order)
-        if problem is not None:
-            found.stop = problem
-            found.is_returned = problem == RETURNED
-            break
-        if is_identity(nodes[-1], current):
-            identities.append(nodes[-1])
-        else:
-            is_last = len(nodes) == 2 or activation_of(nodes[-1], current) is not None
-            found.nodes += [*identities, *_with_sums_of_one(nodes[-1], current), *nodes]
-            identities = []
-        current = nodes[-1]
-    else:
-        found.stop = "an activation comes last"
-    found.nodes.sort(key=order.__getitem__)
-    return found
-
-
-def _why_not(nodes: Sequence[fx.Node], current: fx.Node) -> str | None:
-    """Return why the nodes after ``current`` cannot be part of its region, whatever the shapes."""
-    if len(nodes) == 2 and nodes == silu_formula(current):
-        return None
-    if len(nodes) != 1:
-        return "its result is used in several places" if nodes else "its result is not used"
-    (node,) = nodes
-    if node.op == "output":
-        return RETURNED
-    if is_identity(node, current) or activation_of(node, current) is not None:
-        return None
-    call = operation(node)
-    if call is None or call.name not in ("add", "mul", "addcmul"):
+    def _unknown(self, node: fx.Node) -> str:
         return f"is followed by {called_name(node)}, which cannot be fused"
-    if not all(isinstance(argument, fx.Node) for argument in node.args) or node.kwargs:
-        return f"is followed by {called_name(node)} with a number"
-    if call.in_place and node.args[0] is not current:
-        return "is added to a tensor in place"
-    return None
 
+    def _arithmetic(self, node: fx.Node, current: fx.Node) -> str | None:
+        """Take any sum or product of tensors; the shapes of each call decide."""
+        call = operation(node)
+        others = [argument for argument in node.args if argument is not current]
+        if node.kwargs or not all(isinstance(other, fx.Node) for other in others):
+            return "has a number among its operands"
+        if call is not None and call.in_place and node.args[0] is not current:
+            return "writes into its other operand"
+        if self._is_written_later(others, node):
+            return "has an operand that is written in place later"
+        for other in node.all_input_nodes:
+            found = sum_with_one(other) if list(other.users) == [node] else None
+            if found is not None and found[1] is other:
+                self._sums_of_one.append(other)  # the kernels take s of 1 + s
+                self._read(found[0], other)
+        return self._barrier_before(node)
 
-def _written(
-    found: Found, nodes: Sequence[fx.Node], identities: list[fx.Node], order: dict[fx.Node, int]
-) -> str | None:
-    """Return a reason if something between the norm and the nodes may write to what is read."""
-    inside = {*found.nodes, *identities, *nodes}
-    first_reads: dict[fx.Node, int] = {}
-    for node in found.nodes:
-        for source in node.all_input_nodes:
-            first_reads[source] = min(order[node], first_reads.get(source, order[node]))
-    for node, index in order.items():
-        if node in inside or not order[found.nodes[0]] < index < order[nodes[-1]]:
-            continue
-        if may_write(node, [read for read, first in first_reads.items() if first < index]):
-            return f"{node.name}, in between, may write to memory or change a mode"
-    return None
+    def _take_sum_before(self) -> None:
+        """Take the sum that the norm reads, if nothing else reads it."""
+        total = self.norm.operands["input"]
+        call = operation(total)
+        is_sum = call is not None and call.name == "add" and not call.in_place
+        terms = total.all_input_nodes
+        is_alone = list(total.users) == [self.norm.node] and len(terms) == len(total.args) == 2
+        if is_sum and is_alone and not total.kwargs and not self._is_written_later(terms, total):
+            for term in terms:
+                self._read(term, total)
+            if self._barrier_before(self.norm.node) is None:
+                self.taken.append(total)
 
+    def _is_written_later(self, operands: Sequence[Any], node: fx.Node) -> bool:
+        """Return whether a known operation writes to operands of a node after it.
 
-def _with_sums_of_one(node: fx.Node, current: fx.Node) -> list[fx.Node]:
-    """Return the nodes 1 + s that only ``node`` uses: the kernels take s."""
-    operands = [source for source in node.all_input_nodes if source is not current]
-    sums = [source for source in operands if list(source.users) == [node]]
-    return [source for source in sums if _is_sum_with_one(source)]
+        A backward that needs them would fail: PyTorch's sum needs none.
+        """
+        return any(
+            may_write(barrier, operands)
+            for barrier in self._barriers
+            if self._order[barrier] > self._order[node]
+            and (barrier.op != "call_module" or operation(barrier) is not None)
+        )
 
 
 def _is_sum_with_one(node: fx.Node) -> bool:
@@ -183,19 +148,8 @@ def _is_sum_with_one(node: fx.Node) -> bool:
     return found is not None and found[1] is node
 
 
-def _take_sum_before(found: Found) -> None:
-    """Take the sum that the norm reads, if nothing else reads it."""
-    total = found.norm.operands["input"]
-    call = operation(total)
-    is_sum = call is not None and call.name == "add" and not call.in_place
-    is_ours = list(total.users) == [found.norm.node]
-    both = all(isinstance(term, fx.Node) for term in total.args) and len(total.all_input_nodes) == 2
-    if is_sum and is_ours and both and not total.kwargs:
-        found.nodes.insert(0, total)
-
-
-def fuse_region(found: Found, root: nn.Module) -> Region | None:
-    """Replace the nodes of a region by a call of a function; None if nothing can be fused.
+def fuse_region(found: Candidates, root: nn.Module) -> Region | None:
+    """Replace the nodes of a region by a call of a function; return None if nothing can be fused.
 
     The first placeholder of the graph is the module itself, which the functions take first.
     """
@@ -224,7 +178,7 @@ def fuse_region(found: Found, root: nn.Module) -> Region | None:
     return region
 
 
-def _cases(found: Found, tensors: Sequence[fx.Node]) -> Iterator[dict[fx.Node, str]]:
+def _cases(found: Candidates, tensors: Sequence[fx.Node]) -> Iterator[dict[fx.Node, str]]:
     """Yield the kinds that the tensors of a region may have, "x" for the norm's input.
 
     Weight and bias, if they are among the tensors, have none.
@@ -247,7 +201,7 @@ def _cases(found: Found, tensors: Sequence[fx.Node]) -> Iterator[dict[fx.Node, s
 
 
 def _copy(
-    found: Found, tensors: Sequence[fx.Node], root: nn.Module
+    found: Candidates, tensors: Sequence[fx.Node], root: nn.Module
 ) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
     """Return the region as a graph of its own, and the copy of each node."""
     owner: Any = root  # where nodes find their layers
@@ -260,7 +214,7 @@ def _copy(
 
 
 def _variant(
-    found: Found, tensors: Sequence[fx.Node], kinds: dict[fx.Node, str], root: nn.Module
+    found: Candidates, tensors: Sequence[fx.Node], kinds: dict[fx.Node, str], root: nn.Module
 ) -> Variant | None:
     """Return the region as the graph pass fuses it for tensors of these kinds, if it does."""
     code, copies = _copy(found, tensors, root)

@@ -24,6 +24,7 @@ from triton_gn.fuse.operations import (
     value,
 )
 
+NOTHING_FOLLOWS = "nothing follows it"
 _UNKNOWN_SHAPES = "shapes and dtypes are not known; pass example_inputs"
 Kind = Literal["channel", "sample"]
 
@@ -49,7 +50,10 @@ class Chain:
         self.stop = ""
         self._order = order
         self._barriers = [node for node in barriers if node in order]  # others are fused already
-        self._earliest = order[norm.node]  # of the reads that move to the place of the call
+        # what will be read at the place of the call, and where it is read now
+        self._reads: dict[fx.Node, int] = {}
+        for operand in norm.operands.values():
+            self._read(operand, norm.node)
         self._y = value(norm.output)
 
     def follow(self) -> None:
@@ -84,11 +88,11 @@ class Chain:
             return "its result is used in several places" if nodes else "its result is not used"
         node = nodes[-1]
         if node.op == "output":
-            return "nothing follows it"
+            return NOTHING_FOLLOWS
         activation = "silu" if is_formula else activation_of(node, current)
         call = operation(node)
         if activation is None and (call is None or call.name not in ("add", "mul", "addcmul")):
-            return f"{described(node)} is not an operation that can be fused"
+            return self._unknown(node)
         problem = self._barrier_before(node, identities) or self._dtype_change(node)
         if problem is not None:
             return problem
@@ -97,13 +101,20 @@ class Chain:
             self.norm.fused.append(activation)
             return None
         before = dict(self.norm.operands), dict(self.kinds), list(self.factors)
-        names, earliest = list(self.norm.fused), self._earliest
+        names, reads = list(self.norm.fused), dict(self._reads)
         problem = self._arithmetic(node, current)
         if problem is not None:  # of two operations in one node, the first may have been fused
             self.norm.operands, self.kinds, self.factors = before
-            self.norm.fused, self._earliest = names, earliest
+            self.norm.fused, self._reads = names, reads
             return f"{node.name} {problem}"
+        for operand in node.all_input_nodes:
+            if operand is not current:
+                self._read(operand, node)
         return None
+
+    def _unknown(self, node: fx.Node) -> str:
+        """Return the reason to stop at an operation that no call computes."""
+        return f"{described(node)} is not an operation that can be fused"
 
     def _arithmetic(self, node: fx.Node, current: fx.Node) -> str | None:
         """Fuse a sum, a product or both, or return why not, as what follows the node's name."""
@@ -173,8 +184,8 @@ class Chain:
             scale, node = sum_of_one
             if _holds(value(scale), kind, self._y):
                 if node is not None:
-                    self._earliest = min(self._earliest, self._order[node])
-                    problem = self._barrier_before(self.last, also=[scale])
+                    self._read(scale, node)
+                    problem = self._barrier_before(self.last)
                     if problem is not None:
                         return f"reads its scale too early: {problem}"
                 self._set("scale", scale, kind)
@@ -227,9 +238,11 @@ class Chain:
             kind = kind_of(values, x)
             is_shift = isinstance(self._operand(other), Tensor) and kind is not None
             if is_input and is_shift and not is_written(term):
-                earliest, self._earliest = self._earliest, self._order[total]
-                if self._barrier_before(self.norm.node, also=[term, other]) is not None:
-                    self._earliest = earliest
+                before = dict(self._reads)
+                self._read(term, total)
+                self._read(other, total)
+                if self._barrier_before(self.norm.node) is not None:
+                    self._reads = before
                     return
                 self.norm.operands["input"] = term
                 self._set("pre_add", other, kind)
@@ -242,22 +255,21 @@ class Chain:
             return None
         return f"{node.name} changes the dtype from {before.dtype} to {after.dtype}"
 
-    def _barrier_before(
-        self, node: fx.Node, identities: Sequence[fx.Node] = (), also: Sequence[fx.Node] = ()
-    ) -> str | None:
-        """Return a reason if reads would move past a node that may change what they read.
+    def _read(self, operand: Any, reader: fx.Node) -> None:
+        """Remember that a node reads an operand, which the call will read later."""
+        if isinstance(operand, fx.Node):
+            position = self._order[reader]
+            self._reads[operand] = min(position, self._reads.get(operand, position))
 
-        The reads are those of the operands so far, and of ``also``.
-        """
+    def _barrier_before(self, node: fx.Node, identities: Sequence[fx.Node] = ()) -> str | None:
+        """Return a reason if reads would move past a node that may change what they read."""
         ours = {*self.taken, *identities, self.norm.node, node}
-        reads = [read for read in self.norm.operands.values() if isinstance(read, fx.Node)]
         for barrier in self._barriers:
-            is_between = self._earliest < self._order[barrier] < self._order[node]
-            if (
-                barrier not in ours
-                and is_between
-                and may_write(barrier, [*reads, *self.factors, *also])
-            ):
+            position = self._order[barrier]
+            if barrier in ours or position >= self._order[node]:
+                continue
+            reads = [read for read, first in self._reads.items() if first < position]
+            if reads and may_write(barrier, reads):
                 return f"{described(barrier)}, in between, may write to memory or change a mode"
         return None
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from torch import fx, nn
-from torch._ops import HigherOrderOperator, OpOverload
+from torch._ops import OpOverload
 
 from triton_gn.fuse.norms import find
 from triton_gn.fuse.operations import called_name, is_barrier, module_of, operation
@@ -16,21 +16,26 @@ _ALLOCATING_FUNCTIONS = ("linear", "conv1d", "conv2d", "conv3d", "cat", "matmul"
 def may_write(barrier: fx.Node, reads: Iterable[fx.Node]) -> bool:
     """Return whether a node may change what the ``reads`` refer to, or the mode they run in.
 
-    A module, and an operation in place, write to what their arguments may share memory with, and
-    to nothing else. Any other node that :func:`is_barrier` names may do anything.
+    An operation in place writes to what its first argument may share memory with, a module to what
+    any of its arguments may, and neither to anything else. Any other node that :func:`is_barrier`
+    names may do anything.
     """
     if not is_barrier(barrier):
         return False
-    target = barrier.target
-    call = operation(barrier)
-    is_module = barrier.op == "call_module"
-    is_method = barrier.op == "call_method"
-    is_in_place = (call is not None and call.in_place) or (
-        isinstance(target, OpOverload) and not isinstance(target, HigherOrderOperator)
-    )
-    if not (is_module or is_method or is_in_place):
+    is_known = _is_in_place(barrier) or isinstance(barrier.target, OpOverload)
+    if barrier.op not in ("call_module", "call_method") and not is_known:
         return True
-    return not _memory(barrier.all_input_nodes).isdisjoint(_memory(reads))
+    return not _memory(_passed_on(barrier)).isdisjoint(_memory(reads))
+
+
+def _is_in_place(node: fx.Node) -> bool:
+    call = operation(node)
+    return call is not None and call.in_place
+
+
+def _passed_on(node: fx.Node) -> list[fx.Node]:
+    """Return the nodes whose memory a node may write to, or may return."""
+    return node.all_input_nodes[:1] if _is_in_place(node) else node.all_input_nodes
 
 
 def _memory(nodes: Iterable[fx.Node]) -> set[fx.Node | str]:
@@ -44,7 +49,7 @@ def _memory(nodes: Iterable[fx.Node]) -> set[fx.Node | str]:
             continue
         sources.add(node)
         if not _allocates(node):
-            new = set(node.all_input_nodes) - reached
+            new = set(_passed_on(node)) - reached
             reached |= new
             waiting += new
     return sources
@@ -57,6 +62,6 @@ def _allocates(node: fx.Node) -> bool:
     module, call = module_of(node), operation(node)
     if module is not None:
         return isinstance(module, _ALLOCATING_MODULES)
-    if call is not None and not call.in_place:
-        return call.name in _ALLOCATING
+    if call is not None:
+        return call.name in _ALLOCATING and not call.in_place
     return called_name(node) in _ALLOCATING_FUNCTIONS or find(node) is not None

@@ -34,7 +34,7 @@ _NAMES = (
     *("add", "mul", "sub", "div", "addcmul", "dropout", *_CASTS, *_VIEWS),
 )
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # a view or a read of the memory of a tensor: its result depends on the strides
 STRIDE_READERS = ("view", "view_as", "as_strided", "stride", "is_contiguous", "data_ptr", "set_")
 
@@ -96,7 +96,7 @@ def module_of(node: fx.Node) -> nn.Module | None:
 
 def is_hooked(module: nn.Module) -> bool:
     """Return whether a module's call does more than its class's forward."""
-    return "forward" in vars(module) or any(getattr(module, name, None) for name in _HOOKS)
+    return "forward" in vars(module) or any(getattr(module, name, None) for name in HOOKS)
 
 
 @functools.cache

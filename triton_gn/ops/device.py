@@ -18,15 +18,20 @@ def _nearest(name: str) -> str:
     return [targets[0], *(target for target in targets if version(target) <= version(name))][-1]
 
 
+def target_of(device: torch.device) -> str:
+    """Return what the compiler calls a GPU: "sm_90", "gfx942"."""
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return str(properties.gcnArchName).partition(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
 @functools.cache
 def gpu_of(device: torch.device) -> Device:
     """Return the planner's description of a GPU; an H100 stands for a device that is not one."""
     if device.type != "cuda":
         return TARGETS["sm_90"]
-    properties = torch.cuda.get_device_properties(device)
-    name = f"sm_{properties.major}{properties.minor}"
-    if torch.version.hip is not None:
-        name = properties.gcnArchName.partition(":")[0]
+    properties, name = torch.cuda.get_device_properties(device), target_of(device)
     known = TARGETS[_nearest(name)]
     dram_gb_per_s = known.dram_gb_per_s
     if name not in TARGETS:

@@ -6,6 +6,7 @@ signature is planned, described and compiled; later ones are bound to their tens
 """
 
 import functools
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -23,7 +24,8 @@ from triton_gn.reference import Operands
 Tensors = Sequence[Tensor | None]
 
 _recorded: list["Prepared"] | None = None
-_dry_gpu: Device | None = None
+_foreseen_gpu: Device | None = None  # of calls on tensors without memory
+_foreseeing = threading.Lock()
 
 
 @contextmanager
@@ -37,21 +39,23 @@ def recording() -> "Iterator[list[Prepared]]":
         _recorded = before
 
 
-@contextmanager
-def dry_run(gpu: Device) -> "Iterator[list[Prepared]]":
-    """Record calls as they would run on a GPU, and launch nothing: tensors need no memory.
+def foresee(gpu: Device, call: Callable[[], object]) -> list[Launch]:
+    """Return the launches that a call would make on a GPU.
 
-    It is for processes and threads of tools: a call of another thread would not be launched.
+    The call must be on tensors without memory, of the device "meta". Calls of other threads run as
+    ever.
     """
-    global _dry_gpu
-    forget()
-    with recording() as recorded:
-        _dry_gpu = gpu
+    global _foreseen_gpu
+    with _foreseeing:
+        forget()  # plans for another GPU
+        _foreseen_gpu = gpu
         try:
-            yield recorded
+            with recording() as recorded:
+                call()
         finally:
-            _dry_gpu = None
+            _foreseen_gpu = None
             forget()
+    return [launch for one in recorded if one.is_foreseen for launch in one.launches]
 
 
 class Prepared:
@@ -71,6 +75,7 @@ class Prepared:
     ) -> None:
         self.problem, self.config, self.launches = problem, config, launches
         self._device = device
+        self.is_foreseen = device.type == "meta"
         places = {id(tensor): i for i, tensor in enumerate(templates) if tensor is not None}
         self._workspaces: list[tuple[torch.Size, tuple[int, ...], torch.dtype]] = []
         for tensor in _tensors_in([launch.arguments for launch in launches]):
@@ -88,7 +93,7 @@ class Prepared:
         """Launch on the current stream of the tensors' device, whichever device is current."""
         if _recorded is not None:
             _recorded.append(self)
-        if _dry_gpu is not None:
+        if self.is_foreseen:
             return
         for shape, stride, dtype in self._workspaces:
             # torch.empty takes the host twice as long
@@ -324,7 +329,10 @@ def _config(
     override: tuple[tuple[str, Any], ...],
     config: Config | None,
 ) -> Config:
-    return config or plan(problem, _dry_gpu or gpu_of(device), batch_invariant, override)
+    if config is not None:
+        return config
+    foreseen = _foreseen_gpu if device.type == "meta" else None
+    return plan(problem, foreseen or gpu_of(device), batch_invariant, override)
 
 
 def forget() -> None:

@@ -6,7 +6,7 @@
 
 import multiprocessing
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
@@ -32,6 +32,7 @@ from triton_gn.tools.workloads import Workload
 
 _PER_CHANNEL = set(Operands._fields) - {"x", "residual"}
 _ACTIVATIONS = {f"{name}_ptr" for name in ("x", "y", "dy", "dx", "residual", "dresidual")}
+_S = TypeVar("_S")
 _T = TypeVar("_T")
 
 
@@ -170,22 +171,38 @@ def inspect(
     Raises:
         ValueError: the target is unknown.
     """
+    gpu = gpu_named(target)
+    problem = workload.problem(direction)
+    config = config or heuristic_plan(problem, gpu)
+    return Case(workload, problem, target, config).compile()
+
+
+def gpu_named(target: str) -> Device:
+    """Return the GPU that stands for a target of ``TARGETS``.
+
+    Raises:
+        ValueError: the target is unknown.
+    """
     if target not in TARGETS:
         raise ValueError(f"the target must be one of {', '.join(TARGETS)}; got {target!r}.")
-    problem = workload.problem(direction)
-    config = config or heuristic_plan(problem, TARGETS[target])
-    return Case(workload, problem, target, config).compile()
+    return TARGETS[target]
+
+
+def in_processes(function: Callable[[_S], _T], items: Sequence[_S], processes: int) -> Iterator[_T]:
+    """Yield the function's results in order, computed by at most so many processes."""
+    processes = min(processes, len(items))
+    if processes <= 1:
+        yield from map(function, items)
+        return
+    # spawned: a forked process could inherit the locks of PyTorch's threads
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, spawn) as pool:
+        yield from pool.map(function, items)
 
 
 def inspect_all(cases: Sequence[Case]) -> Iterator[Inspection | Failure]:
     """Compile the plans in order; several of them in processes."""
-    if len(cases) == 1:
-        yield from map(_inspected, cases)
-        return
-    # spawned: a forked process could inherit the locks of PyTorch's threads
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max(2, os.cpu_count() or 1), spawn) as pool:
-        yield from pool.map(_inspected, cases)
+    return in_processes(_inspected, cases, max(2, os.cpu_count() or 1))
 
 
 def _inspected(case: Case) -> Inspection | Failure:

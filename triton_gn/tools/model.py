@@ -1,17 +1,18 @@
-"""The calls of triton_gn's kernels that a model makes: met on a GPU, or foreseen without one."""
+"""Find the calls of triton_gn's kernels that a model makes, on a GPU or without one."""
 
 import contextlib
 import os
 import pkgutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -96,17 +97,18 @@ class Foreseen:
             None if t is None else torch.empty_strided(t[0], t[1], dtype=t[2], device="meta")
             for t in self.tensors
         ]
-        with launcher.dry_run(gpu) as prepared:
-            if self.direction == "forward":
-                groups, eps, activation, y_dtype, text, with_stats = self.constants
-                call = Call(groups, eps, activation, y_dtype, settings.from_text(text))
-                autograd.forward(Operands(*made), call, with_stats=with_stats)
-            else:
-                dy, stats, *operands = made
-                groups, eps, activation, text, needs = self.constants
-                call = Call(groups, eps, activation, dy.dtype, settings.from_text(text))
-                autograd.backward(dy, stats, Operands(*operands), call, list(needs))
-        return [launch for one in prepared for launch in one.launches]
+        if self.direction == "forward":
+            groups, eps, activation, y_dtype, text, with_stats = self.constants
+            call = Call(groups, eps, activation, y_dtype, settings.from_text(text))
+            run: Callable[[], object] = partial(
+                autograd.forward, Operands(*made), call, with_stats=with_stats
+            )
+        else:
+            dy, stats, *operands = made
+            groups, eps, activation, text, needs = self.constants
+            call = Call(groups, eps, activation, dy.dtype, settings.from_text(text))
+            run = partial(autograd.backward, dy, stats, Operands(*operands), call, list(needs))
+        return launcher.foresee(gpu, run)
 
 
 class _Collector(TorchDispatchMode):
@@ -145,8 +147,14 @@ def foreseen(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     inputs = tree_map_only(Tensor, mode.from_tensor, (tuple(args), dict(kwargs)))
     collector = _Collector(torch.is_grad_enabled())
-    uses_kernels = mock.patch.object(dispatch, "uses_kernels", return_value=True)
-    with _without_memory(model, mode), uses_kernels, mode, collector:
+    original = dispatch.uses_kernels
+
+    def uses_kernels(x: Tensor, backend: str) -> bool:
+        """Let tensors without memory count as a GPU's; other threads have others."""
+        return backend != "torch" if isinstance(x, FakeTensor) else original(x, backend)
+
+    patched = mock.patch.object(dispatch, "uses_kernels", uses_kernels)
+    with _without_memory(model, mode), patched, mode, collector:
         _step(model, *inputs)
     if not collector.calls:
         raise ValueError(NO_KERNEL)

@@ -6,26 +6,24 @@ parallel processes for this GPU, or for a target that need not be present.
 
 import argparse
 import functools
-import multiprocessing
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from triton_gn.ops.device import gpu_of
+from triton_gn.ops.device import gpu_of, target_of
 from triton_gn.plan import TARGETS, Device
 from triton_gn.tools.compile import cache_key, compile_into_cache
-from triton_gn.tools.inspection import tracked
+from triton_gn.tools.inspection import gpu_named, in_processes, tracked
 from triton_gn.tools.model import Foreseen, foreseen, made_by
 
 
 @dataclass(frozen=True)
 class Warmup:
-    """What :func:`warmup` did: ``print`` it for a sentence."""
+    """Numbers of calls and kernels, seconds and failures; ``print`` gives a sentence."""
 
     calls: int  # of the kernels in a step, each signature once
     kernels: int  # that they need, each once
@@ -58,45 +56,27 @@ def warmup(
     for call in calls:
         for index, launch in enumerate(call.launches(gpu)):
             jobs.setdefault(cache_key(launch, name), (call, index))
-    failures = [
-        message for message in _compiled(list(jobs.values()), gpu, name, processes) if message
-    ]
-    return Warmup(len(calls), len(jobs), name, time.monotonic() - start, tuple(failures))
+    compile_one = functools.partial(_compile, gpu=gpu, target=name)
+    count = processes or os.cpu_count() or 1
+    messages = in_processes(compile_one, list(jobs.values()), count)
+    failures = tuple(filter(None, tracked(messages, len(jobs), "compiling")))
+    return Warmup(len(calls), len(jobs), name, time.monotonic() - start, failures)
 
 
 def _gpu(target: str | None) -> tuple[Device, str]:
     if target is not None:
-        if target not in TARGETS:
-            raise ValueError(f"the target must be one of {', '.join(TARGETS)}; got {target!r}.")
-        return TARGETS[target], target
+        return gpu_named(target), target
     if not torch.cuda.is_available():
         raise ValueError(
             "kernels are compiled for the GPU of this machine, but torch.cuda.is_available() is "
             f"False here. Name another with target, one of {', '.join(TARGETS)}."
         )
     device = torch.device("cuda", torch.cuda.current_device())
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip is not None:
-        return gpu_of(device), properties.gcnArchName.partition(":")[0]
-    return gpu_of(device), f"sm_{properties.major}{properties.minor}"
-
-
-def _compiled(
-    jobs: Sequence[tuple[Foreseen, int]], gpu: Device, target: str, processes: int | None
-) -> Iterator[str]:
-    """Yield the compiler's message for each job, "" if there is none."""
-    compile_one = functools.partial(_compile, gpu=gpu, target=target)
-    count = min(processes or os.cpu_count() or 1, len(jobs))
-    if count == 1:
-        yield from tracked(map(compile_one, jobs), len(jobs), "compiling")
-        return
-    # spawned: a forked process could inherit the locks of PyTorch's threads
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(count, spawn) as pool:
-        yield from tracked(pool.map(compile_one, jobs), len(jobs), "compiling")
+    return gpu_of(device), target_of(device)
 
 
 def _compile(job: tuple[Foreseen, int], gpu: Device, target: str) -> str:
+    """Compile one launch of a call; return the compiler's message, "" if there is none."""
     call, index = job
     launch = call.launches(gpu)[index]
     try:
