@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import io
 import pickle
 import subprocess
 import sys
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 import triton_gn
+from tests.support.copies import through_file
 from triton_gn.activations import TABLE
 from triton_gn.convert.conversion import FoldedActivation, convert, unconvert
 
@@ -570,14 +570,6 @@ def test_checkpoints_move_both_ways() -> None:
 
 def through_pickle(model: nn.Module) -> nn.Module:
     copied: nn.Module = pickle.loads(pickle.dumps(model))
-    return copied
-
-
-def through_file(model: nn.Module) -> nn.Module:
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    copied: nn.Module = torch.load(file, weights_only=False)
     return copied
 
 

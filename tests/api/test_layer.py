@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import io
 import pickle
 from collections.abc import Callable
 from typing import Any
@@ -24,6 +23,7 @@ from tests.support.calls import (
     make_operands,
     short,
 )
+from tests.support.copies import through_file
 from tests.support.tensors import random
 
 X = random(*SHAPE).float()
@@ -68,17 +68,9 @@ def test_state_dict_moves_both_ways_without_the_activation() -> None:
     assert torch.equal(other(X), ours(X))
 
 
-def saved_and_loaded(layer: nn.GroupNorm) -> nn.GroupNorm:
-    file = io.BytesIO()
-    torch.save(layer, file)
-    file.seek(0)
-    loaded: nn.GroupNorm = torch.load(file, weights_only=False)
-    return loaded
-
-
 @pytest.mark.parametrize(
     "copied",
-    [copy.deepcopy, copy.copy, lambda layer: pickle.loads(pickle.dumps(layer)), saved_and_loaded],
+    [copy.deepcopy, copy.copy, lambda layer: pickle.loads(pickle.dumps(layer)), through_file],
     ids=["deepcopy", "copy", "pickle", "torch.save"],
 )
 def test_copies_are_the_layer(copied: Callable[[nn.GroupNorm], nn.GroupNorm]) -> None:
